@@ -1,0 +1,43 @@
+# `make finetune` and `make test` need Python 3.10-3.13 and make; they make their own environment in .venv.
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: help finetune test lint demo-data clean
+.DEFAULT_GOAL := help
+
+help: ## list the commands
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+# One environment, two stamps: finetune installs only what it needs, test adds the oracles. A changed
+# pyproject.toml or constraints.txt installs again.
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed-run: $(BIN)/python pyproject.toml constraints.txt
+	@echo "installing phicore and what the run needs into $(VENV) (once; about two minutes) ..."
+	$(PIP_INSTALL) --editable '.[hf,cli]'
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed-run pyproject.toml constraints.txt
+	@echo "installing the test oracles (peft, bitsandbytes, ...) into $(VENV) (once) ..."
+	$(PIP_INSTALL) --editable '.[test]'
+	@touch $@
+
+demo-data: $(VENV)/.installed-run ## fetch the demo model and data into .cache/addresses
+	$(BIN)/python examples/addresses/prepare.py
+
+finetune: demo-data ## fine-tune SmolLM2-135M with NF4-QLoRA on real addresses (ARGS="--steps 5" overrides)
+	$(BIN)/phicore finetune --config examples/addresses/finetune.toml $(ARGS)
+
+lint: $(VENV)/.installed-test ## ruff and the type check
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: lint demo-data ## lint, types, then every test
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+clean: ## remove the environment, the caches and the runs
+	rm -rf $(VENV) .cache runs .pytest_cache .hypothesis .mypy_cache .ruff_cache
