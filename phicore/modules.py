@@ -1,0 +1,144 @@
+"""Naming modules: which ones a target means, what it may have meant instead, and how one is put in another's place."""
+
+import difflib
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+
+ALL_LINEAR = "all-linear"
+
+# Models that fuse projections: what people write -> what is there, and the reverse.
+FUSED = {
+    "q_proj": '"qkv_proj"',
+    "k_proj": '"qkv_proj"',
+    "v_proj": '"qkv_proj"',
+    "gate_proj": '"gate_up_proj"',
+    "up_proj": '"gate_up_proj"',
+    "qkv_proj": "q_proj, k_proj and v_proj",
+    "gate_up_proj": "gate_proj and up_proj",
+}
+
+
+def matches(name: str, targets: str | Sequence[str]) -> bool:
+    """Whether a module name is meant: by a list, as an exact name or a ".name" suffix; by a string, as a regular
+    expression that matches it whole. (PEFT's rule.)"""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith("." + target) for target in targets)
+
+
+def leaves(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Iterator[tuple[str, nn.Module]]:
+    """Every submodule of one of these kinds with its name, not descending into one. A module that stands in two
+    places comes twice. The inside of nn.MultiheadAttention is left out: it reads its projections' weights past their
+    forward, so a layer put there would be ignored."""
+
+    def walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+        for name, child in module.named_children():
+            if isinstance(child, kinds):
+                yield prefix + name, child
+            elif not isinstance(child, nn.MultiheadAttention):
+                yield from walk(child, f"{prefix}{name}.")
+
+    return walk(model, "")
+
+
+def select(
+    model: nn.Module,
+    target_modules: str | Sequence[str],
+    exclude_modules: Sequence[str],
+    kinds: tuple[type[nn.Module], ...],
+) -> dict[str, nn.Module]:
+    """The modules that target_modules means, by name, in the model's order.
+
+    Args:
+        model: the tree to search.
+        target_modules: "all-linear" (every layer of these kinds but the output head: what the model's
+            get_output_embeddings returns, and layers whose weight is tied to another module's); a regular expression
+            that matches whole names; or a list of names or ".name" suffixes.
+        exclude_modules: names or suffixes to leave out.
+        kinds: what can be replaced.
+
+    Raises:
+        ValueError: a target or an exclusion that matches nothing, naming it and what is near; a target that is of
+            another kind.
+    """
+    if isinstance(exclude_modules, str) or not target_modules:
+        raise ValueError(
+            f"target_modules must name something and exclude_modules must be a list, got {target_modules!r} and "
+            f"{exclude_modules!r}"
+        )
+    every = dict(model.named_modules(remove_duplicate=False))
+    for excluded in exclude_modules:
+        if not any(matches(name, [excluded]) for name in every):
+            raise ValueError(no_match(f'exclude_modules entry "{excluded}"', excluded, every))
+    candidates = dict(leaves(model, kinds))
+    if target_modules == ALL_LINEAR:
+        heads = output_heads(model)
+        chosen = {name: module for name, module in candidates.items() if module not in heads}
+        hidden = [name for name, module in every.items() if isinstance(module, nn.MultiheadAttention)]
+        if hidden:
+            warnings.warn(
+                f"all-linear leaves out nn.MultiheadAttention, whose projections are not called as layers: "
+                f"{', '.join(hidden)}",
+                stacklevel=3,
+            )
+    else:
+        entries: list[str | list[str]] = (
+            [target_modules] if isinstance(target_modules, str) else [[t] for t in target_modules]
+        )
+        for entry in entries:
+            if any(matches(name, entry) for name in candidates):
+                continue
+            shown = entry if isinstance(entry, str) else entry[0]
+            others = [name for name in every if matches(name, entry)]
+            if others:
+                kind = type(every[others[0]]).__name__
+                accepted = ", ".join(sorted(k.__name__ for k in kinds))
+                raise ValueError(
+                    f'target "{shown}" matches {others[0]}, which is a {kind} and cannot be adapted or quantized; '
+                    f"layers that can: {accepted}, outside nn.MultiheadAttention"
+                )
+            raise ValueError(no_match(f'target "{shown}"', shown, candidates))
+        chosen = {name: module for name, module in candidates.items() if matches(name, target_modules)}
+    chosen = {name: module for name, module in chosen.items() if not matches(name, exclude_modules)}
+    if not chosen:
+        raise ValueError(
+            f"target_modules={target_modules!r} with exclude_modules={list(exclude_modules)!r} leaves no module of "
+            f"{type(model).__name__} (it has {len(candidates)} layers that could be chosen)"
+        )
+    return chosen
+
+
+def no_match(what: str, name: str, among: Sequence[str] | dict[str, nn.Module]) -> str:
+    """The sentence for a name that matches no module: names the fused projection or the nearest names."""
+    last_parts = sorted({path.rsplit(".", 1)[-1] for path in among if path})
+    fused = FUSED.get(name.rsplit(".", 1)[-1], "")
+    if fused and set(re.findall(r"\w+_proj", fused)) <= set(last_parts):
+        verb = "fuses" if ", " not in fused else "splits"
+        return f"no module matches {what}; this model {verb} it: use {fused}"
+    near = difflib.get_close_matches(name.rsplit(".", 1)[-1], last_parts, n=3, cutoff=0.5)
+    hint = f"did you mean {', '.join(near)}?" if near else f"there are: {', '.join(last_parts[:20])}"
+    return f"no module matches {what}; {hint}"
+
+
+def output_heads(model: nn.Module) -> set[nn.Module]:
+    """What "all-linear" leaves alone: the output head that the model names, and any layer whose weight is also
+    another module's (a tied head): adapting or quantising it would untie it."""
+    heads: set[nn.Module] = set()
+    named = getattr(model, "get_output_embeddings", None)
+    if callable(named) and (head := named()) is not None:
+        heads.add(head)
+    owners: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(module)
+    heads.update(module for tied in owners.values() if len(tied) > 1 for module in tied)
+    return heads
+
+
+def replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts a module in the place that a dotted name names."""
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)

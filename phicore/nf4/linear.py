@@ -1,0 +1,193 @@
+"""The NF4 linear layer, as a function and as a module."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from phicore.nf4 import ops
+from phicore.nf4.tensor import NF4Tensor, check_block_size, parts_layout, quantize
+
+
+def linear(x: Tensor, weight: NF4Tensor, bias: Tensor | None = None) -> Tensor:
+    """y = x @ dequantize(weight).T + bias, differentiable in x and bias.
+
+    Args:
+        x: float [..., in]. The weight is decoded to x's dtype; under autocast, to autocast's.
+        weight: NF4 of shape [out, in].
+        bias: float [out], cast to x's dtype, or None.
+
+    Returns:
+        [..., out] in x's dtype (autocast's under autocast).
+
+    Raises:
+        ValueError: weight is not two-dimensional, or x's or bias's last dimension does not fit it.
+    """
+    if len(weight.shape) != 2:
+        raise ValueError(f"nf4.linear takes a weight of shape [out, in], got {tuple(weight.shape)}")
+    return _linear(
+        x,
+        (weight.packed, weight.absmax, weight.nested_absmax, weight.offset),
+        bias,
+        (weight.shape[0], weight.shape[1]),
+        weight.block_size,
+    )
+
+
+def _linear(
+    x: Tensor,
+    parts: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    bias: Tensor | None,
+    shape: tuple[int, int],
+    block_size: int,
+) -> Tensor:
+    if x.shape[-1] != shape[1]:
+        raise ValueError(f"x of shape {tuple(x.shape)} does not fit an NF4 weight of shape [out, in] = {list(shape)}")
+    if bias is not None and tuple(bias.shape) != (shape[0],):
+        raise ValueError(f"bias must have shape [{shape[0]}], got {list(bias.shape)}")
+    # The dispatcher's own autocast rule would cast the float32 scales too.
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    if bias is not None:
+        bias = bias.to(x.dtype)
+    return ops.nf4_linear(x, *parts, bias, list(shape), block_size)
+
+
+class NF4Linear(nn.Module):
+    """A linear layer whose weight is held in NF4. The weight does not train; the bias can.
+
+    The parts of the weight are buffers: `packed`, `absmax` and, double-quantised, `nested_absmax` and `offset`
+    (see NF4Tensor). `.half()`, `.bfloat16()` and `.to(dtype)` change `dtype`, in which the bias is held and adapters
+    are made, and leave the scales in float32.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in nn.Linear. The weight starts undefined, so that a layer
+            can be built on the meta device and filled by load_state_dict; use `from_linear` to encode one.
+        block_size: weights that share one absmax.
+        double_quant: whether the absmax are coded in 8 bits.
+
+    Example:
+        >>> layer = NF4Linear.from_linear(nn.Linear(64, 32))
+        >>> layer(torch.randn(2, 64)).shape
+        torch.Size([2, 32])
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor | None
+    offset: Tensor | None
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        block_size: int = 64,
+        double_quant: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_block_size(block_size)
+        self.in_features, self.out_features = in_features, out_features
+        self.block_size, self.double_quant = block_size, double_quant
+        self.dtype = dtype or torch.get_default_dtype()
+        layout = self._layout()
+        for name in ("packed", "absmax", "nested_absmax", "offset"):
+            size, part_dtype = layout.get(name, (None, None))
+            self.register_buffer(name, None if size is None else torch.empty(size, dtype=part_dtype, device=device))
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(out_features, dtype=self.dtype, device=device))
+        else:
+            self.register_parameter("bias", None)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, block_size: int = 64, double_quant: bool = True) -> "NF4Linear":
+        """Encodes an nn.Linear; the bias is shared with it. Raises as `quantize` does."""
+        layer = cls.from_nf4(quantize(linear.weight, block_size, double_quant), linear.bias)
+        return layer.train(linear.training)
+
+    @classmethod
+    def from_nf4(cls, weight: NF4Tensor, bias: Tensor | None = None) -> "NF4Linear":
+        """Wraps an NF4 weight of shape [out, in] that already exists; parts and bias are shared, not copied."""
+        if len(weight.shape) != 2:
+            raise ValueError(f"NF4Linear takes a weight of shape [out, in], got {tuple(weight.shape)}")
+        layer = cls(
+            weight.shape[1],
+            weight.shape[0],
+            bias=False,
+            block_size=weight.block_size,
+            double_quant=weight.double_quant,
+            device="meta",
+            dtype=weight.dtype,
+        )
+        for name, part in weight.parts().items():
+            setattr(layer, name, part)
+        if bias is not None:
+            layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
+        return layer
+
+    @property
+    def nf4(self) -> NF4Tensor:
+        """The weight, [out, in]; its parts are this layer's buffers."""
+        shape = torch.Size((self.out_features, self.in_features))
+        return NF4Tensor(*self._parts(), shape=shape, dtype=self.dtype, block_size=self.block_size)
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
+        return _linear(x, self._parts(), self.bias, (self.out_features, self.in_features), self.block_size)
+
+    def project(self, x: Tensor) -> Tensor:
+        """x @ W^T without the bias: [..., in] -> [..., out]. Part of the protocol that adapters call."""
+        return _linear(x, self._parts(), None, (self.out_features, self.in_features), self.block_size)
+
+    def project_with_rows(self, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """x @ W^T [..., out] and rows @ W^T [r, out] from one decoding of W; rows carry no gradient. Part of the
+        protocol that adapters call."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return ops.nf4_project_with_rows(
+            x, rows.to(x.dtype), *self._parts(), [self.out_features, self.in_features], self.block_size
+        )
+
+    def dense_weight(self, dtype: torch.dtype) -> Tensor:
+        """The decoded weight [out, in] in dtype. Part of the protocol that adapters call."""
+        return self.nf4.dequantize(dtype)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"block_size={self.block_size}, double_quant={self.double_quant}, dtype={self.dtype}"
+        )
+
+    def _layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        return parts_layout(torch.Size((self.out_features, self.in_features)), self.block_size, self.double_quant)
+
+    def _parts(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        return self.packed, self.absmax, self.nested_absmax, self.offset
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "NF4Linear":
+        # fn moves or casts every floating tensor. A cast means the compute dtype here: scales rounded to 16 bits would
+        # change the weights, so they are put back, on the device that fn chose.
+        scales = {name: part for name in self._layout() if (part := getattr(self, name)).is_floating_point()}
+        super()._apply(fn, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.packed.device)).dtype
+        for name, before in scales.items():
+            after = getattr(self, name)
+            if after.dtype != before.dtype:
+                setattr(
+                    self,
+                    name,
+                    before.to(after.device) if not after.is_meta else torch.empty_like(before, device="meta"),
+                )
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
+        # copy_ would cast float absmax into 8-bit codes without a word.
+        for name, (_, dtype) in self._layout().items():
+            given = state_dict.get(prefix + name)
+            if given is not None and given.dtype != dtype:
+                errors.append(f"{prefix}{name} must be {dtype} (double_quant={self.double_quant}), got {given.dtype}")
+                return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)

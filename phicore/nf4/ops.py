@@ -1,0 +1,124 @@
+"""The NF4 operators, registered with torch.library so that torch.compile and the dispatcher see single opaque calls.
+
+An NF4 weight enters as its parts (packed, absmax, nested_absmax, offset) and its [out, in] shape. The implementations
+here are the torch reference and serve every device; a backend overrides one by registering for its device.
+"""
+
+from math import prod
+
+import torch
+
+from phicore.nf4.codec import decode_absmax, decode_blocks
+
+_PARTS = "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? offset"
+
+torch.library.define(
+    "phicore::nf4_dequantize", f"({_PARTS}, SymInt[] shape, int block_size, ScalarType dtype) -> Tensor"
+)
+torch.library.define(
+    "phicore::nf4_linear", f"(Tensor x, {_PARTS}, Tensor? bias, SymInt[] shape, int block_size) -> Tensor"
+)
+torch.library.define(
+    "phicore::nf4_project_with_rows",
+    f"(Tensor x, Tensor rows, {_PARTS}, SymInt[] shape, int block_size) -> (Tensor, Tensor)",
+)
+torch.library.define("phicore::nf4_linear_dx", f"(Tensor grad, {_PARTS}, SymInt[] shape, int block_size) -> Tensor")
+
+nf4_dequantize = torch.ops.phicore.nf4_dequantize
+nf4_linear = torch.ops.phicore.nf4_linear
+nf4_linear_dx = torch.ops.phicore.nf4_linear_dx
+nf4_project_with_rows = torch.ops.phicore.nf4_project_with_rows
+
+
+@torch.library.impl("phicore::nf4_dequantize", "default")
+def _(packed, absmax, nested_absmax, offset, shape, block_size, dtype):
+    if nested_absmax is not None:
+        absmax = decode_absmax(absmax, nested_absmax, offset)
+    return decode_blocks(packed, absmax, prod(shape), block_size, dtype).view(shape)
+
+
+@torch.library.impl("phicore::nf4_linear", "default")
+def _(x, packed, absmax, nested_absmax, offset, bias, shape, block_size):
+    weight = nf4_dequantize(packed, absmax, nested_absmax, offset, shape, block_size, x.dtype)  # [out, in]
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+@torch.library.impl("phicore::nf4_project_with_rows", "default")
+def _(x, rows, packed, absmax, nested_absmax, offset, shape, block_size):
+    weight = nf4_dequantize(packed, absmax, nested_absmax, offset, shape, block_size, x.dtype)  # [out, in]
+    return torch.nn.functional.linear(x, weight), torch.nn.functional.linear(rows, weight)
+
+
+@torch.library.impl("phicore::nf4_linear_dx", "default")
+def _(grad, packed, absmax, nested_absmax, offset, shape, block_size):
+    weight = nf4_dequantize(packed, absmax, nested_absmax, offset, shape, block_size, grad.dtype)  # [out, in]
+    return grad @ weight
+
+
+@torch.library.register_fake("phicore::nf4_dequantize")
+def _(packed, absmax, nested_absmax, offset, shape, block_size, dtype):
+    return packed.new_empty(shape, dtype=dtype)
+
+
+@torch.library.register_fake("phicore::nf4_linear")
+def _(x, packed, absmax, nested_absmax, offset, bias, shape, block_size):
+    return x.new_empty((*x.shape[:-1], shape[0]))
+
+
+@torch.library.register_fake("phicore::nf4_project_with_rows")
+def _(x, rows, packed, absmax, nested_absmax, offset, shape, block_size):
+    return x.new_empty((*x.shape[:-1], shape[0])), rows.new_empty((rows.shape[0], shape[0]))
+
+
+@torch.library.register_fake("phicore::nf4_linear_dx")
+def _(grad, packed, absmax, nested_absmax, offset, shape, block_size):
+    return grad.new_empty((*grad.shape[:-1], shape[1]))
+
+
+# The products are linear in x: their backward needs the packed weight only, neither x nor a decoded copy of W.
+
+
+def _save(ctx, parts, shape, block_size):
+    ctx.save_for_backward(*parts)
+    ctx.shape, ctx.block_size = shape, block_size
+
+
+def _linear_setup(ctx, inputs, output):
+    _, *parts, _, shape, block_size = inputs
+    _save(ctx, parts, shape, block_size)
+
+
+def _linear_backward(ctx, grad):
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = nf4_linear_dx(grad, *ctx.saved_tensors, ctx.shape, ctx.block_size)
+    if ctx.needs_input_grad[5]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+    return grad_x, None, None, None, None, grad_bias, None, None
+
+
+def _project_setup(ctx, inputs, output):
+    _, _, *parts, shape, block_size = inputs
+    _save(ctx, parts, shape, block_size)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _project_backward(ctx, grad, _grad_rows):
+    grad_x = nf4_linear_dx(grad, *ctx.saved_tensors, ctx.shape, ctx.block_size) if ctx.needs_input_grad[0] else None
+    return grad_x, None, None, None, None, None, None, None
+
+
+def _linear_dx_setup(ctx, inputs, output):
+    _, *parts, shape, block_size = inputs
+    _save(ctx, parts, shape, block_size)
+
+
+def _linear_dx_backward(ctx, grad):
+    # dx = g W is linear in g, so its own backward is the forward product again.
+    grad_g = nf4_linear(grad, *ctx.saved_tensors, None, ctx.shape, ctx.block_size) if ctx.needs_input_grad[0] else None
+    return grad_g, None, None, None, None, None, None
+
+
+torch.library.register_autograd("phicore::nf4_linear", _linear_backward, setup_context=_linear_setup)
+torch.library.register_autograd("phicore::nf4_project_with_rows", _project_backward, setup_context=_project_setup)
+torch.library.register_autograd("phicore::nf4_linear_dx", _linear_dx_backward, setup_context=_linear_dx_setup)
