@@ -1,0 +1,261 @@
+"""Putting adapters into a model, merging them into its weights and taking them out again."""
+
+import copy
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from phicore.adapters.config import LoRAConfig
+from phicore.adapters.dora import DoRALinear
+from phicore.adapters.lora import LoRALinear, LowRankLinear
+from phicore.modules import matches, no_match, replace, select
+from phicore.nf4.linear import NF4Linear
+from phicore.nf4.tensor import quantize
+
+ADAPTABLE = (nn.Linear, NF4Linear, LowRankLinear)
+T = TypeVar("T")
+
+
+class TrainedCopy(nn.Module):
+    """A module of `modules_to_save`: a trained copy that stands in for its frozen base.
+
+    Attributes:
+        base: the frozen module.
+        trained: the copy that trains and answers while `enabled`.
+        adapter_name: which adapter of the model it belongs to.
+    """
+
+    def __init__(self, base: nn.Module, adapter_name: str) -> None:
+        super().__init__()
+        self.trained = copy.deepcopy(base).requires_grad_(True)
+        self.base = base.requires_grad_(False)
+        self.adapter_name = adapter_name
+        self.enabled = True
+        self.train(base.training)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return (self.trained if self.enabled else self.base)(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        # Code that reads a head's or an embedding's weight finds the trained one.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("trained"), name)
+
+
+AdapterLayer = LowRankLinear | TrainedCopy
+
+
+def pattern_value(pattern: Mapping[str, T], name: str, default: T) -> T:
+    """The value whose key, a regular expression, is the whole name or its end after a dot; the first that fits."""
+    for key, value in pattern.items():
+        if re.fullmatch(rf"(.*\.)?({key})", name):
+            return value
+    return default
+
+
+def plan(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+    """Which modules `attach` would adapt and which it would copy whole, by name; the model is not changed.
+
+    Raises:
+        ValueError: a target, an exclusion, a pattern or an entry of modules_to_save that matches nothing.
+    """
+    saved: dict[str, nn.Module] = {}
+    every = dict(model.named_modules())
+    for entry in config.modules_to_save:
+        found = {name: module for name, module in every.items() if matches(name, [entry])}
+        if not found:
+            raise ValueError(no_match(f'modules_to_save entry "{entry}"', entry, every))
+        saved |= found
+    whole = tuple(f"{path}." for path in saved)
+    targets = {
+        path: module
+        for path, module in select(model, config.target_modules, config.exclude_modules, ADAPTABLE).items()
+        if path not in saved and not path.startswith(whole)
+    }
+    for what, pattern in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+        for key in pattern:
+            if not any(pattern_value({key: True}, name, False) for name in targets):
+                raise ValueError(no_match(f'{what} key "{key}"', key, targets))
+    for name, module in targets.items():
+        if isinstance(module, nn.Linear) and not module.weight.is_floating_point():
+            raise TypeError(f"{name} has {module.weight.dtype} weights; adapters need a floating-point or NF4 layer")
+    return targets, saved
+
+
+def attach(model: nn.Module, config: LoRAConfig, name: str = "default") -> nn.Module:
+    """Freezes a model and puts adapter layers in it, in place.
+
+    Over a model that has adapters already, the new one adapts their sum, and it alone trains.
+
+    Args:
+        model: any module; its nn.Linear and NF4Linear layers can be adapted.
+        config: which layers and how.
+        name: of the adapter, for saving and switching.
+
+    Returns:
+        The model. Its parameters that require gradients are now the adapter's.
+
+    Raises:
+        ValueError: a target that matches nothing (with near misses), an adapter of this name that is there already, a
+            merged model. The model is then unchanged.
+        TypeError: a target whose weights are not floating-point; the model is then unchanged.
+    """
+    if name in {layer.adapter_name for _, layer in adapter_layers(model)}:
+        raise ValueError(f'the model has an adapter named "{name}" already; give another name')
+    if any(merged_layers(model)):
+        raise ValueError("the model's adapters are merged; unmerge it before attaching another")
+    targets, saved = plan(model, config)
+    layers: dict[nn.Module, nn.Module] = {}
+    for path, module in targets.items():
+        if module in layers:  # a layer that stands in two places gets one adapter
+            continue
+        make = DoRALinear if config.dora else LoRALinear
+        layer = make(
+            module,
+            pattern_value(config.rank_pattern, path, config.rank),
+            pattern_value(config.alpha_pattern, path, config.alpha),
+            config.dropout,
+            rslora=config.rslora,
+            init=config.init,
+            dtype=config.adapter_dtype,
+        )
+        layer.adapter_name = name
+        layers[module] = layer
+    copies = {path: TrainedCopy(module, name) for path, module in saved.items()}
+    model.requires_grad_(False)
+    for path, module in targets.items():
+        replace(model, path, layers[module].requires_grad_(True))
+        layers[module].base.requires_grad_(False)
+    for path, trained_copy in copies.items():
+        replace(model, path, trained_copy)
+        trained_copy.trained.requires_grad_(True)
+    return model
+
+
+def adapter_layers(
+    model: nn.Module, name: str | None = None, *, every_place: bool = False
+) -> Iterator[tuple[str, AdapterLayer]]:
+    """The adapter layers of a model with the names of the places they stand in, outermost first.
+
+    Args:
+        model: any module.
+        name: only this adapter's.
+        every_place: a layer that stands in two places comes twice.
+
+    Yields:
+        (name that the layer had before adapting, layer).
+    """
+    for path, module in model.named_modules(remove_duplicate=not every_place):
+        if isinstance(module, LowRankLinear | TrainedCopy) and (name is None or module.adapter_name == name):
+            yield re.sub(r"(\.base)+$|^base$", "", path), module
+
+
+def merged_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, AdapterLayer]]:
+    """The layers that `merge` made: name, merged layer, and the adapter layer that it stands for."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        layer = module.__dict__.get("merged_from")
+        if layer is not None:
+            yield path, module, layer
+
+
+@torch.no_grad()
+def merge(model: nn.Module, *, requantize: bool = False) -> dict[str, float]:
+    """Replaces each adapter layer by one plain layer that computes the same, in place.
+
+    A merged model has the modules and state-dict keys that it had before `attach`. The sum is made in float32 and
+    rounded once to the base's dtype. An NF4 base becomes a dense layer of its compute dtype, since encoding again loses
+    about as much as the first encoding did. The adapter layers and their bases are kept aside for `unmerge`: until
+    then a merged model holds its adapted weights twice.
+
+    Args:
+        model: a model with adapters.
+        requantize: encode the result over an NF4 base to NF4 again.
+
+    Returns:
+        The relative error of each merged weight against the exact sum, ||stored - exact|| / ||exact||, by name.
+
+    Raises:
+        ValueError: the model has no adapter, or is merged already.
+    """
+    if any(merged_layers(model)):
+        raise ValueError("the model is merged already")
+    outermost: dict[str, AdapterLayer] = {}
+    for path, layer in adapter_layers(model, every_place=True):
+        outermost.setdefault(path, layer)
+    if not outermost:
+        raise ValueError("the model has no adapter to merge")
+    made: dict[AdapterLayer, tuple[nn.Module, float]] = {}
+    for layer in outermost.values():
+        if layer not in made:
+            made[layer] = (layer.trained, 0.0) if isinstance(layer, TrainedCopy) else _merged_linear(layer, requantize)
+    for path, layer in outermost.items():
+        merged, _ = made[layer]
+        merged.__dict__["merged_from"] = layer  # past nn.Module's registry: not a submodule, not in state dicts
+        replace(model, path, merged)
+    return {path: made[layer][1] for path, layer in outermost.items()}
+
+
+def _merged_linear(layer: LowRankLinear, requantize: bool) -> tuple[nn.Module, float]:
+    exact = layer.merged_weight()  # [out, in]
+    innermost = layer.base
+    while isinstance(innermost, LowRankLinear):
+        innermost = innermost.base
+    bias = layer.bias
+    merged: nn.Module
+    if requantize and isinstance(innermost, NF4Linear):
+        code = quantize(exact, innermost.block_size, innermost.double_quant)
+        merged = NF4Linear.from_nf4(code, bias)
+        merged.dtype = innermost.dtype
+        stored: Tensor = code.dequantize(exact.dtype)
+    else:
+        weight = exact.to(layer.dtype)
+        merged = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        merged.weight = nn.Parameter(weight, requires_grad=False)
+        if bias is not None:
+            merged.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        stored = weight.to(exact.dtype)
+    norm = torch.linalg.vector_norm(exact)
+    error = torch.linalg.vector_norm(stored - exact) / norm if norm > 0 else torch.linalg.vector_norm(stored)
+    return merged.train(layer.training), float(error)
+
+
+def unmerge(model: nn.Module) -> nn.Module:
+    """Puts the adapter layers back that `merge` took out. The base is restored bit for bit: it was never touched.
+
+    Raises:
+        ValueError: the model is not merged.
+    """
+    found = list(merged_layers(model))
+    if not found:
+        raise ValueError("the model is not merged")
+    for path, merged, layer in found:
+        merged.__dict__.pop("merged_from", None)
+        where = next((t.device for t in [*merged.parameters(), *merged.buffers()]), None)
+        replace(model, path, layer.to(where).train(merged.training))
+    return model
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Within it, the base model alone answers: adapters are passed by.
+
+    Raises:
+        ValueError: the model has no adapter, or is merged.
+    """
+    layers = [layer for _, layer in adapter_layers(model)]
+    if not layers or any(merged_layers(model)):
+        raise ValueError("the model has no adapter that could be disabled" + (" (it is merged)" if not layers else ""))
+    before = [layer.enabled for layer in layers]
+    try:
+        for layer in layers:
+            layer.enabled = False
+        yield model
+    finally:
+        for layer, enabled in zip(layers, before, strict=True):
+            layer.enabled = enabled

@@ -1,0 +1,70 @@
+"""LoRAConfig: which layers are adapted and how."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+INITS = ("kaiming", "gaussian")
+
+
+@dataclass(kw_only=True, slots=True)
+class LoRAConfig:
+    """How `attach` adapts a model. Field names and defaults are the same in the CLI, in config files and here."""
+
+    rank: int = 16
+    """Inner dimension of the low-rank product B A."""
+
+    alpha: float = 32.0
+    """Numerator of the scaling: alpha / rank, or alpha / sqrt(rank) with rslora."""
+
+    target_modules: str | Sequence[str] = "all-linear"
+    """Layers to adapt: "all-linear" (all but the output head), a list of names or ".name" suffixes, or a regular
+    expression that matches whole names."""
+
+    exclude_modules: Sequence[str] = field(default_factory=list)
+    """Names or suffixes of layers to leave out."""
+
+    dropout: float = 0.0
+    """Probability of zeroing an input of the low-rank path while training."""
+
+    dora: bool = False
+    """Weight-decomposed adaptation: train a magnitude per output row beside the low-rank direction."""
+
+    rslora: bool = False
+    """Rank-stabilised scaling, alpha / sqrt(rank)."""
+
+    init: str = "kaiming"
+    """Start of A: "kaiming" (uniform, a = sqrt(5)) or "gaussian" (normal, std 1 / rank). B starts at zero."""
+
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Other ranks for some layers: regular expression that ends a layer's name -> rank."""
+
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Other alphas for some layers: regular expression that ends a layer's name -> alpha."""
+
+    modules_to_save: Sequence[str] = field(default_factory=list)
+    """Names or suffixes of modules that are trained whole, and saved with the adapter."""
+
+    adapter_dtype: torch.dtype | None = None
+    """Dtype of the adapter's weights in memory and on disk; None takes the base layer's."""
+
+    def __post_init__(self) -> None:
+        for what, rank in [("rank", self.rank), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())]:
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank <= 0:
+                raise ValueError(f"{what} must be a whole number above 0, got {rank!r}")
+        for what, alpha in [
+            ("alpha", self.alpha),
+            *((f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern.items()),
+        ]:
+            if not alpha > 0:
+                raise ValueError(f"{what} must be above 0, got {alpha!r}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout!r}")
+        if self.init not in INITS:
+            raise ValueError(f"init must be one of {', '.join(INITS)}, got {self.init!r}")
+
+
+def scaling(rank: int, alpha: float, rslora: bool) -> float:
+    """Factor of B A: alpha / rank (Hu et al. 2021, section 4.1), or alpha / sqrt(rank) (Kalajdzievski 2023)."""
+    return alpha / rank**0.5 if rslora else alpha / rank

@@ -1,0 +1,144 @@
+"""DoRA (Liu et al. 2024): W' = m * V' / ||V'||, V' = W + scaling * B A, one norm and one magnitude per output row."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from phicore.adapters import base as base_layer
+from phicore.adapters.lora import LowRankLinear, low_rank_update
+
+
+def factored_norm_squared(base_norm_squared: Tensor, WA: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """||W + scale * B A||^2 per row, without the dense product.
+
+    ||W||^2 + 2 scale rowsum((W A^T) o B) + scale^2 rowsum((B A A^T) o B), which costs rank / out of the dense way.
+
+    Args:
+        base_norm_squared: rowsum(W o W), [out].
+        WA: W A^T, [out, rank].
+        A: [rank, in].
+        B: [out, rank].
+        scale: factor of B A.
+
+    Returns:
+        [out] in base_norm_squared's dtype, in which everything is summed; not below zero.
+    """
+    A, B, WA = (t.to(base_norm_squared.dtype) for t in (A, B, WA))
+    gram = A @ A.t()  # [rank, in] @ [in, rank] -> [rank, rank]
+    cross = (WA * B).sum(1)  # [out]
+    square = ((B @ gram) * B).sum(1)  # [out]
+    return (base_norm_squared + 2 * scale * cross + scale**2 * square).clamp(min=0)
+
+
+def row_scale(magnitude: Tensor, norm: Tensor) -> Tensor:
+    """m / ||V'||, [out]; zero where the norm is zero, so that a zero row stays a finite zero row."""
+    return torch.where(norm > 0, magnitude / norm.where(norm > 0, 1), 0)
+
+
+# The factored norm subtracts numbers of the size of ||W||^2, so its relative error grows as (||W|| / ||V'||)^2. Rows
+# whose ||V'||^2 falls below this fraction of ||W||^2 are summed densely instead. In 16 bits W A^T itself is rounded.
+CANCELLATION = {torch.float64: 1e-4, torch.float32: 1e-2, torch.bfloat16: 0.25, torch.float16: 0.05}
+
+
+class DoRALinear(LowRankLinear):
+    """A linear layer with a DoRA adapter: y = (m / ||V'||) * (x V'^T) + bias, V' = W + scaling * B A.
+
+    The norm follows A and B in the forward pass and is a constant in the backward pass (section 4.3 of the paper). It
+    comes from the factored form, so a step costs about what LoRA's costs. Dropout touches the low-rank path only;
+    the bias is not scaled.
+
+    Args and errors: as LoRALinear.
+
+    Attributes:
+        magnitude: m, [out]; starts at ||W|| (at ||V'|| for an init whose B is not zero).
+    """
+
+    base_norm_squared: Tensor
+
+    def __init__(self, base: nn.Module, rank: int = 16, alpha: float = 32.0, dropout: float = 0.0, **options: Any):
+        super().__init__(base, rank, alpha, dropout, **options)
+        self.magnitude = nn.Parameter(
+            torch.empty(self.out_features, dtype=self.lora_A.dtype, device=self.lora_A.device)
+        )
+        accumulate = base_layer.accumulate_dtype(self.dtype)
+        norm_squared = torch.empty(self.out_features, dtype=accumulate, device=self.lora_A.device)
+        self.register_buffer("base_norm_squared", norm_squared, persistent=False)
+        self.register_load_state_dict_post_hook(_refresh_after_load)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Starts A and B as LoRA does and m at the norms, so that the layer equals its base."""
+        super().reset_parameters()
+        self.refresh_base_norm()
+        if not self.magnitude.is_meta:
+            self.magnitude.copy_(torch.linalg.vector_norm(self._direction(), dim=1))
+
+    @torch.no_grad()
+    def refresh_base_norm(self) -> None:
+        """Sums ||W||^2 anew. Needed only after the base's weight was changed by hand; loading and casting do it."""
+        if not self.lora_A.is_meta:
+            weight = self.dense_base()
+            self.base_norm_squared = (weight * weight).sum(1)
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
+        if not self.enabled:
+            return self.base(x)
+        v, scale = self._project(x)
+        if self.bias is None:
+            return v * scale
+        return torch.addcmul(self.bias.to(v.dtype), v, scale)
+
+    def project(self, x: Tensor) -> Tensor:
+        """x @ W'^T, without the bias."""
+        if not self.enabled:
+            return base_layer.project(self.base, x)
+        v, scale = self._project(x)
+        return v * scale
+
+    def merged_weight(self) -> Tensor:
+        """W', [out, in], in float32 (float64 for a float64 layer)."""
+        if not self.enabled:
+            return self.dense_base()
+        direction = self._direction()
+        norm = torch.linalg.vector_norm(direction, dim=1)
+        return row_scale(self.magnitude.to(norm.dtype), norm).unsqueeze(1) * direction
+
+    def _direction(self) -> Tensor:
+        return self.dense_base() + self.product()  # V', [out, in]
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x V'^T [..., out] and m / ||V'|| [out], both in the base's output dtype."""
+        z, wa = base_layer.project_with_rows(self.base, x, self.lora_A.detach().to(x.dtype))
+        norm = self._norm(wa.t())
+        scale = row_scale(self.magnitude.to(norm.dtype), norm).to(z.dtype)
+        return low_rank_update(z, self.low_rank_input(x), self.lora_A, self.lora_B, self.scaling), scale
+
+    @torch.no_grad()
+    def _norm(self, WA: Tensor) -> Tensor:
+        """||V'|| per row, [out], in base_norm_squared's dtype; WA is W A^T [out, rank] as the base computed it."""
+        A, B = self.lora_A, self.lora_B
+        norm_squared = factored_norm_squared(self.base_norm_squared, WA, A, B, self.scaling)
+        cancelled = norm_squared < CANCELLATION[WA.dtype] * self.base_norm_squared  # [out]
+
+        def dense() -> Tensor:
+            return torch.where(cancelled, self._direction().to(norm_squared.dtype).square().sum(1), norm_squared)
+
+        def factored() -> Tensor:
+            return norm_squared.clone()
+
+        if torch.compiler.is_compiling():  # a branch on data inside one graph
+            return torch.cond(cancelled.any(), dense, factored, ()).sqrt()
+        return (dense() if cancelled.any() else norm_squared).sqrt()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "DoRALinear":
+        dtype = self.dtype
+        super()._apply(fn, recurse)
+        if self.dtype != dtype:  # a cast rounds W, and must not round the sums
+            self.refresh_base_norm()
+        return self
+
+
+def _refresh_after_load(layer: DoRALinear, _keys: Any) -> None:
+    layer.refresh_base_norm()

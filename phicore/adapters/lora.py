@@ -1,0 +1,179 @@
+"""LoRA (Hu et al. 2021): y = base(x) + scaling * (x A^T) B^T."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from phicore.adapters import base as base_layer
+from phicore.adapters.config import LoRAConfig, scaling
+
+
+def low_rank_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """y + scale * (x A^T) B^T.
+
+    Saves x and x A^T for the backward pass and makes no other temporary as large as y.
+
+    Args:
+        y: [..., out].
+        x: [..., in].
+        A: [rank, in].
+        B: [out, rank].
+        scale: factor of the product.
+
+    Returns:
+        [..., out] in y's dtype.
+    """
+    u = nn.functional.linear(x, A.to(x.dtype))  # [..., in] @ [in, rank] -> [..., rank]
+    flat = torch.addmm(y.reshape(-1, y.shape[-1]), u.reshape(-1, u.shape[-1]), B.to(u.dtype).t(), alpha=scale)
+    return flat.view(y.shape)
+
+
+class LowRankLinear(nn.Module):
+    """What LoRA and DoRA layers share: a frozen base and a low-rank pair A, B beside it.
+
+    Attributes:
+        base: the frozen layer.
+        lora_A: [rank, in].
+        lora_B: [out, rank].
+        rank, alpha, rslora, scaling: as in LoRAConfig.
+        dropout: probability of zeroing an input of the low-rank path while training.
+        adapter_name: which adapter of the model this layer belongs to.
+        enabled: when False the layer is its base.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        rank: int = 16,
+        alpha: float = 32.0,
+        dropout: float = 0.0,
+        *,
+        rslora: bool = False,
+        init: str = "kaiming",
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not hasattr(base, "in_features") or not hasattr(base, "out_features"):
+            raise TypeError(
+                f"{type(self).__name__} adapts nn.Linear, NF4Linear or another adapter, got {type(base).__name__}"
+            )
+        LoRAConfig(rank=rank, alpha=alpha, dropout=dropout, init=init)  # raises on what is out of range
+        self.base = base.requires_grad_(False)
+        self.in_features, self.out_features = int(base.in_features), int(base.out_features)  # type: ignore[arg-type]
+        self.rank, self.alpha, self.dropout = rank, alpha, dropout
+        self.rslora, self.init = rslora, init
+        self.scaling = scaling(rank, alpha, rslora)
+        self.adapter_name = "default"
+        self.enabled = True
+        where: dict[str, Any] = {
+            "dtype": dtype or base_layer.compute_dtype(base),
+            "device": base_layer.device(base),
+        }
+        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, **where))
+        self.lora_B = nn.Parameter(torch.empty(self.out_features, rank, **where))
+        self.train(base.training)
+
+    def reset_parameters(self) -> None:
+        """Starts A as `init` says and B at zero, so that the layer equals its base."""
+        if self.init == "kaiming":
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        else:
+            nn.init.normal_(self.lora_A, std=1 / self.rank)
+        nn.init.zeros_(self.lora_B)
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's weight, for code that reads a layer's weight (its dtype, say)."""
+        return self.base.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's bias, [out] or None."""
+        return self.base.bias  # type: ignore[return-value]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The base's compute dtype."""
+        return base_layer.compute_dtype(self.base)
+
+    def low_rank_input(self, x: Tensor) -> Tensor:
+        """x after dropout. [..., in]."""
+        return nn.functional.dropout(x, self.dropout, self.training) if self.dropout else x
+
+    def product(self) -> Tensor:
+        """scaling * B A, [out, in], in float32 (float64 for a float64 layer)."""
+        accumulate = base_layer.accumulate_dtype(self.dtype)
+        return self.scaling * (self.lora_B.to(accumulate) @ self.lora_A.to(accumulate))
+
+    def dense_base(self) -> Tensor:
+        """The base's weight, [out, in], in float32 (float64 for a float64 layer)."""
+        return base_layer.dense_weight(self.base, base_layer.accumulate_dtype(self.dtype))
+
+    def project_with_rows(self, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """For an adapter over this one: x and rows through this layer's weight. [..., out] and [r, out]."""
+        y = self.project(x)
+        with torch.no_grad():
+            return y, rows @ self.dense_weight(rows.dtype).t()
+
+    def dense_weight(self, dtype: torch.dtype) -> Tensor:
+        """The weight that this layer amounts to, [out, in], computed in float32 and rounded once to dtype."""
+        return self.merged_weight().to(dtype)
+
+    def project(self, x: Tensor) -> Tensor:
+        """x through this layer's weight, without the bias: [..., in] -> [..., out]."""
+        raise NotImplementedError
+
+    def merged_weight(self) -> Tensor:
+        """The weight that this layer amounts to, [out, in], in float32 (float64 for a float64 layer)."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return (
+            f"rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}, rslora={self.rslora}, "
+            f"adapter_name={self.adapter_name!r}"
+        )
+
+
+class LoRALinear(LowRankLinear):
+    """A linear layer with a LoRA adapter: y = base(x) + scaling * (dropout(x) A^T) B^T.
+
+    Args:
+        base: nn.Linear, NF4Linear or another adapter; it is frozen.
+        rank: inner dimension of the pair.
+        alpha: numerator of the scaling.
+        dropout: probability of zeroing an input of the low-rank path while training.
+        rslora: scale by alpha / sqrt(rank).
+        init: start of A, "kaiming" or "gaussian".
+        dtype: of A and B; None takes the base's compute dtype.
+
+    Raises:
+        TypeError: base is no linear layer.
+        ValueError: rank, alpha, dropout or init out of range.
+
+    Example:
+        >>> layer = LoRALinear(nn.Linear(64, 32), rank=4, alpha=8)
+        >>> layer(torch.randn(2, 64)).shape
+        torch.Size([2, 32])
+    """
+
+    def __init__(self, base: nn.Module, rank: int = 16, alpha: float = 32.0, dropout: float = 0.0, **options: Any):
+        super().__init__(base, rank, alpha, dropout, **options)
+        self.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
+        y = self.base(x)
+        return self._update(y, x) if self.enabled else y
+
+    def project(self, x: Tensor) -> Tensor:
+        """x @ (W + scaling * B A)^T, without the bias."""
+        y = base_layer.project(self.base, x)
+        return self._update(y, x) if self.enabled else y
+
+    def merged_weight(self) -> Tensor:
+        """W + scaling * B A, [out, in], in float32 (float64 for a float64 layer)."""
+        return self.dense_base() + self.product() if self.enabled else self.dense_base()
+
+    def _update(self, y: Tensor, x: Tensor) -> Tensor:
+        return low_rank_update(y, self.low_rank_input(x), self.lora_A, self.lora_B, self.scaling)
