@@ -1,0 +1,1 @@
+"""Files whose layout other projects define, one file per format."""

@@ -1,0 +1,317 @@
+"""The adapter format of PEFT: adapter_model.safetensors and adapter_config.json.
+
+A key is "base_model.model." + the module's name + ".lora_A.weight" [rank, in], ".lora_B.weight" [out, rank],
+".lora_magnitude_vector" [out] (DoRA), or, for a module trained whole, the name of one of its own tensors. The adapter's
+name is not in the file.
+"""
+
+import json
+import os
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from phicore import atomic
+from phicore.adapters.attach import (
+    ADAPTABLE,
+    AdapterLayer,
+    TrainedCopy,
+    adapter_layers,
+    attach,
+    merged_layers,
+    pattern_value,
+    plan,
+)
+from phicore.adapters.config import LoRAConfig
+from phicore.adapters.dora import DoRALinear
+from phicore.adapters.lora import LowRankLinear
+from phicore.modules import ALL_LINEAR, leaves, matches, output_heads
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PREFIX = "base_model.model."
+
+# Fields that say nothing about what the adapter computes once its weights are there.
+NEUTRAL = {
+    "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version",
+    "init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_config",
+    "megatron_core", "runtime_config", "ephemeral_gpu_offload", "ensure_weight_tying", "qalora_group_size",
+    "layers_pattern", "lora_dropout",
+}  # fmt: skip
+READ = {
+    "peft_type", "r", "lora_alpha", "target_modules", "exclude_modules", "use_dora", "use_rslora", "rank_pattern",
+    "alpha_pattern", "modules_to_save", "bias",
+}  # fmt: skip
+
+
+def save_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str = "default") -> None:
+    """Writes an adapter in PEFT's format; each file appears whole or not at all, the weights first.
+
+    Args:
+        model: a model with the adapter attached and not merged.
+        directory: made if missing. Other files in it are left alone.
+        name: which adapter.
+
+    Raises:
+        ValueError: the model has no such adapter, or is merged.
+    """
+    tensors = {key: tensor.detach().contiguous().cpu() for key, tensor in adapter_tensors(model, name).items()}
+    config = adapter_config(model, name)
+    atomic.write_bytes(Path(directory) / WEIGHTS, save(tensors, metadata={"format": "pt"}))
+    atomic.write_text(Path(directory) / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def load_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str = "default") -> nn.Module:
+    """Reads an adapter in PEFT's format into a model, in place; attaches it first if the model has none of this name.
+
+    A,B and magnitude keep the dtype that they have in the file.
+
+    Args:
+        model: the base model, or one with this adapter attached.
+        directory: holds adapter_model.safetensors and adapter_config.json.
+        name: to give to the adapter.
+
+    Returns:
+        The model.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file that cannot be read, a setting that this library does not know, keys that are missing or
+            unexpected, shapes that do not fit: all are listed, and the model is unchanged.
+    """
+    directory = Path(directory)
+    raw = _read_config(directory)
+    tensors = _read_tensors(directory / WEIGHTS)
+    present = name in {layer.adapter_name for _, layer in adapter_layers(model)}
+    if any(merged_layers(model)):
+        raise ValueError("the model's adapters are merged; unmerge it before loading one")
+    if present:
+        expected = {key: t.shape for key, t in adapter_tensors(model, name).items()}
+        config = None
+        unlike = {k: v for k, v in adapter_config(model, name).items() if k in _MATHS and v != _normal(raw, k, v)}
+        if unlike:
+            differences = ", ".join(f"{k}: {_normal(raw, k, v)!r} in the file, {v!r} here" for k, v in unlike.items())
+            raise ValueError(f'the adapter "{name}" of the model and {directory} differ: {differences}')
+    else:
+        config = _lora_config(model, raw, tensors)
+        expected = _expected_shapes(model, config)
+    _check_keys(expected, tensors, directory)
+    if config is not None:
+        attach(model, config, name)
+    with torch.no_grad():
+        for key, parameter in adapter_tensors(model, name).items():
+            parameter.copy_(tensors[key])
+    return model
+
+
+def adapter_tensors(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
+    """The adapter's own tensors (not copies) by their keys in PEFT's file.
+
+    Raises:
+        ValueError: the model has no such adapter, or is merged.
+    """
+    layers = list(adapter_layers(model, name))
+    if not layers:
+        names = sorted({layer.adapter_name for _, layer in adapter_layers(model)})
+        state = "is merged; unmerge it first" if any(merged_layers(model)) else f"has the adapters {names}"
+        raise ValueError(f'no adapter named "{name}" to read: the model {state}')
+    return {key: tensor for path, layer in layers for key, tensor in _layer_tensors(path, layer).items()}
+
+
+def _layer_tensors(path: str, layer: AdapterLayer) -> dict[str, Tensor]:
+    if isinstance(layer, TrainedCopy):
+        return {f"{PREFIX}{path}.{key}": tensor for key, tensor in layer.trained.state_dict(keep_vars=True).items()}
+    tensors: dict[str, Tensor] = {
+        f"{PREFIX}{path}.lora_A.weight": layer.lora_A,
+        f"{PREFIX}{path}.lora_B.weight": layer.lora_B,
+    }
+    if isinstance(layer, DoRALinear):
+        tensors[f"{PREFIX}{path}.lora_magnitude_vector"] = layer.magnitude
+    return tensors
+
+
+_MATHS = ("r", "lora_alpha", "use_dora", "use_rslora", "rank_pattern", "alpha_pattern")
+
+
+def _normal(raw: dict[str, Any], key: str, like: Any) -> Any:
+    return raw.get(key) or type(like)()
+
+
+def adapter_config(model: nn.Module, name: str = "default") -> dict[str, Any]:
+    """adapter_config.json for an attached adapter: the fields that readers need and those that differ from default."""
+    layers = [(path, layer) for path, layer in adapter_layers(model, name) if isinstance(layer, LowRankLinear)]
+    saved = [path for path, layer in adapter_layers(model, name) if isinstance(layer, TrainedCopy)]
+    ranks = Counter(layer.rank for _, layer in layers)
+    alphas = Counter(layer.alpha for _, layer in layers)
+    rank, alpha = ranks.most_common(1)[0][0], alphas.most_common(1)[0][0]
+    first = layers[0][1]
+    base_config = getattr(model, "config", None)
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": getattr(base_config, "_name_or_path", None) or None,
+        "task_type": _task_type(model),
+        "r": rank,
+        "lora_alpha": _integer_if_whole(alpha),
+        "lora_dropout": first.dropout,
+        "target_modules": _shortest_targets(model, [path for path, _ in layers]),
+        "use_dora": isinstance(first, DoRALinear),
+        "use_rslora": first.rslora,
+        "rank_pattern": {re.escape(p): layer.rank for p, layer in layers if layer.rank != rank},
+        "alpha_pattern": {re.escape(p): _integer_if_whole(layer.alpha) for p, layer in layers if layer.alpha != alpha},
+        "modules_to_save": sorted(saved) or None,
+        "bias": "none",
+        "inference_mode": True,
+    }
+    return config
+
+
+def _integer_if_whole(alpha: float) -> float | int:
+    return int(alpha) if float(alpha).is_integer() else alpha  # PEFT declares lora_alpha an int
+
+
+def _task_type(model: nn.Module) -> str | None:
+    for ending, task in (
+        ("ForCausalLM", "CAUSAL_LM"),
+        ("LMHeadModel", "CAUSAL_LM"),
+        ("ForSequenceClassification", "SEQ_CLS"),
+        ("ForTokenClassification", "TOKEN_CLS"),
+        ("ForQuestionAnswering", "QUESTION_ANS"),
+        ("ForConditionalGeneration", "SEQ_2_SEQ_LM"),
+    ):
+        if type(model).__name__.endswith(ending):
+            return task
+    return None
+
+
+def _shortest_targets(model: nn.Module, paths: list[str]) -> list[str]:
+    """Last names if they mean just these modules, whole names otherwise; sorted, since PEFT's own order is a hash's."""
+    last = sorted({path.rsplit(".", 1)[-1] for path in paths})
+    inside = tuple(f"{path}." for path, _ in adapter_layers(model))
+    meant = {name for name, _ in model.named_modules() if matches(name, last) and not name.startswith(inside)}
+    return last if meant == set(paths) else sorted(paths)
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    path = directory / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"{directory} holds no {CONFIG}; an adapter directory has {CONFIG} and {WEIGHTS}")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":
+        given = raw.get("peft_type") if isinstance(raw, dict) else type(raw).__name__
+        raise ValueError(f'{path}: peft_type must be "LORA", got {given!r}')
+    if raw.get("bias", "none") != "none":
+        raise ValueError(f'{path}: bias={raw["bias"]!r} is not supported; only "none" is')
+    unknown = sorted(key for key, value in raw.items() if value and key not in NEUTRAL | READ)
+    if unknown:
+        raise ValueError(
+            f"{path}: settings that this library does not support: " + ", ".join(f"{k}={raw[k]!r}" for k in unknown)
+        )
+    return raw
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} holds no {path.name}; adapters saved by pickle (.bin) are not read")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def _lora_config(model: nn.Module, raw: dict[str, Any], tensors: dict[str, Tensor]) -> LoRAConfig:
+    """The configuration that attaches what the file holds: its own modules, by their whole names.
+
+    PEFT passes over targets that match nothing, so target_modules alone does not say what was adapted.
+    """
+    endings = r"\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)$"
+    adapted = sorted({re.sub(endings, "", key[len(PREFIX) :]) for key in tensors if re.search(endings, key)})
+    candidates = dict(leaves(model, ADAPTABLE))
+    meant = set(adapted) | _meant(model, raw, candidates)
+    known = sorted(path for path in meant if path in candidates)
+    if not known:
+        raise ValueError(
+            f"no key of the adapter names a layer of {type(model).__name__}; keys start like {sorted(tensors)[:2]}, "
+            f"the model's layers like {list(candidates)[:2]}, and each key must start with {PREFIX!r}"
+        )
+    floating = [t.dtype for t in tensors.values() if t.is_floating_point()]
+    return LoRAConfig(
+        rank=raw.get("r", 8),
+        alpha=raw.get("lora_alpha", 8),
+        target_modules="|".join(re.escape(path) for path in known),
+        dropout=raw.get("lora_dropout") or 0.0,
+        dora=bool(raw.get("use_dora")),
+        rslora=bool(raw.get("use_rslora")),
+        rank_pattern={k: v for k, v in (raw.get("rank_pattern") or {}).items() if _ends_some(k, known)},
+        alpha_pattern={k: v for k, v in (raw.get("alpha_pattern") or {}).items() if _ends_some(k, known)},
+        modules_to_save=raw.get("modules_to_save") or [],
+        adapter_dtype=floating[0] if floating else None,
+    )
+
+
+def _ends_some(pattern: str, paths: list[str]) -> bool:
+    return any(re.fullmatch(rf"(.*\.)?({pattern})", path) for path in paths)
+
+
+def _meant(model: nn.Module, raw: dict[str, Any], candidates: dict[str, nn.Module]) -> set[str]:
+    """The layers of the model that the file's target_modules names, so that a key missing from the file is seen."""
+    targets, excluded = raw.get("target_modules") or [], raw.get("exclude_modules") or []
+    if targets == ALL_LINEAR:
+        heads = output_heads(model)
+        meant = {path for path, module in candidates.items() if module not in heads}
+    else:
+        meant = {path for path in candidates if matches(path, targets)}
+    return {path for path in meant if not matches(path, excluded)}
+
+
+def _expected_shapes(model: nn.Module, config: LoRAConfig) -> dict[str, torch.Size]:
+    """Keys and shapes of the adapter that config would attach."""
+    targets, saved = plan(model, config)
+    shapes: dict[str, torch.Size] = {}
+    for path, module in targets.items():
+        rank = pattern_value(config.rank_pattern, path, config.rank)
+        shapes[f"{PREFIX}{path}.lora_A.weight"] = torch.Size((rank, module.in_features))  # type: ignore[arg-type]
+        shapes[f"{PREFIX}{path}.lora_B.weight"] = torch.Size((module.out_features, rank))  # type: ignore[arg-type]
+        if config.dora:
+            shapes[f"{PREFIX}{path}.lora_magnitude_vector"] = torch.Size((module.out_features,))  # type: ignore[arg-type]
+    for path, module in saved.items():
+        shapes |= {f"{PREFIX}{path}.{key}": tensor.shape for key, tensor in module.state_dict().items()}
+    return shapes
+
+
+def _check_keys(expected: dict[str, torch.Size], tensors: dict[str, Tensor], directory: Path) -> None:
+    problems = [
+        _listed("missing keys", sorted(expected.keys() - tensors.keys())),
+        _listed("unexpected keys", sorted(tensors.keys() - expected.keys())),
+        _listed(
+            "shapes that do not fit",
+            [
+                f"{key}: {list(tensors[key].shape)} in the file, {list(shape)} in the model"
+                for key, shape in sorted(expected.items())
+                if key in tensors and tensors[key].shape != shape
+            ],
+        ),
+        _listed(
+            "not floating-point",
+            sorted(k for k in expected.keys() & tensors.keys() if not tensors[k].is_floating_point()),
+        ),
+    ]
+    if any(problems):
+        raise ValueError(
+            f"{directory} does not fit the model, which is unchanged: " + "; ".join(filter(None, problems))
+        )
+
+
+def _listed(what: str, names: list[str], most: int = 10) -> str:
+    if not names:
+        return ""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{what}: {', '.join(names[:most])}{more}"
