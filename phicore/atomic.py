@@ -48,6 +48,7 @@ def new_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
         raise FileExistsError(f"{path} exists and is not an empty directory; choose another, or remove it first")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    aside: Path | None = None
     try:
         temporary.chmod(0o755)  # mkdtemp makes it private
         yield temporary
@@ -56,17 +57,21 @@ def new_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
                 with open(os.path.join(root, name), "rb") as file:
                     os.fsync(file.fileno())
             fsync_directory(root)
-        aside = None
         if path.exists():
             aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent)) / path.name
             os.replace(path, aside)
         os.replace(temporary, path)
         fsync_directory(path.parent)
-        if aside is not None:
-            shutil.rmtree(aside.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        if aside is not None:
+            if not path.exists():
+                os.replace(aside, path)
+            if not aside.exists():
+                aside.parent.rmdir()
         raise
+    if aside is not None:
+        shutil.rmtree(aside.parent)
 
 
 def fsync_directory(path: str | os.PathLike[str]) -> None:

@@ -29,16 +29,18 @@ def matches(name: str, targets: str | Sequence[str]) -> bool:
     return any(name == target or name.endswith("." + target) for target in targets)
 
 
-def leaves(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Iterator[tuple[str, nn.Module]]:
-    """Every submodule of one of these kinds with its name, not descending into one. A module that stands in two
-    places comes twice. The inside of nn.MultiheadAttention is left out: it reads its projections' weights past their
-    forward, so a layer put there would be ignored."""
+def leaves(
+    model: nn.Module, kinds: tuple[type[nn.Module], ...], closed: tuple[type[nn.Module], ...] = ()
+) -> Iterator[tuple[str, nn.Module]]:
+    """Every submodule of one of these kinds with its name, not descending into one, nor into one of a closed kind. A
+    module that stands in two places comes twice. The inside of nn.MultiheadAttention is left out: it reads its
+    projections' weights past their forward, so a layer put there would be ignored."""
 
     def walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-        for name, child in module.named_children():
+        for name, child in module._modules.items():  # named_children would pass over a second place in this module
             if isinstance(child, kinds):
                 yield prefix + name, child
-            elif not isinstance(child, nn.MultiheadAttention):
+            elif child is not None and not isinstance(child, (nn.MultiheadAttention, *closed)):
                 yield from walk(child, f"{prefix}{name}.")
 
     return walk(model, "")
@@ -49,6 +51,7 @@ def select(
     target_modules: str | Sequence[str],
     exclude_modules: Sequence[str],
     kinds: tuple[type[nn.Module], ...],
+    closed: tuple[type[nn.Module], ...] = (),
 ) -> dict[str, nn.Module]:
     """The modules that target_modules means, by name, in the model's order.
 
@@ -59,6 +62,7 @@ def select(
             that matches whole names; or a list of names or ".name" suffixes.
         exclude_modules: names or suffixes to leave out.
         kinds: what can be replaced.
+        closed: kinds of modules whose inside is left alone.
 
     Raises:
         ValueError: a target or an exclusion that matches nothing, naming it and what is near; a target that is of
@@ -73,7 +77,7 @@ def select(
     for excluded in exclude_modules:
         if not any(matches(name, [excluded]) for name in every):
             raise ValueError(no_match(f'exclude_modules entry "{excluded}"', excluded, every))
-    candidates = dict(leaves(model, kinds))
+    candidates = dict(leaves(model, kinds, closed))
     if target_modules == ALL_LINEAR:
         heads = output_heads(model)
         chosen = {name: module for name, module in candidates.items() if module not in heads}

@@ -63,21 +63,32 @@ def plan(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, nn.Module], di
     """Which modules `attach` would adapt and which it would copy whole, by name; the model is not changed.
 
     Raises:
-        ValueError: a target, an exclusion, a pattern or an entry of modules_to_save that matches nothing.
+        ValueError: a target, an exclusion, a pattern or an entry of modules_to_save that matches nothing; an entry of
+            modules_to_save that has an adapter in it.
     """
     saved: dict[str, nn.Module] = {}
-    every = dict(model.named_modules())
+    every = dict(model.named_modules(remove_duplicate=False))
     for entry in config.modules_to_save:
         found = {name: module for name, module in every.items() if matches(name, [entry])}
         if not found:
             raise ValueError(no_match(f'modules_to_save entry "{entry}"', entry, every))
+        for name, module in found.items():
+            if any(isinstance(inner, AdapterLayer) for inner in module.modules()):
+                raise ValueError(f'modules_to_save entry "{entry}" matches {name}, which has an adapter in it already')
         saved |= found
     whole = tuple(f"{path}." for path in saved)
     targets = {
         path: module
-        for path, module in select(model, config.target_modules, config.exclude_modules, ADAPTABLE).items()
+        for path, module in select(
+            model, config.target_modules, config.exclude_modules, ADAPTABLE, closed=(TrainedCopy,)
+        ).items()
         if path not in saved and not path.startswith(whole)
     }
+    if not targets:
+        raise ValueError(
+            f"modules_to_save={list(config.modules_to_save)!r} holds every module that "
+            f"target_modules={config.target_modules!r} means, which leaves none to adapt"
+        )
     for what, pattern in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         for key in pattern:
             if not any(pattern_value({key: True}, name, False) for name in targets):
@@ -127,14 +138,14 @@ def attach(model: nn.Module, config: LoRAConfig, name: str = "default") -> nn.Mo
         )
         layer.adapter_name = name
         layers[module] = layer
-    copies = {path: TrainedCopy(module, name) for path, module in saved.items()}
+    copies = {module: TrainedCopy(module, name) for module in saved.values()}
     model.requires_grad_(False)
     for path, module in targets.items():
         replace(model, path, layers[module].requires_grad_(True))
         layers[module].base.requires_grad_(False)
-    for path, trained_copy in copies.items():
-        replace(model, path, trained_copy)
-        trained_copy.trained.requires_grad_(True)
+    for path, module in saved.items():
+        replace(model, path, copies[module])
+        copies[module].trained.requires_grad_(True)
     return model
 
 
@@ -151,9 +162,15 @@ def adapter_layers(
     Yields:
         (name that the layer had before adapting, layer).
     """
+    every = dict(model.named_modules(remove_duplicate=False))
     for path, module in model.named_modules(remove_duplicate=not every_place):
-        if isinstance(module, LowRankLinear | TrainedCopy) and (name is None or module.adapter_name == name):
-            yield re.sub(r"(\.base)+$|^base$", "", path), module
+        if not isinstance(module, AdapterLayer) or (name is not None and module.adapter_name != name):
+            continue
+        parent, _, last = path.rpartition(".")
+        while last == "base" and isinstance(every[parent], AdapterLayer):  # an adapter under another
+            path = parent
+            parent, _, last = path.rpartition(".")
+        yield path, module
 
 
 def merged_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, AdapterLayer]]:

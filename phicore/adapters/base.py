@@ -5,6 +5,7 @@ beyond that only these functions, so that it works alike over nn.Linear, NF4Line
 method of the same name answers by it; a plain linear layer, by its weight and bias.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
@@ -57,3 +58,10 @@ def device(base: Base) -> torch.device:
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype for sums over a row: float32, or float64 if dtype is."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """A context for sums that must keep their dtype: autocast would take their matrix products in 16 bits."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()  # the meta device knows no autocast

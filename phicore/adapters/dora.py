@@ -25,9 +25,10 @@ def factored_norm_squared(base_norm_squared: Tensor, WA: Tensor, A: Tensor, B: T
         [out] in base_norm_squared's dtype, in which everything is summed; not below zero.
     """
     A, B, WA = (t.to(base_norm_squared.dtype) for t in (A, B, WA))
-    gram = A @ A.t()  # [rank, in] @ [in, rank] -> [rank, rank]
-    cross = (WA * B).sum(1)  # [out]
-    square = ((B @ gram) * B).sum(1)  # [out]
+    with base_layer.without_autocast(A.device):
+        gram = A @ A.t()  # [rank, in] @ [in, rank] -> [rank, rank]
+        cross = (WA * B).sum(1)  # [out]
+        square = ((B @ gram) * B).sum(1)  # [out]
     return (base_norm_squared + 2 * scale * cross + scale**2 * square).clamp(min=0)
 
 

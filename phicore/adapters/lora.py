@@ -105,7 +105,8 @@ class LowRankLinear(nn.Module):
     def product(self) -> Tensor:
         """scaling * B A, [out, in], in float32 (float64 for a float64 layer)."""
         accumulate = base_layer.accumulate_dtype(self.dtype)
-        return self.scaling * (self.lora_B.to(accumulate) @ self.lora_A.to(accumulate))
+        with base_layer.without_autocast(self.lora_A.device):
+            return self.scaling * (self.lora_B.to(accumulate) @ self.lora_A.to(accumulate))
 
     def dense_base(self) -> Tensor:
         """The base's weight, [out, in], in float32 (float64 for a float64 layer)."""

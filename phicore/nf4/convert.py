@@ -34,10 +34,14 @@ def quantize_(
         The model.
 
     Raises:
-        ValueError: a target that matches nothing; a NaN or Inf weight, naming its layer. The model is then unchanged.
+        ValueError: a target that matches nothing; a NaN or Inf weight, naming its layer; a model with adapters. The
+            model is then unchanged.
         TypeError: a weight that is not float32, bfloat16 or float16, naming its layer; the model is then unchanged.
     """
     check_block_size(block_size)
+    adapters = [name for name, module in model.named_modules() if hasattr(module, "adapter_name")]
+    if adapters:  # their frozen bases and trained copies are nn.Linear too, and DoRA holds norms of its base
+        raise ValueError(f"{adapters[0]} is an adapter; quantize a model before adapters are attached to it")
     chosen: dict[str, Any] = select(model, target_modules, exclude_modules, (nn.Linear,))
     # All weights are looked at before the first is replaced, so that an error leaves no half-quantised model.
     for name, layer in chosen.items():

@@ -45,12 +45,18 @@ def _linear(
         raise ValueError(f"x of shape {tuple(x.shape)} does not fit an NF4 weight of shape [out, in] = {list(shape)}")
     if bias is not None and tuple(bias.shape) != (shape[0],):
         raise ValueError(f"bias must have shape [{shape[0]}], got {list(bias.shape)}")
-    # The dispatcher's own autocast rule would cast the float32 scales too.
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    x = autocast(x)
     if bias is not None:
         bias = bias.to(x.dtype)
     return ops.nf4_linear(x, *parts, bias, list(shape), block_size)
+
+
+def autocast(x: Tensor) -> Tensor:
+    """x as autocast would give it to a matrix product. The dispatcher's own rule would cast the float32 scales too."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return x  # the meta device knows no autocast, and autocast leaves float64 alone
+    return x.to(torch.get_autocast_dtype(device))
 
 
 class NF4Linear(nn.Module):
@@ -145,8 +151,7 @@ class NF4Linear(nn.Module):
     def project_with_rows(self, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """x @ W^T [..., out] and rows @ W^T [r, out] from one decoding of W; rows carry no gradient. Part of the
         protocol that adapters call."""
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = autocast(x)
         return ops.nf4_project_with_rows(
             x, rows.to(x.dtype), *self._parts(), [self.out_features, self.in_features], self.block_size
         )
