@@ -9,6 +9,7 @@ import json
 import os
 import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from phicore.adapters.dora import DoRALinear
 from phicore.adapters.lora import LowRankLinear
 from phicore.modules import ALL_LINEAR, leaves, matches, output_heads
 
+DEFAULT_RANK, DEFAULT_ALPHA = 8, 8  # PEFT's, for a file that does not say
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
 
@@ -91,21 +93,23 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str 
     if any(merged_layers(model)):
         raise ValueError("the model's adapters are merged; unmerge it before loading one")
     if present:
-        expected = {key: t.shape for key, t in adapter_tensors(model, name).items()}
+        expected = adapter_tensors(model, name)
         config = None
-        unlike = {k: v for k, v in adapter_config(model, name).items() if k in _MATHS and v != _normal(raw, k, v)}
+        unlike = _differences(model, raw, name)
         if unlike:
-            differences = ", ".join(f"{k}: {_normal(raw, k, v)!r} in the file, {v!r} here" for k, v in unlike.items())
-            raise ValueError(f'the adapter "{name}" of the model and {directory} differ: {differences}')
+            raise ValueError(f'the adapter "{name}" of the model and {directory} differ: ' + "; ".join(unlike))
     else:
         config = _lora_config(model, raw, tensors)
-        expected = _expected_shapes(model, config)
+        expected = _expected_tensors(model, config)
     _check_keys(expected, tensors, directory)
     if config is not None:
         attach(model, config, name)
     with torch.no_grad():
         for key, parameter in adapter_tensors(model, name).items():
             parameter.copy_(tensors[key])
+    for _, layer in adapter_layers(model):
+        if isinstance(layer, DoRALinear) and isinstance(layer.base, LowRankLinear):
+            layer.refresh_base_norm()  # the adapter under it may be the one that was loaded
     return model
 
 
@@ -135,11 +139,27 @@ def _layer_tensors(path: str, layer: AdapterLayer) -> dict[str, Tensor]:
     return tensors
 
 
-_MATHS = ("r", "lora_alpha", "use_dora", "use_rslora", "rank_pattern", "alpha_pattern")
+def _differences(model: nn.Module, raw: dict[str, Any], name: str) -> list[str]:
+    """Settings of the file that differ from those of the attached layers, each with the first layer it differs at.
 
-
-def _normal(raw: dict[str, Any], key: str, like: Any) -> Any:
-    return raw.get(key) or type(like)()
+    They are compared layer by layer, since patterns that are written differently can mean the same.
+    """
+    unlike: dict[str, str] = {}
+    for path, layer in adapter_layers(model, name):
+        if isinstance(layer, LowRankLinear):
+            for key, there, here in (
+                ("r", pattern_value(raw.get("rank_pattern") or {}, path, raw.get("r", DEFAULT_RANK)), layer.rank),
+                (
+                    "lora_alpha",
+                    pattern_value(raw.get("alpha_pattern") or {}, path, raw.get("lora_alpha", DEFAULT_ALPHA)),
+                    layer.alpha,
+                ),
+                ("use_dora", bool(raw.get("use_dora")), isinstance(layer, DoRALinear)),
+                ("use_rslora", bool(raw.get("use_rslora")), layer.rslora),
+            ):
+                if there != here:
+                    unlike.setdefault(key, f"{key} of {path}: {there!r} in the file, {here!r} here")
+    return list(unlike.values())
 
 
 def adapter_config(model: nn.Module, name: str = "default") -> dict[str, Any]:
@@ -214,7 +234,45 @@ def _read_config(directory: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path}: settings that this library does not support: " + ", ".join(f"{k}={raw[k]!r}" for k in unknown)
         )
-    return raw
+    wrong = [key for key, right in _RIGHT.items() if raw.get(key) is not None and not right(raw[key])]
+    if wrong:
+        raise ValueError(f"{path}: values of a wrong type: " + ", ".join(f"{k}={raw[k]!r}" for k in wrong))
+    return {key: value for key, value in raw.items() if value is not None}
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_expression(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and re.compile(value) is not None
+    except re.error:
+        return False
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+_RIGHT: dict[str, Callable[[Any], bool]] = {
+    "r": _is_whole,
+    "lora_alpha": _is_number,
+    "lora_dropout": _is_number,
+    "target_modules": lambda value: _is_expression(value) or _are_names(value),
+    "exclude_modules": lambda value: _is_expression(value) or _are_names(value),
+    "modules_to_save": _are_names,
+    "rank_pattern": lambda value: (
+        isinstance(value, dict) and all(_is_expression(k) and _is_whole(v) for k, v in value.items())
+    ),
+    "alpha_pattern": lambda value: (
+        isinstance(value, dict) and all(_is_expression(k) and _is_number(v) for k, v in value.items())
+    ),
+}
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -244,15 +302,20 @@ def _lora_config(model: nn.Module, raw: dict[str, Any], tensors: dict[str, Tenso
         )
     floating = [t.dtype for t in tensors.values() if t.is_floating_point()]
     return LoRAConfig(
-        rank=raw.get("r", 8),
-        alpha=raw.get("lora_alpha", 8),
+        rank=raw.get("r", DEFAULT_RANK),
+        alpha=raw.get("lora_alpha", DEFAULT_ALPHA),
         target_modules="|".join(re.escape(path) for path in known),
         dropout=raw.get("lora_dropout") or 0.0,
         dora=bool(raw.get("use_dora")),
         rslora=bool(raw.get("use_rslora")),
         rank_pattern={k: v for k, v in (raw.get("rank_pattern") or {}).items() if _ends_some(k, known)},
         alpha_pattern={k: v for k, v in (raw.get("alpha_pattern") or {}).items() if _ends_some(k, known)},
-        modules_to_save=raw.get("modules_to_save") or [],
+        # For some tasks PEFT writes the names that a head can have, of which the model has one.
+        modules_to_save=[
+            entry
+            for entry in raw.get("modules_to_save") or []
+            if any(matches(path, [entry]) for path, _ in model.named_modules(remove_duplicate=False))
+        ],
         adapter_dtype=floating[0] if floating else None,
     )
 
@@ -272,36 +335,51 @@ def _meant(model: nn.Module, raw: dict[str, Any], candidates: dict[str, nn.Modul
     return {path for path in meant if not matches(path, excluded)}
 
 
-def _expected_shapes(model: nn.Module, config: LoRAConfig) -> dict[str, torch.Size]:
-    """Keys and shapes of the adapter that config would attach."""
+def _expected_tensors(model: nn.Module, config: LoRAConfig) -> dict[str, Tensor]:
+    """Keys of the adapter that config would attach, with tensors of the right shapes and kinds (on the meta device)."""
     targets, saved = plan(model, config)
-    shapes: dict[str, torch.Size] = {}
-    for path, module in targets.items():
+    dtype = config.adapter_dtype or torch.get_default_dtype()
+    tensors: dict[str, Tensor] = {}
+    seen: set[nn.Module] = set()
+    for path, module in (targets | saved).items():
+        if module in seen:  # a module that stands in two places is stored for the first
+            continue
+        seen.add(module)
+        if path in saved:
+            tensors |= {f"{PREFIX}{path}.{key}": t.to("meta") for key, t in module.state_dict().items()}
+            continue
         rank = pattern_value(config.rank_pattern, path, config.rank)
-        shapes[f"{PREFIX}{path}.lora_A.weight"] = torch.Size((rank, module.in_features))  # type: ignore[arg-type]
-        shapes[f"{PREFIX}{path}.lora_B.weight"] = torch.Size((module.out_features, rank))  # type: ignore[arg-type]
+        shapes: dict[str, tuple[Any, ...]] = {
+            "lora_A.weight": (rank, module.in_features),
+            "lora_B.weight": (module.out_features, rank),
+        }
         if config.dora:
-            shapes[f"{PREFIX}{path}.lora_magnitude_vector"] = torch.Size((module.out_features,))  # type: ignore[arg-type]
-    for path, module in saved.items():
-        shapes |= {f"{PREFIX}{path}.{key}": tensor.shape for key, tensor in module.state_dict().items()}
-    return shapes
+            shapes["lora_magnitude_vector"] = (module.out_features,)
+        for ending, shape in shapes.items():
+            tensors[f"{PREFIX}{path}.{ending}"] = torch.empty(shape, dtype=dtype, device="meta")
+    return tensors
 
 
-def _check_keys(expected: dict[str, torch.Size], tensors: dict[str, Tensor], directory: Path) -> None:
+def _check_keys(expected: dict[str, Tensor], tensors: dict[str, Tensor], directory: Path) -> None:
+    both = [(key, tensors[key], expected[key]) for key in sorted(expected.keys() & tensors.keys())]
     problems = [
         _listed("missing keys", sorted(expected.keys() - tensors.keys())),
         _listed("unexpected keys", sorted(tensors.keys() - expected.keys())),
         _listed(
             "shapes that do not fit",
             [
-                f"{key}: {list(tensors[key].shape)} in the file, {list(shape)} in the model"
-                for key, shape in sorted(expected.items())
-                if key in tensors and tensors[key].shape != shape
+                f"{key}: {list(there.shape)} in the file, {list(here.shape)} in the model"
+                for key, there, here in both
+                if there.shape != here.shape
             ],
         ),
         _listed(
-            "not floating-point",
-            sorted(k for k in expected.keys() & tensors.keys() if not tensors[k].is_floating_point()),
+            "dtypes that do not fit",
+            [
+                f"{key}: {there.dtype} in the file, {here.dtype} in the model"
+                for key, there, here in both
+                if there.is_floating_point() != here.is_floating_point()
+            ],
         ),
     ]
     if any(problems):
