@@ -4,12 +4,15 @@ from phicore import nf4
 from phicore.adapters import DoRALinear, LoRAConfig, LoRALinear, attach, disabled, merge, unmerge
 from phicore.formats.peft import load_adapter, save_adapter
 from phicore.nf4 import NF4Linear, quantize_
+from phicore.training import TrainConfig, Trainer
 
 __all__ = [
     "DoRALinear",
     "LoRAConfig",
     "LoRALinear",
     "NF4Linear",
+    "TrainConfig",
+    "Trainer",
     "attach",
     "disabled",
     "load_adapter",

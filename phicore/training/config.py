@@ -1,0 +1,101 @@
+"""TrainConfig: what the training loop needs to know."""
+
+from dataclasses import dataclass, fields
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    """Settings of a Trainer. Field names and defaults are the same in the CLI, in config files and here."""
+
+    output: str = "runs/default"
+    """Directory of the run: metrics.jsonl and checkpoints/."""
+
+    steps: int = 100
+    """Optimizer steps of the whole run."""
+
+    batch_size: int = 8
+    """Examples a step, over all micro-batches and ranks."""
+
+    accumulation: int = 1
+    """Micro-batches that a step's examples are cut into; more of them need less memory and give the same step."""
+
+    learning_rate: float = 2e-4
+    """Peak learning rate of AdamW."""
+
+    warmup_steps: int = 10
+    """Steps over which the learning rate rises linearly from zero."""
+
+    min_learning_rate: float = 0.0
+    """Where the cosine decay ends, at the last step."""
+
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+
+    beta1: float = 0.9
+    """AdamW's decay of the first moment."""
+
+    beta2: float = 0.999
+    """AdamW's decay of the second moment."""
+
+    max_norm: float = 1.0
+    """Gradients are scaled down to this total norm; 0 leaves them."""
+
+    seed: int = 0
+    """Seed of the data order, of the adapters' start and of dropout."""
+
+    gradient_checkpointing: bool = False
+    """Recompute each block's activations in the backward pass: about a third more work, far less memory."""
+
+    eval_every: int = 0
+    """Steps between evaluations during training; 0 for none."""
+
+    eval_batch_size: int = 16
+    """Examples a forward pass of evaluation."""
+
+    save_every: int = 0
+    """Steps between checkpoints; one is always written at the end and on SIGTERM. 0 for no other."""
+
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints stay."""
+
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl; the first step is always logged."""
+
+    resume: bool = False
+    """Go on from the newest checkpoint in output, if there is one."""
+
+    overwrite: bool = False
+    """Start anew where output holds a run already; its checkpoints and metrics are removed."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulation", "eval_batch_size", "keep_checkpoints", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
+        for name in ("warmup_steps", "min_learning_rate", "weight_decay", "max_norm", "eval_every", "save_every"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be below 0, got {getattr(self, name)!r}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate!r}")
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite exclude each other: one goes on with a run, one starts it anew")
+
+
+# What may differ between a run and its resumption: nothing here changes a weight.
+FREE_TO_CHANGE = frozenset(
+    {
+        "output",
+        "resume",
+        "overwrite",
+        "gradient_checkpointing",
+        "eval_every",
+        "eval_batch_size",
+        "save_every",
+        "keep_checkpoints",
+        "log_every",
+    }
+)
+
+
+def fixed_settings(config: TrainConfig) -> dict[str, object]:
+    """The settings that must be equal for a run to be resumed."""
+    return {f.name: getattr(config, f.name) for f in fields(config) if f.name not in FREE_TO_CHANGE}

@@ -1,0 +1,184 @@
+"""Datasets of tokenised examples, the batches made of them, and the order in which a run visits them."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from typing import Any, overload
+
+import torch
+
+from phicore.training.encoding import IGNORE_INDEX, Encoded, check_sequence_length, encode
+from phicore.training.records import Record, read_records
+
+Example = dict[str, torch.Tensor]
+"""input_ids and labels, int64 [n] each."""
+
+
+class TokenDataset(Sequence[Example]):
+    """Encoded records: each item a dict of input_ids and labels, int64 [n].
+
+    A token counts as loss-bearing when the model predicts it: it has a label and is not the first.
+
+    Attributes:
+        records: the records, in the file's order.
+        truncated: examples that were cut to sequence_length.
+        without_loss: examples whose tokens, after the cut, carry no loss. They are kept: dropping them would shift
+            the order of the data.
+        straddling: examples where a token spans the end of the prompt and the start of the answer.
+        tokens: tokens of all examples after the cut.
+        loss_tokens: those of them that carry loss.
+    """
+
+    def __init__(self, records: Sequence[Record], encoded: Sequence[Encoded], sequence_length: int) -> None:
+        self.records = list(records)
+        self.sequence_length = sequence_length
+        self.longest = max((e.length for e in encoded), default=0)
+        self.truncated = sum(e.truncated for e in encoded)
+        self.straddling = sum(e.straddles for e in encoded)
+        with_loss = [sum(label != IGNORE_INDEX for label in e.labels[1:]) for e in encoded]
+        self.without_loss = with_loss.count(0)
+        self.tokens = sum(len(e.input_ids) for e in encoded)
+        self.loss_tokens = sum(with_loss)
+        self._examples = [
+            {
+                "input_ids": torch.tensor(e.input_ids, dtype=torch.int64),
+                "labels": torch.tensor(e.labels, dtype=torch.int64),
+            }
+            for e in encoded
+        ]
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        return self._examples[index]
+
+    def report(self) -> str | None:
+        """What a user should know about the data before training on it, in sentences; None when there is nothing."""
+        n = len(self)
+        sentences = []
+        if self.truncated:
+            sentences.append(
+                f"{self.truncated} of {n} examples are longer than {self.sequence_length} tokens and were cut "
+                f"(the longest has {self.longest})."
+            )
+        if self.without_loss:
+            sentences.append(f"{self.without_loss} of {n} examples are left with no token to learn.")
+        if self.straddling:
+            sentences.append(
+                f"In {self.straddling} of {n} examples one token spans the end of the prompt and the start of the "
+                f"answer and is not learnt; move the space between the two from the prompt to the answer."
+            )
+        extra = sorted({key for record in self.records for key in record.extra})
+        if extra:
+            sentences.append(f"Keys that are not used were ignored: {', '.join(extra)}.")
+        return " ".join(sentences) or None
+
+
+def load_dataset(
+    path: str | os.PathLike[str], tokenizer: Any, sequence_length: int, limit: int | None = None
+) -> TokenDataset:
+    """Reads a JSONL file and encodes it; what happened to the data is counted, and told by its report().
+
+    Args:
+        path: see `read_records`.
+        tokenizer: see `encode`.
+        sequence_length: tokens of the longest example; longer ones are cut.
+        limit: how many records to take from the start, None for all. All lines are read and checked.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: what `read_records` and `encode` raise, naming file and line; sequence_length or limit not above
+            0; no example has a token that carries loss.
+    """
+    check_sequence_length(sequence_length)
+    if limit is not None and limit <= 0:
+        raise ValueError(f"limit must be above 0, or None for all records, got {limit}")
+    records = read_records(path)[:limit]
+    encoded = []
+    for record in records:
+        try:
+            encoded.append(encode(record, tokenizer, sequence_length))
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)}, line {record.line}: {error}") from error
+    dataset = TokenDataset(records, encoded, sequence_length)
+    if dataset.loss_tokens == 0:
+        raise ValueError(
+            f"no example of {os.fspath(path)} has a token that carries loss within {sequence_length} tokens (the "
+            f"longest has {dataset.longest}); raise the sequence length"
+        )
+    return dataset
+
+
+def collate(examples: Sequence[Example], pad_id: int) -> Example:
+    """A batch of examples, padded on the right to the longest.
+
+    Args:
+        examples: B dicts of input_ids and labels, int64 [n] each.
+        pad_id: the token that fills input_ids.
+
+    Returns:
+        input_ids, attention_mask (1 on tokens, 0 on padding) and labels (IGNORE_INDEX on padding), int64 [B, T] each.
+    """
+    shape = (len(examples), max((len(example["input_ids"]) for example in examples), default=0))
+    batch = {
+        "input_ids": torch.full(shape, pad_id),
+        "attention_mask": torch.zeros(shape, dtype=torch.int64),
+        "labels": torch.full(shape, IGNORE_INDEX),
+    }
+    for row, example in enumerate(examples):
+        n = len(example["input_ids"])
+        batch["input_ids"][row, :n] = example["input_ids"]
+        batch["attention_mask"][row, :n] = 1
+        batch["labels"][row, :n] = example["labels"]
+    return batch
+
+
+def order(n: int, seed: int, epoch: int) -> list[int]:
+    """The order in which an epoch visits n examples: a permutation of 0 .. n-1 that depends on the arguments alone.
+
+    Raises:
+        ValueError: n is not above 0, or epoch is below 0.
+    """
+    if n <= 0 or epoch < 0:
+        raise ValueError(f"n must be above 0 and epoch at least 0, got n={n} and epoch={epoch}")
+    return _permutation(n, seed, epoch).tolist()
+
+
+def step_indices(n: int, seed: int, step: int, global_batch: int) -> list[int]:
+    """The examples of an optimizer step: positions step * global_batch .. (step + 1) * global_batch - 1 of the endless
+    row of epochs, each in its `order`. Independent of the world size; a batch may span epochs.
+
+    Args:
+        n: examples in the data; may be fewer than global_batch.
+        seed: of the order.
+        step: from 0.
+        global_batch: examples a step, over all ranks and micro-batches.
+
+    Raises:
+        ValueError: n or global_batch is not above 0, or step is below 0.
+    """
+    if n <= 0 or global_batch <= 0 or step < 0:
+        raise ValueError(
+            f"n and global_batch must be above 0 and step at least 0, got n={n}, global_batch={global_batch} and "
+            f"step={step}"
+        )
+    indices: list[int] = []
+    start, stop = step * global_batch, (step + 1) * global_batch
+    while start < stop:
+        epoch, first = divmod(start, n)
+        part = _permutation(n, seed, epoch)[first : first + stop - start].tolist()
+        indices += part
+        start += len(part)
+    return indices
+
+
+def _permutation(n: int, seed: int, epoch: int) -> torch.Tensor:
+    """int64 [n]."""
+    # Hashed, since seed + epoch would give (0, 1) the order of (1, 0), and torch's CPU generator keeps 32 bits.
+    digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
+    return torch.randperm(n, generator=torch.Generator().manual_seed(int.from_bytes(digest[:4], "little")))

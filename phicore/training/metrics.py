@@ -1,0 +1,84 @@
+"""What a run tells: lines of metrics.jsonl always, a progress bar on a terminal, plain lines elsewhere."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from phicore import atomic
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory held so far: by the allocator on a GPU, resident in the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes but for macOS
+
+
+class MetricsLog:
+    """Appends one JSON object a line to a file.
+
+    Args:
+        path: of the file.
+        last_step: lines after this step are removed first: a resumed run writes them again.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], last_step: int) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        kept = [line for line in lines if _step(line) is not None and _step(line) <= last_step]  # type: ignore[operator]
+        atomic.write_text(self.path, "".join(line + "\n" for line in kept))
+
+    def write(self, **values: Any) -> None:
+        """Appends a line at once."""
+        with open(self.path, "a") as file:
+            file.write(json.dumps(values) + "\n")
+
+
+def _step(line: str) -> int | None:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):  # the line that a kill cut short
+        return None
+
+
+class Progress:
+    """A bar on a terminal (with tqdm, if it is installed), a line per message elsewhere.
+
+    Args:
+        total: steps in all.
+        done: steps behind a resumed run.
+        shown: False for ranks that keep quiet.
+    """
+
+    def __init__(self, total: int, done: int, *, shown: bool = True, what: str = "training") -> None:
+        self.total, self.shown, self.what = total, shown, what
+        self.bar: Any = None
+        if shown and sys.stderr.isatty():
+            try:
+                from tqdm import tqdm
+            except ImportError:
+                return
+            self.bar = tqdm(total=total, initial=done, desc=what, unit="step", dynamic_ncols=True)
+
+    def step(self, done: int, text: str, *, say: bool) -> None:
+        """Reports that `done` steps are done; `say` marks a step whose text is worth a line without a bar."""
+        if self.bar is not None:
+            self.bar.set_postfix_str(text, refresh=False)
+            self.bar.update(done - self.bar.n)
+        elif self.shown and say:
+            print(f"{self.what} {done}/{self.total}  {text}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leaves the terminal to others."""
+        if self.bar is not None:
+            self.bar.close()
