@@ -1,0 +1,47 @@
+"""The `phicore` command: parse, call, print."""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "finetune": "fine-tune a model on JSONL data with LoRA, DoRA, QLoRA, QDoRA or whole",
+    "generate": "answer a prompt with a model and, if given, an adapter",
+    "merge": "fold an adapter into a model and write a directory that transformers loads",
+    "quantize": "write a model's linear layers in NF4, in bitsandbytes' layout",
+}
+EXPECTED = (ValueError, TypeError, OSError, FloatingPointError, ImportError, NotImplementedError)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command and returns the exit status: 0, 1 for what the command refused, 2 for arguments it does not take.
+
+    What a user can mend is told in one line; PHICORE_TRACEBACK=1 shows where it was raised.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if arguments else 2
+    command, *rest = arguments
+    if command == "--version":
+        from importlib.metadata import version
+
+        print(version("phicore"))
+        return 0
+    if command not in COMMANDS:
+        print(f'phicore: no command "{command}"\n\n{_usage()}', file=sys.stderr)
+        return 2
+    try:
+        importlib.import_module(f"phicore.cli.{command}").main(rest)
+    except EXPECTED as error:
+        if os.environ.get("PHICORE_TRACEBACK"):
+            raise
+        print(f"phicore {command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _usage() -> str:
+    lines = [f"  {name:<10} {what}" for name, what in COMMANDS.items()]
+    return "\n".join(["usage: phicore COMMAND [OPTIONS]   (phicore COMMAND --help lists them)", "", *lines])

@@ -1,0 +1,326 @@
+"""phicore finetune: a model, JSONL data and a method in; an adapter and what it changed out."""
+
+import hashlib
+import json
+import platform
+import re
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+
+import phicore
+from phicore import atomic
+from phicore.adapters.config import LoRAConfig
+from phicore.cli.console import gigabytes, say, stage, table
+from phicore.cli.options import parse
+from phicore.training.checkpoint import latest_checkpoint, read_state
+from phicore.training.config import TrainConfig
+from phicore.training.data import TokenDataset, load_dataset
+from phicore.training.encoding import prompt_and_reference
+from phicore.training.metrics import peak_memory_bytes
+from phicore.training.precision import DTYPES, choose_dtype
+from phicore.training.scoring import exact_match, span_f1
+
+
+@dataclass(kw_only=True)
+class AdapterOptions(LoRAConfig):
+    target_modules: tuple[str, ...] = ("all-linear",)
+    """Layers to adapt: all-linear (all but the output head), names or ".name" suffixes, or one regular expression that
+    matches whole names."""
+
+    dora: Annotated[bool, tyro.conf.Suppress] = False  # --method says it
+    adapter_dtype: Annotated[torch.dtype | None, tyro.conf.Suppress] = None  # float32: AdamW's steps vanish in 16 bits
+
+    def config(self, method: str) -> LoRAConfig:
+        """The LoRAConfig that these options and the method amount to."""
+        values = {name: getattr(self, name) for name in LoRAConfig.__dataclass_fields__}
+        targets = self.target_modules
+        alone = len(targets) == 1 and (targets[0] == "all-linear" or re.search(r"[\\^$*+?{}\[\]|()]", targets[0]))
+        values["target_modules"] = targets[0] if alone else list(targets)
+        return LoRAConfig(**(values | {"dora": method in ("dora", "qdora"), "adapter_dtype": torch.float32}))
+
+
+@dataclass(kw_only=True)
+class FinetuneOptions:
+    model: str
+    """Model directory (transformers: safetensors, or one GGUF file), .gguf file, or name on the hub."""
+
+    data: str
+    """Training data, JSONL: {"messages": [...]}, {"prompt", "completion"} or {"text"} a line."""
+
+    eval_data: str | None = None
+    """Held-out data of the same form, evaluated before and after."""
+
+    method: Literal["lora", "dora", "qlora", "qdora", "full"] = "qlora"
+    """What trains: an adapter over the model as it is (lora, dora) or in NF4 (qlora, qdora), or all weights."""
+
+    sequence_length: int = 512
+    """Tokens an example may have; longer ones are cut, and counted."""
+
+    eval_limit: int | None = None
+    """Examples of eval_data to use; all of them by default."""
+
+    answers: int = 0
+    """Held-out examples that the model answers before and after; the answers are scored by exact match and by the F1
+    of their "label: text" lines."""
+
+    samples: int = 3
+    """Of these, how many are shown."""
+
+    max_new_tokens: int = 128
+    """Tokens an answer may have."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of weights and products. auto: bfloat16 on GPUs that have it and on CPUs where it measures at least 1.2 times as
+    fast as float32, float32 elsewhere."""
+
+    block_size: int = 64
+    """Weights that share a scale in NF4."""
+
+    double_quant: bool = True
+    """Hold NF4's scales in 8 bits."""
+
+    threads: int | None = None
+    """CPU threads; torch's own choice by default."""
+
+    adapter: AdapterOptions = field(default_factory=AdapterOptions)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parses and runs."""
+    finetune(parse(FinetuneOptions, arguments, "finetune", "Fine-tune a causal language model."))
+
+
+def finetune(options: FinetuneOptions) -> dict[str, Any]:
+    """Runs a fine-tuning from the files to the saved adapter; returns what result.json holds.
+
+    Writes into options.train.output: adapter/ (PEFT's format; model/ for method full), checkpoints/, metrics.jsonl,
+    answers.jsonl, loss.png and result.json.
+    """
+    from phicore.formats.huggingface import load_model, save_model
+
+    start = time.perf_counter()
+    output = Path(options.train.output)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype, why = _dtype(options, device)
+    say(f"computing in {str(dtype).removeprefix('torch.')} on {device}: {why}")
+    with stage(f"loading {options.model}"):
+        model, tokenizer = load_model(options.model, dtype)
+        torch.nn.Module.to(model, device)
+    train_data = _load(options.data, tokenizer, options.sequence_length, None)
+    eval_data = options.eval_data and _load(options.eval_data, tokenizer, options.sequence_length, options.eval_limit)
+
+    base_bytes_before = _bytes(model)
+    if options.method in ("qlora", "qdora"):
+        with stage("quantizing linear layers to NF4"):
+            phicore.quantize_(model, block_size=options.block_size, double_quant=options.double_quant)
+    base_bytes_after = _bytes(model)
+    say(f"model: {gigabytes(base_bytes_before)} before, {gigabytes(base_bytes_after)} after")
+    torch.manual_seed(options.train.seed)
+    if options.method == "full":
+        model.requires_grad_(True)
+    else:
+        phicore.attach(model, options.adapter.config(options.method))
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    say(f"{options.method}: {trainable:,} trainable parameters")
+
+    identity = _identity(options, dtype)
+    trainer = phicore.Trainer(model, options.train, train_data, eval_data or None, identity=identity)
+    before = _held_out(options, trainer, tokenizer, eval_data, "before")
+    trained = trainer.fit()
+    if options.method == "full":
+        save_model(model, tokenizer, output / "model", overwrite=True)
+    else:
+        phicore.save_adapter(model, output / "adapter")
+    after = _held_out(options, trainer, tokenizer, eval_data, "after")
+
+    result = {
+        **{f"{key}_before": value for key, value in before["scores"].items()},
+        **{f"{key}_after": value for key, value in after["scores"].items()},
+        "train_loss": trained.loss,
+        "steps": trained.steps,
+        "tokens": trained.tokens,
+        "tokens_per_second": trained.tokens_per_second,
+        "train_seconds": trained.seconds,
+        "peak_memory_bytes": peak_memory_bytes(device),
+        "trainable_parameters": trainable,
+        "base_bytes_before": base_bytes_before,
+        "base_bytes_after": base_bytes_after,
+        "wall_seconds": time.perf_counter() - start,
+        "examples": {"train": len(train_data), "eval": len(eval_data or ()), "answered": len(after["answers"])},
+        "dtype": str(dtype).removeprefix("torch."),
+        "options": asdict(options) | {"adapter": _plain(asdict(options.adapter))},
+        "machine": {"system": platform.platform(), "threads": torch.get_num_threads(), "device": str(device)},
+        "versions": {name: version(name) for name in ("phicore", "torch", "transformers")},
+    }
+    _write_answers(output, before["answers"], after["answers"])
+    _plot_loss(output)
+    atomic.write_text(output / "result.json", json.dumps(result, indent=2) + "\n")
+    _show(result, before["answers"], after["answers"], options.samples)
+    what = "model" if options.method == "full" else "adapter"
+    say(f"{what}: {output / what}   figures: {output / 'result.json'}   loss: {output / 'loss.png'}")
+    return result
+
+
+def _dtype(options: FinetuneOptions, device: torch.device) -> tuple[torch.dtype, str]:
+    newest = latest_checkpoint(Path(options.train.output) / "checkpoints") if options.train.resume else None
+    if options.dtype != "auto":
+        return DTYPES[options.dtype], "as asked"
+    if newest is not None:  # a measurement may come out otherwise the second time
+        return DTYPES[read_state(newest)["settings"]["dtype"]], "as the run that is resumed"
+    if options.method == "full":
+        return torch.float32, "all weights train, and AdamW's steps vanish in 16 bits"
+    return choose_dtype(device)
+
+
+def _load(path: str, tokenizer: Any, sequence_length: int, limit: int | None) -> TokenDataset:
+    data = load_dataset(path, tokenizer, sequence_length, limit)
+    say(f"{path}: {len(data)} examples, {data.tokens:,} tokens, {data.loss_tokens:,} of them carry loss")
+    if (report := data.report()) is not None:
+        say(f"{path}: {report}")
+    return data
+
+
+def _bytes(model: torch.nn.Module) -> int:
+    """Bytes of the distinct parameters and buffers."""
+    tensors = {t.data_ptr(): t.nbytes for t in [*model.parameters(), *model.buffers()]}
+    return sum(tensors.values())
+
+
+def _identity(options: FinetuneOptions, dtype: torch.dtype) -> dict[str, Any]:
+    """What must be equal for the run to be resumed, beyond the Trainer's own settings."""
+    adapter = {} if options.method == "full" else _plain(asdict(options.adapter))
+    nf4 = {"block_size": options.block_size, "double_quant": options.double_quant} if options.method[0] == "q" else {}
+    return {
+        "model": options.model,
+        "data_sha256": hashlib.sha256(Path(options.data).read_bytes()).hexdigest(),
+        "method": options.method,
+        "sequence_length": options.sequence_length,
+        "dtype": str(dtype).removeprefix("torch."),
+        **nf4,
+        **adapter,
+    }
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """As JSON gives it back: lists for tuples, no dtypes."""
+    return json.loads(json.dumps({k: v for k, v in values.items() if k not in ("dora", "adapter_dtype")}))
+
+
+def _held_out(options: FinetuneOptions, trainer: Any, tokenizer: Any, data: Any, when: str) -> dict[str, Any]:
+    """Scores and answers on the held-out data. Those before training are kept for a run that is resumed."""
+    kept = Path(options.train.output) / "before.json"
+    resuming = options.train.resume and latest_checkpoint(trainer.checkpoints) is not None
+    if when == "before" and resuming and kept.is_file():
+        return json.loads(kept.read_text())
+    scores: dict[str, float | None] = {"eval_loss": None, "span_f1": None, "exact_match": None}
+    answers: list[dict[str, str]] = []
+    if data:
+        with stage(f"evaluating {when} training"):
+            scores["eval_loss"] = trainer.evaluate()
+    if data and options.answers:
+        from phicore.training.generation import generate
+
+        pairs = [prompt_and_reference(record, tokenizer) for record in data.records[: options.answers]]
+        with stage(f"answering {len(pairs)} held-out examples {when} training"), _merged(trainer.model):
+            texts = generate(
+                trainer.model,
+                tokenizer,
+                [prompt for prompt, _ in pairs],
+                options.max_new_tokens,
+                batch_size=64,
+                add_special_tokens=data.records[0].messages is None,  # a chat template writes its own
+            )
+        references = [reference for _, reference in pairs]
+        scores["span_f1"] = span_f1(texts, references)
+        scores["exact_match"] = exact_match(texts, references)
+        answers = [{"prompt": p, "reference": r, "answer": t} for (p, r), t in zip(pairs, texts, strict=True)]
+    found = {"scores": scores, "answers": answers}
+    if when == "before":
+        atomic.write_text(kept, json.dumps(found))
+    return found
+
+
+@contextmanager
+def _merged(model: torch.nn.Module) -> Iterator[None]:
+    """Within it, adapted layers are dense: generating decodes each weight once and not once a token."""
+    adapted = any(True for _ in phicore.adapters.adapter_layers(model))
+    if adapted:
+        phicore.merge(model)
+    try:
+        yield
+    finally:
+        if adapted:
+            phicore.unmerge(model)
+
+
+def _write_answers(output: Path, before: list[dict[str, str]], after: list[dict[str, str]]) -> None:
+    lines = [
+        json.dumps(
+            {"prompt": a["prompt"], "reference": a["reference"], "before": b["answer"], "after": a["answer"]},
+            ensure_ascii=False,
+        )
+        for b, a in zip(before, after, strict=True)
+    ]
+    atomic.write_text(output / "answers.jsonl", "".join(line + "\n" for line in lines))
+
+
+def _plot_loss(output: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for key, label in (("loss", "training"), ("eval_loss", "held out")):
+        points = [(line["step"], line[key]) for line in lines if key in line]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 30 else None)
+    axes.set(xlabel="step", ylabel="loss per token (nats)", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(output / "loss.png", dpi=120)
+    pyplot.close(figure)
+
+
+def _show(result: dict[str, Any], before: list[dict[str, str]], after: list[dict[str, str]], samples: int) -> None:
+    if after and samples:
+        rows = [
+            [_last_turn(a["prompt"]), b["answer"].strip(), a["answer"].strip(), a["reference"]]
+            for b, a in list(zip(before, after, strict=True))[:samples]
+        ]
+        table("held-out examples", ["prompt", "before", "after", "reference"], rows, lines=True)
+    rows = [
+        [name.replace("_", " "), _figure(result[f"{name}_before"]), _figure(result[f"{name}_after"])]
+        for name in ("eval_loss", "span_f1", "exact_match")
+        if result[f"{name}_after"] is not None
+    ]
+    if rows:
+        table("held out", ["", "before", "after"], rows)
+    say(
+        f"{result['steps']} steps, {result['tokens']:,} tokens at {result['tokens_per_second']:.0f} tokens/s; "
+        f"peak memory {gigabytes(result['peak_memory_bytes'])}; {result['wall_seconds']:.0f} s in all"
+    )
+
+
+def _last_turn(prompt: str) -> str:
+    """A rendered prompt without its tags: what stands before the turn that is asked for."""
+    pieces = [piece.strip() for piece in re.split(r"<\|[^|<>]*\|>|</?s>", prompt) if piece.strip()]
+    roles = ("system", "user", "assistant")
+    texts = [re.sub(rf"^({'|'.join(roles)})\n+", "", piece) for piece in pieces if piece not in roles]
+    return texts[-1] if texts else prompt
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

@@ -1,0 +1,75 @@
+"""phicore generate: answer prompts with a model and, if given, an adapter."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+import phicore
+from phicore.cli.console import say
+from phicore.cli.options import parse
+from phicore.training.precision import DTYPES, choose_dtype
+
+
+@dataclass(kw_only=True)
+class GenerateOptions:
+    model: str
+    """Model directory, .gguf file, or name on the hub; a directory that `phicore quantize` wrote, too."""
+
+    prompt: tuple[str, ...]
+    """What to answer, one or several."""
+
+    adapter: str | None = None
+    """Directory of an adapter in PEFT's format."""
+
+    system: str | None = None
+    """System message of the chat."""
+
+    chat: bool = True
+    """Put the prompt through the tokenizer's chat template, if it has one; otherwise it is continued as it stands."""
+
+    quantize: bool = False
+    """Hold the model's linear layers in NF4, as the adapter was trained by qlora or qdora."""
+
+    max_new_tokens: int = 128
+    """Tokens an answer may have."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of weights and products; auto as in `phicore finetune`."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parses, answers and prints."""
+    options = parse(GenerateOptions, arguments, "generate", "Answer prompts, greedily.")
+    for answer in answers(options):
+        say(answer)
+
+
+def answers(options: GenerateOptions) -> list[str]:
+    """The answers to options.prompt, in order."""
+    from phicore.formats.huggingface import load_model
+    from phicore.training.generation import generate
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = choose_dtype(device)[0] if options.dtype == "auto" else DTYPES[options.dtype]
+    model, tokenizer = load_model(options.model, dtype)
+    torch.nn.Module.to(model, device)
+    if options.quantize:
+        phicore.quantize_(model)
+    if options.adapter is not None:
+        phicore.load_adapter(model, options.adapter)
+        phicore.merge(model)
+    prompts = [_rendered(tokenizer, prompt, options) for prompt in options.prompt]
+    chat = options.chat and bool(tokenizer.chat_template)  # the template writes its own special tokens
+    return generate(model, tokenizer, prompts, options.max_new_tokens, batch_size=16, add_special_tokens=not chat)
+
+
+def _rendered(tokenizer: Any, prompt: str, options: GenerateOptions) -> str:
+    if not options.chat or not tokenizer.chat_template:
+        if options.system is not None:
+            raise ValueError("--system needs a chat: a tokenizer with a chat template, and no --no-chat")
+        return prompt
+    system = [{"role": "system", "content": options.system}] if options.system is not None else []
+    messages = [*system, {"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

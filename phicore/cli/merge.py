@@ -1,0 +1,42 @@
+"""phicore merge: fold an adapter into a model and write a directory that transformers loads."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import phicore
+from phicore.cli.console import say, stage
+from phicore.cli.options import parse
+from phicore.training.precision import DTYPES
+
+
+@dataclass(kw_only=True)
+class MergeOptions:
+    model: str
+    """Model directory, .gguf file, or name on the hub: the base that the adapter was trained on."""
+
+    adapter: str
+    """Directory of an adapter in PEFT's format."""
+
+    output: str
+    """Directory to write; must be missing or empty."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Of the written weights. The sum is made in float32 and rounded once."""
+
+    overwrite: bool = False
+    """Replace an output directory that is there."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parses, merges and writes."""
+    options = parse(MergeOptions, arguments, "merge", "Fold an adapter into a 16- or 32-bit model directory.")
+    from phicore.formats.huggingface import load_model, save_model
+
+    with stage(f"loading {options.model}"):
+        model, tokenizer = load_model(options.model, DTYPES[options.dtype])
+    phicore.load_adapter(model, options.adapter)
+    errors = phicore.merge(model)
+    say(f"merged {len(errors)} layers; rounding to {options.dtype} costs a relative {max(errors.values()):.1e} at most")
+    with stage(f"writing {options.output}"):
+        save_model(model, tokenizer, options.output, overwrite=options.overwrite)

@@ -1,0 +1,107 @@
+"""Options that come from the command line and from a TOML or YAML file, under the same names.
+
+A file's entries become arguments in front of those that were typed, so that both are checked alike and what is typed
+wins.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def parse(options: type[T], arguments: Sequence[str], command: str, description: str) -> T:
+    """Makes an options dataclass from arguments. `--config FILE` reads a TOML or YAML file first.
+
+    Raises:
+        SystemExit: with status 2 after saying what is wrong, with status 0 after --help.
+    """
+    import tyro
+
+    try:
+        files, typed = split_config(arguments)
+        given = [argument for file in files for argument in file_arguments(file)] + typed
+    except (OSError, ValueError) as error:
+        print(f"phicore {command}: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    return tyro.cli(
+        options,
+        prog=f"phicore {command}",
+        description=f"{description}\n\nEvery option can also stand in a TOML or YAML file, under its name with or "
+        "without underscores (learning_rate = 2e-4), that --config FILE names; what is typed wins.",
+        args=given,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+
+
+def split_config(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Takes `--config FILE` and `--config=FILE` out: (files, the other arguments).
+
+    Raises:
+        ValueError: --config without a file.
+    """
+    files, others = [], []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument == "--config":
+            file = next(rest, None)
+            if file is None:
+                raise ValueError("--config needs the name of a TOML or YAML file")
+            files.append(file)
+        elif argument.startswith("--config="):
+            files.append(argument.partition("=")[2])
+        else:
+            others.append(argument)
+    return files, others
+
+
+def file_arguments(path: str) -> list[str]:
+    """The entries of a TOML or YAML file as arguments.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: not a flat TOML or YAML mapping, naming the file.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f'no such config file: "{path}"')
+    text = file.read_text(encoding="utf-8-sig")
+    try:
+        if file.suffix == ".toml":
+            entries = _toml(text)
+        elif file.suffix in (".yaml", ".yml"):
+            import yaml
+
+            entries = yaml.safe_load(text) or {}
+        else:
+            raise ValueError("a config file's name must end in .toml, .yaml or .yml")
+    except Exception as error:  # yaml.YAMLError and tomllib's errors have no common base but Exception
+        raise ValueError(f"{path}: {error}") from error
+    if not isinstance(entries, dict):
+        raise ValueError(f"{path}: must be a mapping of option names to values, is a {type(entries).__name__}")
+    return [argument for key, value in entries.items() for argument in _argument(path, str(key), value)]
+
+
+def _argument(path: str, key: str, value: Any) -> list[str]:
+    flag = "--" + key.replace("_", "-")
+    if isinstance(value, bool):
+        return [flag if value else "--no-" + flag[2:]]
+    if value is None:
+        return [flag, "None"]
+    if isinstance(value, list):
+        return [flag, *map(str, value)]
+    if isinstance(value, dict):
+        if any(isinstance(inner, dict | list) for inner in value.values()):
+            raise ValueError(f"{path}: {key} is nested too deep; options are flat")
+        return [flag, *(str(part) for item in value.items() for part in item)]
+    return [flag, str(value)]
+
+
+def _toml(text: str) -> dict[str, Any]:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    return tomllib.loads(text)
