@@ -1,0 +1,495 @@
+"""attach, merge, unmerge and disabled: what they make of a model, and that a failure changes nothing."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import phicore
+from phicore.adapters import adapter_layers
+from phicore.adapters.lora import LowRankLinear
+
+NF4 = pytest.mark.parametrize("nf4", [False, True], ids=["dense", "nf4"])
+DORA = pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+CONFIG = {"rank": 3, "alpha": 7.0}
+
+
+def adapted(model: nn.Module, randomize, name: str = "default", seed: int = 1, **options) -> nn.Module:
+    """A model with an adapter whose B is not zero."""
+    return randomize(phicore.attach(model, phicore.LoRAConfig(**{**CONFIG, **options}), name), seed=seed)
+
+
+def build(toy, nf4: bool = False, dtype: torch.dtype = torch.float32, **options) -> nn.Module:
+    model = toy(dtype=dtype, **options)
+    return phicore.quantize_(model) if nf4 else model
+
+
+def trainable(model: nn.Module) -> set[str]:
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def x_for(model: nn.Module, *lead: int) -> Tensor:
+    return torch.randn(*(lead or (5,)), 10, dtype=model.norm.weight.dtype)
+
+
+# ===== attach =====
+
+
+@NF4
+@DORA
+def test_attach_freezes_the_base_adapts_in_place_and_changes_no_output(toy, nf4, dora):
+    model = build(toy, nf4)
+    x = x_for(model)
+    before = model(x)
+    assert phicore.attach(model, phicore.LoRAConfig(**CONFIG, dora=dora)) is model
+    torch.testing.assert_close(model(x), before)
+    layers = dict(adapter_layers(model))
+    assert set(layers) == {"embed", *(f"blocks.{i}.{end}" for i in (0, 1) for end in ("up_proj", "down_proj"))}
+    kind = phicore.DoRALinear if dora else phicore.LoRALinear
+    assert all(type(layer) is kind for layer in layers.values())
+    assert all((layer.rank, layer.alpha, layer.adapter_name) == (3, 7.0, "default") for layer in layers.values())
+    own = ("lora_A", "lora_B", "magnitude") if dora else ("lora_A", "lora_B")
+    assert trainable(model) == {f"{path}.{part}" for path in layers for part in own}
+    model(x).sum().backward()
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == trainable(model)
+
+
+def test_layers_take_the_config(toy):
+    options = {"dropout": 0.25, "rslora": True, "init": "gaussian", "adapter_dtype": torch.float64}
+    model = phicore.attach(toy(dtype=torch.float32), phicore.LoRAConfig(rank=9, alpha=6.0, **options))
+    for _, layer in adapter_layers(model):
+        assert (layer.dropout, layer.rslora, layer.init) == (0.25, True, "gaussian")
+        assert layer.scaling == pytest.approx(6 / 3)
+        assert layer.lora_A.dtype == torch.float64
+
+
+def test_patterns_give_some_layers_another_rank_and_alpha(toy):
+    config = phicore.LoRAConfig(
+        rank=4, alpha=8.0,
+        rank_pattern={r"blocks\.1\.up_proj": 2, "up_proj": 6},
+        alpha_pattern={r"blocks\.\d\.down_proj": 1.5},
+    )  # fmt: skip
+    layers = dict(adapter_layers(phicore.attach(toy(), config)))
+    assert {path: layer.rank for path, layer in layers.items()} == {
+        "embed": 4, "blocks.0.up_proj": 6, "blocks.0.down_proj": 4, "blocks.1.up_proj": 2, "blocks.1.down_proj": 4
+    }  # fmt: skip
+    assert {path: layer.alpha for path, layer in layers.items()} == {
+        "embed": 8, "blocks.0.up_proj": 8, "blocks.0.down_proj": 1.5, "blocks.1.up_proj": 8, "blocks.1.down_proj": 1.5
+    }  # fmt: skip
+    assert layers["blocks.0.down_proj"].scaling == 1.5 / 4
+
+
+def test_a_pattern_ends_a_name_only_after_a_dot(toy, unchanged):
+    model = toy()
+    with unchanged(model), pytest.raises(ValueError, match='rank_pattern key "p_proj"'):
+        phicore.attach(model, phicore.LoRAConfig(rank_pattern={"p_proj": 2}))
+
+
+def test_targets_and_exclusions(toy):
+    config = phicore.LoRAConfig(target_modules=["up_proj", "head"], exclude_modules=["0.up_proj"], **CONFIG)
+    assert {p for p, _ in adapter_layers(phicore.attach(toy(), config))} == {"blocks.1.up_proj", "head"}
+    config = phicore.LoRAConfig(target_modules=r".*up_proj", exclude_modules=["blocks.0.up_proj"], **CONFIG)
+    assert {p for p, _ in adapter_layers(phicore.attach(toy(), config))} == {"blocks.1.up_proj"}
+
+
+@pytest.mark.parametrize("name", ["base", "trained"])
+def test_a_layer_may_have_any_name(randomize, name):
+    # adapter layers hold their frozen layer as `base`; a model's own `base` must not be taken for it
+    inner = nn.ModuleDict({name: nn.Linear(4, 4), "fc": nn.Linear(4, 4)})
+    model = nn.ModuleDict({name: nn.Linear(4, 4), "inner": inner})
+    original = copy.deepcopy(model)
+    adapted(model, randomize)
+    assert [path for path, _ in adapter_layers(model)] == [name, f"inner.{name}", "inner.fc"]
+    assert set(phicore.merge(model)) == {name, f"inner.{name}", "inner.fc"}
+    assert model.state_dict().keys() == original.state_dict().keys()
+    phicore.unmerge(model)
+    adapted(model, randomize, "second")
+    assert [path for path, _ in adapter_layers(model, "second")] == [name, f"inner.{name}", "inner.fc"]
+    assert [path for path, _ in adapter_layers(model, "default")] == [name, f"inner.{name}", "inner.fc"]
+
+
+@NF4
+def test_shared_layers_share_one_adapter(toy, randomize, nf4):
+    model = adapted(build(toy, nf4, shared=True), randomize)
+    assert model.blocks[2] is model.blocks[0]
+    twice = nn.Linear(4, 4)
+    model = nn.ModuleDict({"a": twice, "b": nn.ModuleDict({"c": twice}), "d": twice})
+    x = torch.randn(2, 4)
+    base = twice(x)
+    adapted(model, randomize)
+    assert model["a"] is model["b"]["c"] is model["d"]
+    y = model["a"](x)
+    assert not torch.allclose(y, base)
+    errors = phicore.merge(model)
+    assert set(errors) == {"a", "b.c", "d"}
+    assert type(model["a"]) is nn.Linear
+    assert model["a"] is model["b"]["c"] is model["d"]
+    torch.testing.assert_close(model["a"](x), y)
+    phicore.unmerge(model)
+    assert model["a"] is model["b"]["c"] is model["d"]
+    assert torch.equal(model["a"](x), y)
+    assert model["a"].base is twice
+
+
+def test_shared_blocks_train_and_merge(toy, randomize):
+    model = adapted(toy(shared=True), randomize)
+    x = x_for(model)
+    y = model(x)
+    y.sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    phicore.merge(model)
+    torch.testing.assert_close(model(x), y)
+    assert torch.equal(phicore.unmerge(model)(x), y)
+
+
+@DORA
+def test_a_second_adapter_adapts_the_sum_and_it_alone_trains(toy, randomize, dora):
+    model = adapted(toy(), randomize, "first")
+    x = x_for(model)
+    first = model(x)
+    phicore.attach(model, phicore.LoRAConfig(rank=2, alpha=3.0, target_modules=["up_proj"], dora=dora), "second")
+    torch.testing.assert_close(model(x), first)
+    assert {p for p, _ in adapter_layers(model, "first")} == {
+        "embed",
+        *(f"blocks.{i}.{e}_proj" for i in (0, 1) for e in ("up", "down")),
+    }
+    assert {p for p, _ in adapter_layers(model, "second")} == {"blocks.0.up_proj", "blocks.1.up_proj"}
+    own = ("lora_A", "lora_B", "magnitude") if dora else ("lora_A", "lora_B")
+    assert trainable(model) == {f"blocks.{i}.up_proj.{part}" for i in (0, 1) for part in own}
+    randomize(model, seed=9)
+    both = model(x)
+    assert not torch.allclose(both, first)
+    phicore.merge(model)
+    torch.testing.assert_close(model(x), both)
+    assert torch.equal(phicore.unmerge(model)(x), both)
+
+
+# ===== modules_to_save =====
+
+
+def test_modules_to_save_trains_a_copy(toy, randomize):
+    model = toy()
+    original = copy.deepcopy(model)
+    x = x_for(model)
+    config = phicore.LoRAConfig(**CONFIG, target_modules=["up_proj"], modules_to_save=["head", "norm"])
+    phicore.attach(model, config)
+    torch.testing.assert_close(model(x), original(x))
+    whole = {f"{name}.trained.{part}" for name in ("head", "norm") for part in ("weight", "bias")}
+    assert trainable(model) == whole | {f"blocks.{i}.up_proj.lora_{p}" for i in (0, 1) for p in "AB"}
+    randomize(model)
+    changed = model(x)
+    assert not torch.allclose(changed, original(x))
+    assert torch.equal(model.head.base.weight, original.head.weight)
+    assert model.head.weight is model.head.trained.weight  # who reads a head's weight finds the trained one
+    with phicore.disabled(model):
+        assert torch.equal(model(x), original(x))
+    assert torch.equal(model(x), changed)
+
+    phicore.merge(model)
+    assert model.state_dict().keys() == original.state_dict().keys()
+    torch.testing.assert_close(model(x), changed)
+    phicore.unmerge(model)
+    assert torch.equal(model(x), changed)
+    with phicore.disabled(model):
+        assert torch.equal(model(x), original(x))
+
+
+def test_what_is_saved_whole_is_not_adapted_inside(toy):
+    config = phicore.LoRAConfig(**CONFIG, modules_to_save=["blocks.0"])
+    model = phicore.attach(toy(), config)
+    assert {p for p, layer in adapter_layers(model) if isinstance(layer, LowRankLinear)} == {
+        "embed", "blocks.1.up_proj", "blocks.1.down_proj"
+    }  # fmt: skip
+    assert model.blocks[0].base.up_proj.weight.requires_grad is False
+    assert model.blocks[0].trained.up_proj.weight.requires_grad
+
+
+def test_only_saved_whole_leaves_nothing_to_adapt(toy, unchanged):
+    model = toy()
+    with unchanged(model), pytest.raises(ValueError, match="modules_to_save"):
+        phicore.attach(model, phicore.LoRAConfig(target_modules=["head"], modules_to_save=["head"]))
+
+
+def test_a_second_adapter_leaves_the_trained_copy_of_the_first(toy, randomize):
+    model = adapted(toy(), randomize, "first", modules_to_save=["head", "blocks.1"])
+    x = x_for(model)
+    y = model(x)
+    phicore.attach(model, phicore.LoRAConfig(**CONFIG), "second")
+    torch.testing.assert_close(model(x), y)
+    assert {p for p, _ in adapter_layers(model, "second")} == {"embed", "blocks.0.up_proj", "blocks.0.down_proj"}
+
+    merged_from = model(x)
+    phicore.merge(model)
+    torch.testing.assert_close(model(x), merged_from)
+    phicore.unmerge(model)
+
+
+@pytest.mark.parametrize("entry", ["head", "blocks.1", "embed", "blocks"])
+def test_what_has_an_adapter_in_it_is_not_saved_whole(toy, unchanged, entry):
+    model = phicore.attach(toy(), phicore.LoRAConfig(modules_to_save=["head"]), "first")
+    config = phicore.LoRAConfig(target_modules=["0.up_proj"], modules_to_save=[entry])
+    with unchanged(model), pytest.raises(ValueError, match=f'modules_to_save entry "{entry}" matches .* adapter in it'):
+        phicore.attach(model, config, "second")
+
+
+def test_a_trained_copy_is_no_target(toy, unchanged):
+    model = phicore.attach(toy(), phicore.LoRAConfig(modules_to_save=["head", "blocks.1"]), "first")
+    for target, message in (("head", "matches head, which is a TrainedCopy"), ("1.up_proj", "no module matches")):
+        with unchanged(model), pytest.raises(ValueError, match=message):
+            phicore.attach(model, phicore.LoRAConfig(target_modules=[target]), "second")
+
+
+def test_a_shared_module_has_one_trained_copy(toy, randomize):
+    model = toy(shared=True)
+    twice = nn.LayerNorm(20)
+    model.blocks[0].norm = model.blocks[1].norm = twice
+    config = phicore.LoRAConfig(target_modules=["up_proj"], modules_to_save=["blocks.0.norm", "blocks.1.norm"])
+    phicore.attach(model, config)
+    assert model.blocks[0].norm is model.blocks[1].norm
+    assert model.blocks[0].norm.base is twice
+    phicore.merge(model)
+    assert model.blocks[0].norm is model.blocks[1].norm
+    phicore.unmerge(model)
+    assert model.blocks[0].norm is model.blocks[1].norm
+
+
+# ===== merge and unmerge =====
+
+
+@NF4
+@DORA
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-6), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_merged_equals_unmerged(toy, randomize, relative_error, nf4, dora, dtype, bound):
+    model = build(toy, nf4).to(dtype)
+    dense_keys = toy().state_dict().keys()
+    adapted(model, randomize, dora=dora)
+    model.train()
+    x = x_for(model)
+    y, state = model(x), copy.deepcopy(model.state_dict())
+    errors = phicore.merge(model)
+    assert not list(adapter_layers(model))
+    assert relative_error(model(x), y) < bound
+    assert model.state_dict().keys() == dense_keys  # over NF4 too: merging makes its layers dense
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert model.embed.training
+    assert trainable(model) == set()
+
+    assert phicore.unmerge(model) is model
+    assert torch.equal(model(x), y)
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert all(not layer.base.training or layer.training for _, layer in adapter_layers(model))
+    assert trainable(model)
+    assert set(errors) == {p for p, _ in adapter_layers(model)}
+
+
+@DORA
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_merge_reports_the_rounding_error(toy, randomize, relative_error, dora, dtype):
+    model = adapted(build(toy, dtype=dtype), randomize, dora=dora)
+    layers = dict(adapter_layers(model))
+    errors = phicore.merge(model)
+    eps = torch.finfo(dtype).eps
+    for path, layer in layers.items():
+        base, A, B = (t.detach().double() for t in (layer.base.weight, layer.lora_A, layer.lora_B))
+        exact = base + 7 / 3 * B @ A
+        if dora:
+            exact = layer.magnitude.detach().double()[:, None] * exact / exact.norm(dim=1, keepdim=True)
+        merged = model.get_submodule(path).weight
+        assert merged.dtype == dtype
+        assert ((merged.double() - exact).abs() <= 0.51 * eps * exact.abs() + 1e-5 * exact.abs().max() * eps**0.1).all()
+        assert errors[path] <= eps / 2
+        if dtype in (torch.bfloat16, torch.float16):
+            assert errors[path] == pytest.approx(relative_error(merged, exact), rel=1e-2)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_requantize_keeps_nf4_and_reports_its_error(toy, randomize, relative_error, dtype, double_quant):
+    model = toy(dtype=dtype)
+    phicore.quantize_(model, block_size=128, double_quant=double_quant)
+    before = copy.deepcopy(model)
+    adapted(model, randomize)
+    layers = dict(adapter_layers(model))
+    x = x_for(model)
+    y = model(x)
+    errors = phicore.merge(model, requantize=True)
+    assert model.state_dict().keys() == before.state_dict().keys()
+    for path, layer in layers.items():
+        merged = model.get_submodule(path)
+        assert type(merged) is phicore.NF4Linear
+        assert (merged.block_size, merged.double_quant, merged.dtype) == (128, double_quant, dtype)
+        exact = layer.base.nf4.dequantize(torch.float64) + 7 / 3 * layer.lora_B.double() @ layer.lora_A.double()
+        assert errors[path] == pytest.approx(relative_error(merged.nf4.dequantize(torch.float32), exact), rel=1e-3)
+        assert 0.05 < errors[path] < 0.15
+        assert torch.equal(merged.bias, layer.bias) if layer.bias is not None else merged.bias is None
+    before.load_state_dict(model.state_dict(), strict=True)
+    assert torch.equal(before(x), model(x))
+    assert torch.equal(phicore.unmerge(model)(x), y)
+
+
+def test_requantize_leaves_dense_layers_dense(toy, randomize):
+    model = toy(dtype=torch.float32)
+    phicore.quantize_(model, ["up_proj"])
+    adapted(model, randomize)
+    phicore.merge(model, requantize=True)
+    assert type(model.blocks[0].up_proj) is phicore.NF4Linear
+    assert type(model.blocks[0].down_proj) is nn.Linear
+
+
+def test_a_merged_weight_of_zero_has_a_finite_error():
+    model = nn.ModuleDict({"fc": nn.Linear(3, 3)})
+    nn.init.zeros_(model["fc"].weight)
+    phicore.attach(model, phicore.LoRAConfig(**CONFIG))
+    assert phicore.merge(model) == {"fc": 0.0}
+
+
+def test_unmerge_follows_the_mode_of_the_merged_model(toy, randomize):
+    model = adapted(toy(), randomize, dropout=0.5).train()
+    phicore.merge(model)
+    phicore.unmerge(model.eval())
+    assert not any(module.training for module in model.modules())
+
+
+def test_a_merged_model_saves_and_copies_like_a_plain_one(toy, randomize):
+    model = adapted(toy(), randomize)
+    x = x_for(model)
+    phicore.merge(model)
+    plain = toy(seed=8)
+    plain.load_state_dict(model.state_dict(), strict=True)
+    assert torch.equal(plain(x), model(x))
+    other = copy.deepcopy(model)
+    phicore.unmerge(other)
+    assert not list(adapter_layers(model))
+    torch.testing.assert_close(other(x), model(x))
+
+
+# ===== disabled =====
+
+
+@NF4
+@DORA
+def test_disabled_is_the_base_model(toy, randomize, nf4, dora):
+    model = build(toy, nf4)
+    x = x_for(model)
+    base = model(x)
+    adapted(model, randomize, "first", dora=dora)
+    adapted(model, randomize, "second", target_modules=["up_proj"])
+    y = model(x)
+    with phicore.disabled(model) as inside:
+        assert inside is model
+        assert torch.equal(model(x), base)
+        with phicore.disabled(model):
+            assert torch.equal(model(x), base)
+        assert torch.equal(model(x), base)
+    assert torch.equal(model(x), y)
+
+
+def test_disabled_comes_back_after_an_error(toy, randomize):
+    model = adapted(toy(), randomize)
+    model.embed.enabled = False
+    y = model(x := x_for(model))
+    with pytest.raises(RuntimeError), phicore.disabled(model):
+        raise RuntimeError
+    assert model.embed.enabled is False
+    assert torch.equal(model(x), y)
+
+
+# ===== errors =====
+
+
+def broken(toy, name: str) -> nn.Module:
+    model = toy()
+    if name != "plain":
+        phicore.attach(model, phicore.LoRAConfig(**CONFIG))
+    if name == "merged":
+        phicore.merge(model)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("state", "action", "message"),
+    [
+        ("adapted", lambda m: phicore.attach(m, phicore.LoRAConfig()), 'has an adapter named "default" already'),
+        ("merged", lambda m: phicore.attach(m, phicore.LoRAConfig(), "other"), "are merged; unmerge it before"),
+        ("merged", lambda m: phicore.merge(m), "the model is merged already"),
+        ("plain", lambda m: phicore.merge(m), "no adapter to merge"),
+        ("plain", lambda m: phicore.unmerge(m), "the model is not merged"),
+        ("adapted", lambda m: phicore.unmerge(m), "the model is not merged"),
+        ("plain", lambda m: phicore.disabled(m).__enter__(), "no adapter that could be disabled"),
+        ("merged", lambda m: phicore.disabled(m).__enter__(), r"no adapter that could be disabled \(it is merged\)"),
+    ],
+)
+def test_actions_out_of_turn_are_refused(toy, unchanged, state, action, message):
+    model = broken(toy, state)
+    with unchanged(model), pytest.raises(ValueError, match=message):
+        action(model)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_modules": ["up_prj"]}, 'no module matches target "up_prj"; did you mean up_proj'),
+        ({"target_modules": ["up_proj", "xyz"]}, 'no module matches target "xyz"; there are: down_proj, embed'),
+        ({"target_modules": r"blocks\.7.*"}, r'no module matches target "blocks\\.7'),
+        ({"target_modules": ["norm"]}, "norm, which is a LayerNorm"),
+        ({"target_modules": []}, "target_modules must name something"),
+        ({"exclude_modules": ["hed"]}, 'exclude_modules entry "hed"; did you mean head'),
+        ({"modules_to_save": ["hed"]}, 'modules_to_save entry "hed"; did you mean head'),
+        ({"rank_pattern": {"up_prj": 2}}, 'rank_pattern key "up_prj"; did you mean up_proj'),
+        ({"alpha_pattern": {"head": 2.0}}, 'alpha_pattern key "head"'),  # there, but not adapted
+    ],
+)
+def test_what_matches_nothing_is_refused(toy, unchanged, options, message):
+    model = toy()
+    with unchanged(model), pytest.raises(ValueError, match=message):
+        phicore.attach(model, phicore.LoRAConfig(**options))
+
+
+def test_integer_weights_are_refused(toy, unchanged):
+    model = toy()
+    model.blocks[1].down_proj.weight = nn.Parameter(torch.zeros(20, 33, dtype=torch.int8), requires_grad=False)
+    with unchanged(model), pytest.raises(TypeError, match=r"blocks\.1\.down_proj has torch\.int8 weights"):
+        phicore.attach(model, phicore.LoRAConfig())
+
+
+@pytest.mark.parametrize("target", ["q_proj", "v_proj", "gate_proj", "up_proj"])
+def test_phi3_names_the_fused_projection(tiny, unchanged, target):
+    model = tiny("phi3")
+    fused = "gate_up_proj" if target in ("gate_proj", "up_proj") else "qkv_proj"
+    with unchanged(model), pytest.raises(ValueError, match=f'target "{target}"; this model fuses it: use "{fused}"'):
+        phicore.attach(model, phicore.LoRAConfig(target_modules=["o_proj", "down_proj", target]))
+
+
+def test_gpt2_says_that_conv1d_is_not_supported(tiny, unchanged):
+    model = tiny("gpt2", tied=True)
+    with unchanged(model):
+        with pytest.raises(ValueError, match=r"c_attn, which is a Conv1D and cannot be adapted"):
+            phicore.attach(model, phicore.LoRAConfig(target_modules=["c_attn"]))
+        with pytest.raises(ValueError, match="leaves no module of GPT2LMHeadModel"):
+            phicore.attach(model, phicore.LoRAConfig())
+
+
+# ===== whole models =====
+
+
+@DORA
+@pytest.mark.parametrize("family", ["llama", "phi3", "bert"])
+def test_transformers_models(tiny, randomize, family, dora):
+    model = tiny(family)
+    names = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)} - {"lm_head"}
+    original = copy.deepcopy(model)
+    ids = torch.arange(1, 13).view(2, 6)
+    base = model(ids).logits
+    adapted(model, randomize, dora=dora)
+    assert {p for p, _ in adapter_layers(model)} == names
+    logits = model(ids).logits
+    assert not torch.allclose(logits, base, rtol=1e-2)
+    with phicore.disabled(model):
+        assert torch.equal(model(ids).logits, base)
+    phicore.merge(model)
+    torch.testing.assert_close(model(ids).logits, logits)
+    assert model.state_dict().keys() == original.state_dict().keys()
+    phicore.unmerge(model)
+    assert torch.equal(model(ids).logits, logits)

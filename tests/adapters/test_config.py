@@ -1,0 +1,48 @@
+"""LoRAConfig: what it refuses, and the two scalings."""
+
+import dataclasses
+
+import pytest
+
+import phicore
+from phicore.adapters.config import scaling
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 0}, "rank must be a whole number above 0, got 0"),
+        ({"rank": True}, "rank must be a whole number above 0, got True"),
+        ({"rank": 1.5}, "rank must be a whole number above 0, got 1.5"),
+        ({"rank_pattern": {"q": 0}}, r"rank_pattern\['q'\] must be a whole number above 0, got 0"),
+        ({"alpha": -1}, "alpha must be above 0, got -1"),
+        ({"alpha": float("nan")}, "alpha must be above 0, got nan"),
+        ({"alpha_pattern": {"q": 0.0}}, r"alpha_pattern\['q'\] must be above 0, got 0.0"),
+        ({"dropout": 1}, "dropout must be at least 0 and below 1, got 1"),
+        ({"dropout": float("nan")}, "dropout must be at least 0 and below 1, got nan"),
+        ({"init": "pissa"}, "init must be one of kaiming, gaussian, got 'pissa'"),
+    ],
+)
+def test_values_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        phicore.LoRAConfig(**options)
+
+
+def test_a_misspelt_field_is_refused():
+    with pytest.raises(TypeError, match="lora_alpha"):
+        phicore.LoRAConfig(lora_alpha=16)
+    with pytest.raises(AttributeError):
+        phicore.LoRAConfig().lora_alpha = 16
+
+
+def test_instances_do_not_share_their_containers():
+    first, second = phicore.LoRAConfig(), phicore.LoRAConfig()
+    first.rank_pattern["q"] = 4
+    assert second == phicore.LoRAConfig()
+    assert dataclasses.replace(second, rank=4).rank == 4
+
+
+@pytest.mark.parametrize(("rank", "alpha"), [(1, 1.0), (4, 8), (16, 5.0), (7, 3)])
+def test_scaling(rank, alpha):
+    assert scaling(rank, alpha, rslora=False) == alpha / rank
+    assert scaling(rank, alpha, rslora=True) == pytest.approx(alpha / rank**0.5)

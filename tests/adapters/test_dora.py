@@ -1,0 +1,463 @@
+"""DoRALinear over every kind of base, against the dense formula W' = m V' / ||V'|| in float64, and what it costs."""
+
+import copy
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import phicore
+from phicore.adapters import dora
+
+KINDS = ("linear", "nf4", "lora+linear", "dora+nf4", "dora+lora+nf4")
+OUT, IN = 23, 37
+NAMES = ("lora_A", "lora_B", "magnitude")
+
+
+def reference(
+    layer, W: Tensor, b: Tensor | None, x: Tensor, *, detach: bool = True
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Output, and the float64 leaves A, B, m that it was computed from. Section 4.3: the norm is a constant in the
+    backward pass."""
+    A, B, m = leaves = tuple(getattr(layer, name).detach().double().requires_grad_(True) for name in NAMES)
+    s = layer.alpha / layer.rank**0.5 if layer.rslora else layer.alpha / layer.rank
+    V = W + s * (B @ A)
+    norm = (V**2).sum(dim=1, keepdim=True).sqrt()
+    y = x @ (m[:, None] * V / (norm.detach() if detach else norm)).T
+    return (y if b is None else y + b), leaves
+
+
+def trained(layer: phicore.DoRALinear) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(getattr(layer, name) for name in NAMES)
+
+
+def random_adapter(base: nn.Module, randomize, **options) -> phicore.DoRALinear:
+    return randomize(phicore.DoRALinear(base, **{"rank": 4, "alpha": 7.0, **options}), seed=3)
+
+
+def norm_used(layer: phicore.DoRALinear, x: Tensor) -> Tensor:
+    """||V'|| per row as a forward pass of the layer uses it."""
+    with mock.patch.object(dora, "row_scale", wraps=dora.row_scale) as spy:
+        layer(x)
+    return spy.call_args.args[1]
+
+
+def row_error(norm: Tensor, exact: Tensor) -> float:
+    return float(((norm.double() - exact) / exact).abs().max())
+
+
+# ===== equal to the dense formula =====
+
+
+@given(
+    kind=st.sampled_from(KINDS),
+    lead=st.sampled_from(((), (1,), (5,), (0,), (2, 3), (2, 0, 3))),
+    out=st.integers(1, 24),
+    inner=st.integers(1, 40),
+    rank=st.integers(1, 9),
+    alpha=st.sampled_from((0.5, 8, 13.0)),
+    rslora=st.booleans(),
+    bias=st.booleans(),
+    strided=st.booleans(),
+)
+def test_forward_and_gradients_equal_the_dense_formula(
+    layer_of, randomize, kind, lead, out, inner, rank, alpha, rslora, bias, strided
+):
+    base, W, b = layer_of(kind, out, inner, bias=bias)
+    layer = random_adapter(base, randomize, rank=rank, alpha=alpha, rslora=rslora)
+    x = torch.randn(inner, *lead, dtype=torch.float64).movedim(0, -1)
+    x = (x if strided else x.contiguous()).detach().requires_grad_(True)
+    expected, leaves = reference(layer, W, b, x)
+    y = layer(x)
+    close = {"rtol": 1e-8, "atol": 1e-8}
+    torch.testing.assert_close(y, expected, **close)
+    torch.testing.assert_close(layer.project(x), expected if b is None else expected - b, **close)
+    grad = torch.randn_like(y)
+    given_grads = torch.autograd.grad(y, (x, *trained(layer)), grad)
+    for g, e in zip(given_grads, torch.autograd.grad(expected, (x, *leaves), grad), strict=True):
+        torch.testing.assert_close(g, e, **close)
+
+
+def test_the_norm_is_a_constant_in_the_backward_pass(layer_of, randomize, relative_error):
+    base, W, b = layer_of("nf4", OUT, IN)
+    layer = random_adapter(base, randomize)
+    x = torch.randn(5, IN, dtype=torch.float64)
+    grad = torch.randn(5, OUT, dtype=torch.float64)
+    given_grads = torch.autograd.grad(layer(x), trained(layer), grad)
+    expected, leaves = reference(layer, W, b, x, detach=False)
+    through = torch.autograd.grad(expected, leaves, grad)
+    errors = [relative_error(g, e) for g, e in zip(given_grads, through, strict=True)]
+    assert min(errors[:2]) > 0.05  # A and B would differ visibly were the norm differentiated
+    assert errors[2] < 1e-10  # m's own gradient is exact either way
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("init", ["kaiming", "gaussian"])
+def test_a_new_adapter_equals_its_base_and_m_is_the_norm(layer_of, kind, init):
+    base, W, b = layer_of(kind, OUT, IN)
+    layer = phicore.DoRALinear(base, rank=4, alpha=7, init=init)
+    x = torch.randn(3, IN, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), x @ W.T + b)
+    torch.testing.assert_close(layer.magnitude, W.norm(dim=1))
+    assert layer.magnitude.shape == (OUT,)
+    assert layer.lora_A.any()
+    assert not layer.lora_B.any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merged_weight_has_rows_of_length_m(layer_of, randomize, kind):
+    base, W, b = layer_of(kind, OUT, IN)
+    layer = random_adapter(base, randomize)
+    merged = layer.merged_weight()
+    torch.testing.assert_close(merged.norm(dim=1), layer.magnitude.detach().abs())
+    x = torch.randn(3, IN, dtype=torch.float64)
+    torch.testing.assert_close(x @ merged.T + b, reference(layer, W, b, x)[0])
+    torch.testing.assert_close(layer.dense_weight(torch.float32), merged.float())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_the_adapter_trains(layer_of, kind):
+    layer = phicore.DoRALinear(layer_of(kind, OUT, IN)[0])
+    assert {n for n, p in layer.named_parameters() if p.requires_grad} == set(NAMES)
+    layer(torch.randn(2, IN, dtype=torch.float64)).sum().backward()
+    assert {n for n, p in layer.named_parameters() if p.grad is not None} == set(NAMES)
+    assert not layer.base_norm_squared.requires_grad
+
+
+def test_disabled_layer_is_its_base(layer_of, randomize):
+    base, W, _ = layer_of("nf4", OUT, IN)
+    layer = random_adapter(base, randomize)
+    layer.enabled = False
+    x = torch.randn(3, IN, dtype=torch.float64)
+    assert torch.equal(layer(x), base(x))
+    assert torch.equal(layer.project(x), base.project(x))
+    assert torch.equal(layer.merged_weight(), W)
+
+
+def test_reset_parameters_starts_anew(layer_of, randomize):
+    base, W, b = layer_of("nf4", OUT, IN)
+    layer = random_adapter(base, randomize)
+    layer.reset_parameters()
+    x = torch.randn(3, IN, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), x @ W.T + b)
+    torch.testing.assert_close(layer.magnitude, W.norm(dim=1))
+
+
+def test_dropout_touches_the_low_rank_path_only():
+    # W = 3 I and s B A = 2 I, so V' = 5 I and, with m = 10, y = 2 (3 x + 2 dropout(x))
+    width = 20
+    layer = phicore.DoRALinear(nn.Linear(width, width), rank=width, alpha=2 * width, dropout=0.3)
+    with torch.no_grad():
+        layer.base.weight.copy_(3 * torch.eye(width))
+        layer.base.bias.fill_(1)
+        layer.lora_A.copy_(torch.eye(width))
+        layer.lora_B.copy_(torch.eye(width))
+        layer.magnitude.fill_(10)
+    layer.refresh_base_norm()
+    x = torch.randn(500, width) + 3
+    low_rank = (layer(x) - 1) / 2 - 3 * x
+    dropped = low_rank.abs() < 1e-4
+    assert float(dropped.float().mean()) == pytest.approx(0.3, abs=0.02)
+    torch.testing.assert_close(low_rank[~dropped], (2 * x / 0.7)[~dropped], rtol=1e-4, atol=1e-4)
+    layer.eval()
+    torch.testing.assert_close(layer(x), 10 * x + 1)
+
+
+# ===== the factored norm =====
+
+
+@given(out=st.integers(1, 30), inner=st.integers(1, 40), rank=st.integers(1, 9), scale=st.sampled_from((0.1, 1.0, 4.0)))
+def test_factored_norm_equals_the_dense_norm(out, inner, rank, scale):
+    W, A = torch.randn(out, inner, dtype=torch.float64), torch.randn(rank, inner, dtype=torch.float64)
+    B = torch.randn(out, rank, dtype=torch.float64)
+    squared = dora.factored_norm_squared((W**2).sum(1), W @ A.T, A, B, scale)
+    torch.testing.assert_close(squared, ((W + scale * B @ A) ** 2).sum(1))
+
+
+def cancelling(kind: str, layer_of, dtype: torch.dtype, ratio: float) -> tuple[phicore.DoRALinear, Tensor]:
+    """A layer whose s B A takes all but about `ratio` of ||W|| away in each row, and ||V'|| in float64."""
+    out, inner = 16, 12
+    base, W, _ = layer_of(kind, out, inner, dtype=dtype)
+    layer = phicore.DoRALinear(base, rank=inner, alpha=2.0 * inner)
+    with torch.no_grad():
+        layer.lora_A.copy_(torch.eye(inner))
+        layer.lora_B.copy_((-W + ratio * W.norm(dim=1, keepdim=True) * torch.randn_like(W) / inner**0.5) / 2)
+        layer.magnitude.normal_()
+    V = W + 2 * layer.lora_B.detach().double() @ layer.lora_A.detach().double()
+    return layer, V.norm(dim=1)
+
+
+@pytest.mark.parametrize("kind", ["linear", "nf4", "lora+nf4"])
+@pytest.mark.parametrize("ratio", [1.0, 0.3, 0.11, 0.09, 0.03, 1e-2, 1e-3])
+def test_norm_in_float32_under_cancellation(layer_of, kind, ratio):
+    layer, exact = cancelling(kind, layer_of, torch.float32, ratio)
+    norm = norm_used(layer, torch.randn(2, 12))
+    assert norm.dtype == torch.float32
+    assert row_error(norm, exact) < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["linear", "nf4"])
+@pytest.mark.parametrize("std", [1e-3, 1e-2, 0.1])
+def test_norm_in_16_bits(layer_of, randomize, kind, dtype, std):
+    base, W, _ = layer_of(kind, 96, 200, dtype=dtype)
+    layer = randomize(phicore.DoRALinear(base, rank=8, alpha=16), std=std)
+    exact = (W + 2 * layer.lora_B.detach().double() @ layer.lora_A.detach().double()).norm(dim=1)
+    assert row_error(norm_used(layer, torch.randn(2, 200).to(dtype)), exact) < 1e-3
+
+
+@pytest.mark.parametrize("ratio", [0.3, 0.1, 0.03])
+def test_norm_in_bfloat16_under_cancellation(layer_of, ratio):
+    # B is rounded to bfloat16 before the exact norm is taken, so V' is what the stored numbers say
+    layer, exact = cancelling("linear", layer_of, torch.bfloat16, ratio)
+    assert row_error(norm_used(layer, torch.randn(2, 12).bfloat16()), exact) < 1e-2
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.1, 1e-2])
+def test_autocast_does_not_reach_the_norm(layer_of, ratio):
+    layer, exact = cancelling("linear", layer_of, torch.float32, ratio)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        norm = norm_used(layer, torch.randn(2, 12))
+        merged = layer.merged_weight()
+    assert row_error(norm, exact) < 3e-3  # W A^T itself comes from a bfloat16 product
+    assert torch.equal(merged, layer.merged_weight())
+
+
+@pytest.mark.parametrize("kind", ["linear", "lora+linear"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("B_too", [False, True])
+def test_zero_rows_stay_finite(layer_of, randomize, kind, dtype, B_too):
+    base, _, _ = layer_of(kind, OUT, IN, dtype=dtype)
+    plain = base if kind == "linear" else base.base
+    dead = [0, 5]
+    with torch.no_grad():
+        plain.weight[dead] = 0
+        if kind != "linear":
+            base.lora_B[dead] = 0
+    layer = randomize(phicore.DoRALinear(base, rank=4, alpha=7.0))
+    if B_too:
+        with torch.no_grad():
+            layer.lora_B[dead] = 0
+    x = torch.randn(3, IN).to(dtype).requires_grad_(True)
+    y = layer(x)
+    grads = torch.autograd.grad(y.float().pow(2).sum(), (x, *trained(layer)))
+    assert all(t.isfinite().all() for t in (y, *grads, layer.merged_weight()))
+    if B_too:  # V' is zero there: nothing but the bias is left
+        torch.testing.assert_close(y[:, dead], layer.bias[dead].expand(3, 2))
+    else:  # V' is s B A alone, of length m after scaling
+        assert layer.merged_weight()[dead].norm(dim=1).tolist() == pytest.approx(
+            layer.magnitude[dead].abs().tolist(), rel=1e-2
+        )
+
+
+# ===== what it costs =====
+
+
+class Allocations(TorchDispatchMode):
+    """Notes the size of everything that operators put in new storage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {
+            a.untyped_storage().data_ptr()
+            for a in torch.utils._pytree.tree_leaves((args, kwargs))
+            if isinstance(a, Tensor)
+        }
+        result = func(*args, **(kwargs or {}))
+        for t in torch.utils._pytree.tree_leaves(result):
+            if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in given:
+                self.sizes.append((str(func), t.numel()))
+        return result
+
+
+def test_no_temporary_of_the_size_of_the_weight(layer_of, randomize):
+    out, inner, tokens = 80, 100, 30
+    layer = randomize(phicore.DoRALinear(layer_of("linear", out, inner, dtype=torch.float32)[0], rank=4, alpha=8.0))
+    x = torch.randn(tokens, inner, requires_grad=True)
+    with Allocations() as allocations:
+        layer(x).pow(2).sum().backward()
+    assert max(allocations.sizes, key=lambda entry: entry[1])[1] <= tokens * inner
+    assert len(allocations.sizes) > 10  # it did look
+
+    with Allocations() as allocations:  # and it would have seen one
+        layer.merged_weight()
+    assert max(allocations.sizes, key=lambda entry: entry[1])[1] == out * inner
+
+
+def test_flops_are_those_of_lora_and_rank_terms(layer_of, randomize):
+    out, inner, tokens, rank = 80, 100, 30, 4
+    counts = []
+    for make in (phicore.LoRALinear, phicore.DoRALinear):
+        layer = randomize(make(layer_of("linear", out, inner, dtype=torch.float32)[0], rank=rank, alpha=8.0))
+        x = torch.randn(tokens, inner, requires_grad=True)
+        with FlopCounterMode(display=False) as counter:
+            layer(x).pow(2).sum().backward()
+        counts.append(counter.get_total_flops())
+    lora, dora_ = counts
+    assert lora == 2 * tokens * (2 * inner * out + 3 * rank * (inner + out))
+    # W A^T, A A^T and B (A A^T)
+    assert dora_ - lora == 2 * rank * inner * out + 2 * rank**2 * (inner + out)
+
+
+@pytest.mark.parametrize("kind", ["linear", "nf4"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_saves_one_output_more_than_lora(layer_of, randomize, saved_for_backward, kind, bias):
+    layer = random_adapter(layer_of(kind, 64, 96, bias=bias, dtype=torch.float32)[0], randomize)
+    x = torch.randn(50, 96, requires_grad=True)
+    kept = saved_for_backward(lambda: layer(x), layer)
+    large = sorted(tuple(t.shape) for t in kept if t.numel() > 96)
+    assert large == [(50, 4), (50, 64), (50, 96)]  # x A^T, x V'^T (for m's gradient) and x
+
+
+# ===== dtypes, devices, copies =====
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3), (torch.float32, 1e-5)])
+def test_low_precision_stays_near_the_formula(layer_of, randomize, relative_error, kind, dtype, bound):
+    base, W, b = layer_of(kind, 40, 70, dtype=dtype)
+    layer = random_adapter(base, randomize)
+    assert {p.dtype for p in trained(layer)} == {dtype}
+    x = torch.randn(9, 70).to(dtype).requires_grad_(True)
+    x64 = x.detach().double().requires_grad_(True)
+    expected, leaves = reference(layer, W, b, x64)
+    y = layer(x)
+    assert y.dtype == dtype
+    assert relative_error(y, expected) < bound
+    grad = torch.randn(9, 40).to(dtype)
+    given_grads = torch.autograd.grad(y, (x, *trained(layer)), grad)
+    for g, e in zip(given_grads, torch.autograd.grad(expected, (x64, *leaves), grad.double()), strict=True):
+        assert g.dtype == dtype
+        assert relative_error(g, e) < bound
+
+
+@pytest.mark.parametrize("kind", ["linear", "nf4", "lora+nf4"])
+def test_autocast(layer_of, randomize, relative_error, kind):
+    base, W, b = layer_of(kind, OUT, IN, dtype=torch.float32)
+    layer = random_adapter(base, randomize)
+    x = torch.randn(5, IN, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    assert relative_error(y, reference(layer, W, b, x.double())[0]) < 2e-2
+    y.sum().backward()
+    assert x.grad.dtype == layer.magnitude.grad.dtype == torch.float32
+
+
+def expected_base_norm(W: Tensor, dtype: torch.dtype) -> Tensor:
+    return (W**2).sum(1).to(dtype)
+
+
+@pytest.mark.parametrize("kind", ["linear", "nf4", "lora+nf4"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_base_norm_is_right_after_a_cast(layer_of, randomize, kind, dtype):
+    # .half() rounds the base's weight; the sums must be those of the rounded weight, and not be rounded themselves
+    base, _, _ = layer_of(kind, OUT, IN, dtype=torch.float64 if dtype == torch.float32 else torch.float32)
+    net = nn.Sequential(random_adapter(base, randomize))
+    layer = net.to(dtype)[0]
+    sums = torch.float64 if dtype == torch.float64 else torch.float32
+    weight = phicore.DoRALinear(layer.base).dense_base().double()
+    assert layer.base_norm_squared.dtype == sums
+    torch.testing.assert_close(layer.base_norm_squared, expected_base_norm(weight, sums), rtol=1e-5, atol=0)
+    assert {p.dtype for p in trained(layer)} == {dtype}
+    assert layer(torch.randn(2, IN, dtype=dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_dict_round_trip_also_from_meta(layer_of, randomize, kind):
+    base, W, _ = layer_of(kind, OUT, IN)
+    layer = random_adapter(base, randomize)
+    state = copy.deepcopy(layer.state_dict())
+    assert "base_norm_squared" not in state  # it follows from the base
+    x = torch.randn(3, IN, dtype=torch.float64)
+    expected = layer(x)
+
+    other = phicore.DoRALinear(layer_of(kind, OUT, IN, seed=5)[0], rank=4, alpha=7.0)
+    assert not torch.allclose(other(x), expected)
+    other.load_state_dict(state, strict=True)
+    torch.testing.assert_close(other.base_norm_squared, expected_base_norm(W, torch.float64))
+    torch.testing.assert_close(other(x), expected)
+
+    empty = phicore.DoRALinear(copy.deepcopy(base).to("meta"), rank=4, alpha=7.0)
+    assert all(t.is_meta for t in (*empty.parameters(), *empty.buffers()))
+    empty.load_state_dict(state, strict=True, assign=True)
+    torch.testing.assert_close(empty(x), expected)
+
+    emptied = nn.Sequential(phicore.DoRALinear(copy.deepcopy(base).to("meta"), rank=4, alpha=7.0))
+    emptied.to_empty(device="cpu")
+    emptied.load_state_dict({f"0.{k}": v for k, v in state.items()}, strict=True)
+    torch.testing.assert_close(emptied(x), expected)
+
+
+def test_base_norm_follows_a_weight_changed_by_hand(layer_of, randomize):
+    base, W, b = layer_of("linear", OUT, IN)
+    layer = random_adapter(base, randomize)
+    with torch.no_grad():
+        base.weight.mul_(3)
+    layer.refresh_base_norm()
+    x = torch.randn(3, IN, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), reference(layer, 3 * W, b, x)[0])
+
+
+def test_deepcopy_is_independent(layer_of, randomize):
+    layer = random_adapter(layer_of("nf4", OUT, IN)[0], randomize)
+    other = copy.deepcopy(layer)
+    x = torch.randn(3, IN, dtype=torch.float64)
+    before = layer(x)
+    assert torch.equal(other(x), before)
+    randomize(other)
+    assert not torch.equal(other(x), before)
+    assert torch.equal(layer(x), before)
+    other.load_state_dict(layer.state_dict())  # the copy's hook refreshes the copy
+    assert torch.equal(other(x), before)
+
+
+# ===== torch.compile =====
+
+
+def both_ways(layer: phicore.DoRALinear, compiled, x: Tensor) -> None:
+    results = []
+    for f in (layer, compiled):
+        y = f(x)
+        results.append((y, *torch.autograd.grad((y**2).sum(), (x, *trained(layer)))))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("kind", ["linear", "dora+nf4"])
+def test_compiled_in_one_graph_equals_eager(layer_of, randomize, kind):
+    torch._dynamo.reset()
+    layer = random_adapter(layer_of(kind, OUT, IN)[0], randomize)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    both_ways(layer, compiled, torch.randn(2, 5, IN, dtype=torch.float64, requires_grad=True))
+
+
+def test_one_graph_serves_rows_that_cancel_and_rows_that_do_not(layer_of, randomize):
+    torch._dynamo.reset()
+    layer, _ = cancelling("nf4", layer_of, torch.float32, 1e-3)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    x = torch.randn(3, 12, requires_grad=True)
+    both_ways(layer, compiled, x)
+    expected = x.double() @ (layer.merged_weight().double()).T + layer.bias.double()
+    torch.testing.assert_close(compiled(x).double(), expected, rtol=1e-3, atol=1e-3)
+    randomize(layer, std=1.0)
+    both_ways(layer, compiled, x)
+    assert counter.frame_count == 1
+
+
+def test_compiled_under_autocast_equals_eager(layer_of):
+    torch._dynamo.reset()
+    layer, _ = cancelling("linear", layer_of, torch.float32, 1e-2)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        both_ways(layer, compiled, torch.randn(5, 12, requires_grad=True))

@@ -1,0 +1,123 @@
+"""generate, merge and quantize on a tiny model with a trained adapter, and the command line itself."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import phicore
+from phicore.cli import COMMANDS, main
+from phicore.cli.generate import GenerateOptions, answers
+from phicore.formats.huggingface import load_model
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A DoRA adapter whose effect is large."""
+    output = tmp_path_factory.mktemp("run")
+    arguments = [
+        "finetune", "--model", str(tiny_model), "--data", str(data), "--output", str(output), "--method", "dora",
+        "--steps", "8", "--learning-rate", "5e-2", "--warmup-steps", "0", "--dtype", "float32",
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    return output / "adapter"
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    ids = torch.arange(5, 25).view(2, 10)
+    with torch.no_grad():
+        return model(ids).logits
+
+
+def test_merged_directory_is_loaded_by_transformers_and_equals_the_adapted_model(
+    tiny_model: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    merge = ["merge", "--model", str(tiny_model), "--adapter", str(adapter), "--dtype", "float32"]
+    assert main([*merge, "--output", str(tmp_path / "merged")]) == 0
+    adapted, _ = load_model(str(tiny_model), torch.float32)
+    base = logits(adapted)
+    phicore.load_adapter(adapted, adapter)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    torch.testing.assert_close(logits(merged), logits(adapted), atol=1e-5, rtol=1e-4)
+    assert (logits(merged) - base).abs().max() > 1e-2
+    assert main([*merge, "--output", str(tmp_path / "merged")]) == 1
+    assert "not an empty directory" in capsys.readouterr().err
+
+
+def test_quantized_directory_holds_the_quantized_model(tiny_model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "nf4"
+    assert main(["quantize", "--model", str(tiny_model), "--output", str(output), "--dtype", "float32"]) == 0
+    expected, _ = load_model(str(tiny_model), torch.float32)
+    phicore.quantize_(expected)
+    read, _ = load_model(str(output), torch.float32)
+    assert sum(isinstance(module, phicore.NF4Linear) for module in read.modules()) == 14
+    assert torch.equal(logits(read), logits(expected))
+    size = (output / "model.safetensors").stat().st_size
+    assert size < 0.5 * (tiny_model / "model.safetensors").stat().st_size
+
+
+def test_generate_answers_each_prompt_with_and_without_adapter(
+    tiny_model: Path, adapter: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = GenerateOptions(model=str(tiny_model), prompt=("1 Elm St", "2 Oak"), max_new_tokens=5, dtype="float32")
+    plain = answers(asked)
+    asked.adapter = str(adapter)
+    adapted = answers(asked)
+    assert len(plain) == len(adapted) == 2
+    assert plain != adapted
+    arguments = ["--model", str(tiny_model), "--adapter", str(adapter), "--prompt", "1 Elm St", "2 Oak"]
+    capsys.readouterr()
+    assert main(["generate", *arguments, "--max-new-tokens", "5", "--dtype", "float32"]) == 0
+    assert capsys.readouterr().out == "".join(answer + "\n" for answer in adapted)
+
+
+def test_an_adapter_that_does_not_fit_is_refused(
+    tiny_model: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    wrong = {
+        key.replace("base_model.", ""): tensor
+        for key, tensor in load_file(adapter / "adapter_model.safetensors").items()
+    }
+    save_file(wrong, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text((adapter / "adapter_config.json").read_text())
+    merge = ["merge", "--model", str(tiny_model), "--adapter", str(tmp_path), "--output", str(tmp_path / "out")]
+    assert main(merge) == 1
+    message = capsys.readouterr().err
+    assert "missing keys" in message
+    assert "unexpected keys" in message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_help_tells_of_every_option(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "--model" in text
+    assert "--config FILE" in " ".join(text.split())
+
+
+def test_usage_and_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert main(["--help"]) == 0
+    assert main(["finetun"]) == 2
+    assert 'no command "finetun"' in capsys.readouterr().err
+    (tmp_path / "c.toml").write_text("learning_rat = 1\n")
+    for arguments in (["--config", str(tmp_path / "c.toml")], ["--config", "none.toml"], ["--stepz", "3"]):
+        with pytest.raises(SystemExit) as stop:
+            main(["finetune", "--model", "m", "--data", "d", *arguments])
+        assert stop.value.code == 2
+    message = capsys.readouterr()
+    assert "learning-rat" in message.err + message.out
+    assert "none.toml" in message.err
+
+
+def test_runs_as_a_module() -> None:
+    run = subprocess.run([sys.executable, "-m", "phicore", "--version"], capture_output=True, text=True, check=True)
+    assert run.stdout.strip()

@@ -1,0 +1,176 @@
+"""phicore finetune on a tiny model: what it writes, that it resumes, that it takes files, and what it refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import phicore
+from phicore.cli import main
+from phicore.formats.huggingface import load_model
+
+REQUIRED = {
+    "eval_loss_before", "eval_loss_after", "span_f1_before", "span_f1_after", "exact_match_before",
+    "exact_match_after", "tokens_per_second", "peak_memory_bytes", "wall_seconds", "trainable_parameters",
+    "base_bytes_before", "base_bytes_after",
+}  # fmt: skip
+
+
+def run(model: Path, data: Path, output: Path, *more: str) -> int:
+    return main(
+        ["finetune", "--model", str(model), "--data", str(data), "--output", str(output), "--steps", "4", "--rank", "4",
+         "--alpha", "6", "--batch-size", "2", "--learning-rate", "1e-2", "--warmup-steps", "1", "--log-every", "1",
+         "--dtype", "float32", *more]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "qlora", "qdora"])
+def test_result_adapter_and_table(
+    method: str, tiny_model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held_out = ["--eval-data", str(data), "--eval-limit", "6", "--answers", "3", "--max-new-tokens", "4"]
+    assert run(tiny_model, data, tmp_path, "--method", method, *held_out) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result.keys() >= REQUIRED
+    assert result["eval_loss_after"] < result["eval_loss_before"]
+    quantized = method[0] == "q"
+    assert (result["base_bytes_after"] < result["base_bytes_before"]) == quantized
+    assert result["examples"] == {"train": 12, "eval": 6, "answered": 3}
+    adapter = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    assert sum(t.numel() for t in adapter.values()) == result["trainable_parameters"]
+    assert any("magnitude" in key for key in adapter) == (method in ("dora", "qdora"))
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 3
+    shown = capsys.readouterr().out
+    assert "before" in shown
+    assert "0 Elm St" in shown
+    # The saved adapter is the trained one: over the same base, it gives the reported loss.
+    model, _ = load_model(str(tiny_model), torch.float32)
+    if quantized:
+        phicore.quantize_(model)
+    phicore.load_adapter(model, tmp_path / "adapter")
+    _, tokenizer = load_model(str(tiny_model), torch.float32)
+    dataset = phicore.training.data.load_dataset(data, tokenizer, 512, 6)
+    trainer = phicore.Trainer(model, phicore.TrainConfig(output=str(tmp_path / "other")), dataset, dataset)
+    assert trainer.evaluate() == pytest.approx(result["eval_loss_after"], abs=1e-5)
+
+
+def test_full_writes_a_model_that_loads(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    assert run(tiny_model, data, tmp_path, "--method", "full", "--eval-data", str(data)) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["eval_loss_after"] < result["eval_loss_before"]
+    model, _ = load_model(str(tmp_path / "model"), torch.float32)
+    assert result["trainable_parameters"] == sum(p.numel() for p in model.parameters())
+
+
+def test_runs_without_held_out_data(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    assert run(tiny_model, data, tmp_path) == 0
+    assert json.loads((tmp_path / "result.json").read_text())["eval_loss_after"] is None
+
+
+def losses(output: Path) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"]) for line in lines]
+
+
+def test_a_resumed_run_is_the_run_that_was_not_stopped(
+    tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--dropout", "0.2", "--save-every", "1", "--dtype", "auto"]
+    assert run(tiny_model, data, tmp_path / "whole", *options) == 0
+    take_step = phicore.Trainer._train_step
+
+    def stop_at_two(trainer: phicore.Trainer) -> dict[str, float]:
+        facts = take_step(trainer)
+        if trainer.step == 2:
+            trainer.request_stop()
+        return facts
+
+    monkeypatch.setattr(phicore.Trainer, "_train_step", stop_at_two)
+    with pytest.raises(SystemExit) as stop:
+        run(tiny_model, data, tmp_path / "cut", *options)
+    assert stop.value.code == 0
+    monkeypatch.setattr(phicore.Trainer, "_train_step", take_step)
+    assert run(tiny_model, data, tmp_path / "cut", *options, "--resume") == 0
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    cut, whole = (load_file(tmp_path / run / "adapter/adapter_model.safetensors") for run in ("cut", "whole"))
+    assert all(torch.equal(cut[key], whole[key]) for key in whole)
+
+
+def test_resuming_with_changed_settings_lists_them(
+    tiny_model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tiny_model, data, tmp_path) == 0
+    assert run(tiny_model, data, tmp_path, "--resume", "--alpha", "7", "--seed", "3") == 1
+    message = capsys.readouterr().err
+    assert "alpha: 6.0 then, 7.0 now" in message
+    assert "seed: 0 then, 3 now" in message
+    assert run(tiny_model, data, tmp_path) == 1
+    assert "holds a run" in capsys.readouterr().err
+    assert run(tiny_model, data, tmp_path, "--overwrite") == 0
+
+
+@pytest.mark.parametrize("suffix", ["toml", "yaml"])
+def test_options_from_a_file_and_what_is_typed_wins(suffix: str, tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    config = tmp_path / f"run.{suffix}"
+    sign = "=" if suffix == "toml" else ":"
+    entries = {
+        "model": f'"{tiny_model}"', "data": f'"{data}"', "output": f'"{tmp_path / "run"}"', "steps": "9", "rank": "2",
+        "learning_rate": "2e-3", "target_modules": '["q_proj", "down_proj"]', "rslora": "true", "dtype": '"float32"',
+    }  # fmt: skip
+    config.write_text("".join(f"{key} {sign} {value}\n" for key, value in entries.items()))
+    assert main(["finetune", "--config", str(config), "--steps", "2"]) == 0
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert result["steps"] == 2
+    assert result["options"]["train"]["learning_rate"] == 2e-3
+    saved = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
+    assert (saved["r"], saved["target_modules"], saved["use_rslora"]) == (2, ["down_proj", "q_proj"], True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--target-modules", "q_prj"], 'no module matches target "q_prj"; did you mean q_proj'),
+        (["--rank", "0"], "rank must be a whole number above 0, got 0"),
+        (["--model", "./nowhere"], 'no such file or directory: "./nowhere"'),
+        (["--data", "./nowhere.jsonl"], "nowhere.jsonl"),
+        (["--sequence-length", "3"], "raise the sequence length"),
+    ],
+)
+def test_what_is_refused_is_named(
+    arguments: list[str], message: str, tiny_model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        status = run(tiny_model, data, tmp_path / "run", *arguments)
+    except SystemExit as stop:  # what the parser itself refuses
+        status = stop.code
+    assert status in (1, 2)
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run" / "adapter").exists()
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"text": "a"}\n{"text": \n', "line 2: invalid JSON"),
+        ("", "is empty"),
+        ('{"txt": "a"}\n', "line 1: has the keys"),
+    ],
+)
+def test_broken_data_is_named_by_line(
+    text: str, message: str, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text(text)
+    assert run(tiny_model, broken, tmp_path / "run") == 1
+    assert message in capsys.readouterr().err
+
+
+def test_over_long_examples_are_counted(
+    tiny_model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tiny_model, data, tmp_path, "--sequence-length", "60") == 0
+    assert "12 of 12 examples are longer than 60 tokens and were cut" in capsys.readouterr().out

@@ -1,0 +1,214 @@
+"""What several test files share: one thread, seeds, small models, and two ways of saying "nothing changed"."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import hypothesis
+import pytest
+import torch
+from torch import Tensor, nn
+
+torch.set_num_threads(1)
+
+# PHICORE_EXAMPLES=2000 looks deeper, at other examples each time.
+examples = int(os.environ.get("PHICORE_EXAMPLES", "30"))
+hypothesis.settings.register_profile("phicore", deadline=None, derandomize=examples == 30, max_examples=examples)
+hypothesis.settings.load_profile("phicore")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def relative_error() -> Callable[[Tensor, Tensor], float]:
+    """||given - exact|| / ||exact|| in float64; the difference itself where exact is zero or empty."""
+
+    def measure(given: Tensor, exact: Tensor) -> float:
+        assert given.shape == exact.shape
+        given, exact = given.detach().double(), exact.detach().double()
+        assert given.isfinite().all()
+        norm = float(exact.norm())
+        return float((given - exact).norm()) / (norm or 1.0)
+
+    return measure
+
+
+@pytest.fixture(scope="session")
+def unchanged() -> Callable[[nn.Module], contextlib.AbstractContextManager[None]]:
+    """A context in which a model must keep its modules (the very objects), tensors and requires_grad flags."""
+
+    def state(model: nn.Module) -> dict[str, Any]:
+        named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+        return {
+            "modules": [(name, id(module)) for name, module in model.named_modules(remove_duplicate=False)],
+            "training": [module.training for module in model.modules()],
+            "tensors": [(name, id(t), t.dtype, t.shape, t.requires_grad) for name, t in named],
+            "bytes": [t.detach().contiguous().view(-1).view(torch.uint8).clone() for _, t in named if not t.is_meta],
+        }
+
+    @contextlib.contextmanager
+    def check(model: nn.Module) -> Iterator[None]:
+        before = state(model)
+        yield
+        after = state(model)
+        assert all(torch.equal(a, b) for a, b in zip(before.pop("bytes"), after.pop("bytes"), strict=True))
+        assert before == after
+
+    return check
+
+
+class Block(nn.Module):
+    """A residual block with odd sizes, a bias here and none there."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(width, hidden)
+        self.down_proj = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down_proj(torch.tanh(self.up_proj(x)))
+
+
+class Toy(nn.Module):
+    """embed -> blocks (the last is the first again if shared) -> norm -> head; float [..., 10] -> [..., 7]."""
+
+    def __init__(self, *, width: int = 20, hidden: int = 33, shared: bool = False) -> None:
+        super().__init__()
+        self.embed = nn.Linear(10, width)
+        self.blocks = nn.ModuleList([Block(width, hidden) for _ in range(2)])
+        if shared:
+            self.blocks.append(self.blocks[0])
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 7)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+@pytest.fixture(scope="session")
+def toy() -> Callable[..., nn.Module]:
+    """Builds a Toy with weights of a seed: toy(shared=False, dtype=torch.float64, seed=0)."""
+
+    def build(*, dtype: torch.dtype = torch.float64, seed: int = 0, **options: Any) -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return Toy(**options).to(dtype)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[..., nn.Module]:
+    """Builds a transformers model of hidden size 32 and 2 layers: tiny("llama", tied=False, dtype=torch.float64)."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "max_position_embeddings": 32}
+    fewer = {"num_key_value_heads": 2}
+    no_ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+    def build(
+        family: str, *, tied: bool = False, dtype: torch.dtype = torch.float64, seed: int = 0, **more: Any
+    ) -> nn.Module:
+        options = {**sizes, **heads, **no_ids, "tie_word_embeddings": tied, **more}
+        if family == "llama":
+            config, kind = transformers.LlamaConfig(**options, **fewer), transformers.LlamaForCausalLM
+        elif family == "phi3":
+            config, kind = transformers.Phi3Config(**options, **fewer), transformers.Phi3ForCausalLM
+        elif family == "bert":
+            config, kind = transformers.BertConfig(**options, num_labels=3), transformers.BertForSequenceClassification
+        elif family == "gpt2":
+            config, kind = (
+                transformers.GPT2Config(vocab_size=48, n_embd=32, n_layer=2, n_head=4, n_positions=32, **no_ids),
+                transformers.GPT2LMHeadModel,
+            )
+        else:
+            raise ValueError(family)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return kind(config).to(dtype).eval()
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def randomize() -> Callable[..., nn.Module]:
+    """Moves trainable parameters (B above all, which starts at zero) to values of a seed, by their size."""
+
+    def fill(module: nn.Module, *, std: float = 0.3, seed: int = 1) -> nn.Module:
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in module.parameters():
+                if parameter.requires_grad:
+                    noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                    parameter.add_((std * noise).to(parameter.dtype))
+        return module
+
+    return fill
+
+
+@pytest.fixture(scope="session")
+def layer_of(randomize: Callable[..., nn.Module]) -> Callable[..., tuple[nn.Module, Tensor, Tensor | None]]:
+    """Builds a layer to adapt, and in float64 the weight and bias that it amounts to by the papers' formulas.
+
+    layer_of("nf4", 23, 37, bias=False) or a stack, outermost first: layer_of("dora+lora+linear", 23, 37).
+    """
+    import phicore
+
+    def build(
+        kind: str, out: int, inner: int, *, bias: bool = True, dtype: torch.dtype = torch.float64, seed: int = 0
+    ) -> tuple[nn.Module, Tensor, Tensor | None]:
+        outer, _, rest = kind.partition("+")
+        if not rest:
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                layer: Any = nn.Linear(inner, out, bias=bias)
+            if kind == "nf4":
+                layer = phicore.NF4Linear.from_linear(layer).to(dtype)
+                weight = layer.nf4.dequantize(torch.float64)
+            else:
+                layer = layer.to(dtype)
+                weight = layer.weight.detach().to(torch.float64, copy=True)
+            return layer, weight, layer.bias.detach().to(torch.float64, copy=True) if bias else None
+        base, weight, b = build(rest, out, inner, bias=bias, dtype=dtype, seed=seed)
+        layer = {"lora": phicore.LoRALinear, "dora": phicore.DoRALinear}[outer](base, rank=3, alpha=5.0)
+        randomize(layer, seed=seed + 7)
+        direction = weight + 5.0 / 3 * layer.lora_B.detach().double() @ layer.lora_A.detach().double()
+        if outer == "lora":
+            return layer, direction, b
+        norm = (direction**2).sum(dim=1).sqrt()
+        return layer, layer.magnitude.detach().double()[:, None] * direction / norm[:, None], b
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def saved_for_backward() -> Callable[[Callable[[], Tensor], nn.Module], list[Tensor]]:
+    """The tensors that a computation keeps for its backward pass, without those of a module: one for each storage."""
+
+    def record(compute: Callable[[], Tensor], module: nn.Module) -> list[Tensor]:
+        kept: dict[int, Tensor] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = compute()  # held, so that no storage is freed and used again meanwhile
+        own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
+        del output
+        return [tensor for pointer, tensor in kept.items() if pointer not in own]
+
+    return record

@@ -1,0 +1,547 @@
+"""PEFT's adapter format, in both directions, against PEFT itself; and what happens to files that are not right."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import phicore
+from phicore.adapters import adapter_layers
+from phicore.formats.peft import CONFIG, PREFIX, WEIGHTS
+
+peft = pytest.importorskip("peft")
+
+IDS = torch.arange(1, 13).view(2, 6)
+LLAMA = ["q_proj", "v_proj", "down_proj"]
+
+# name: model family, ours, theirs
+SETTINGS = {
+    "lora": ("llama", {"target_modules": LLAMA}, {"target_modules": LLAMA}),
+    "all-linear": ("llama", {"target_modules": "all-linear"}, {"target_modules": "all-linear"}),
+    "regex": ("llama", {"target_modules": r".*\.1\..*_proj"}, {"target_modules": r".*\.1\..*_proj"}),
+    "excluded": (
+        "llama",
+        {"target_modules": LLAMA, "exclude_modules": ["layers.0.self_attn.q_proj"]},
+        {"target_modules": LLAMA, "exclude_modules": ["layers.0.self_attn.q_proj"]},
+    ),
+    "dora": ("llama", {"target_modules": LLAMA, "dora": True}, {"target_modules": LLAMA, "use_dora": True}),
+    "rslora": ("llama", {"target_modules": LLAMA, "rslora": True}, {"target_modules": LLAMA, "use_rslora": True}),
+    "patterns": (
+        "llama",
+        {
+            "target_modules": LLAMA,
+            "rank_pattern": {"q_proj": 2, r"layers\.1\..*down_proj": 6},
+            "alpha_pattern": {r"layers\.0\.self_attn\.v_proj": 3, "q_proj": 16},
+        },
+        {
+            "target_modules": LLAMA,
+            "rank_pattern": {"q_proj": 2, r"layers\.1\..*down_proj": 6},
+            "alpha_pattern": {r"layers\.0\.self_attn\.v_proj": 3, "q_proj": 16},
+        },
+    ),
+    "dora with patterns": (
+        "llama",
+        {"target_modules": LLAMA, "dora": True, "rslora": True, "rank_pattern": {"1.self_attn.q_proj": 2}},
+        {"target_modules": LLAMA, "use_dora": True, "use_rslora": True, "rank_pattern": {"1.self_attn.q_proj": 2}},
+    ),
+    "whole head": (
+        "llama",
+        {"target_modules": LLAMA, "modules_to_save": ["lm_head"]},
+        {"target_modules": LLAMA, "modules_to_save": ["lm_head"]},
+    ),
+    "phi3": (
+        "phi3",
+        {"target_modules": "all-linear", "dora": True},
+        {"target_modules": "all-linear", "use_dora": True},
+    ),
+    "bert": (
+        "bert",
+        {"target_modules": ["query", "value", "intermediate.dense"], "modules_to_save": ["classifier"]},
+        {"target_modules": ["query", "value", "intermediate.dense"], "modules_to_save": ["classifier"]},
+    ),
+}
+EACH = pytest.mark.parametrize("setting", SETTINGS)
+
+
+def ours(tiny, randomize, setting: str, **more) -> nn.Module:
+    """A model with a phicore adapter whose every tensor is off its start."""
+    family, options, _ = SETTINGS[setting]
+    config = phicore.LoRAConfig(**{"rank": 4, "alpha": 7, **options, **more})
+    return randomize(phicore.attach(tiny(family), config))
+
+
+def theirs(tiny, randomize, setting: str):
+    """A model with a PEFT adapter whose every tensor is off its start."""
+    family, _, options = SETTINGS[setting]
+    task = "SEQ_CLS" if family == "bert" else "CAUSAL_LM"
+    config = peft.LoraConfig(r=4, lora_alpha=7, task_type=task, **options)
+    model = peft.get_peft_model(tiny(family), config, autocast_adapter_dtype=False)
+    return randomize(model).eval()
+
+
+def load_in_peft(model: nn.Module, directory: Path):
+    """PeftModel.from_pretrained, in which a warning is an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        return peft.PeftModel.from_pretrained(model, directory, autocast_adapter_dtype=False).eval()
+
+
+def kinds(model: nn.Module) -> list[tuple[str, type]]:
+    return [(path, type(layer)) for path, layer in adapter_layers(model)]
+
+
+def logits(model) -> Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+# ===== both directions =====
+
+
+@EACH
+def test_peft_reads_what_we_write(tmp_path, tiny, randomize, setting):
+    model = ours(tiny, randomize, setting)
+    phicore.save_adapter(model, tmp_path)
+    other = load_in_peft(tiny(SETTINGS[setting][0]), tmp_path)
+    assert not torch.allclose(logits(model), logits(tiny(SETTINGS[setting][0])), rtol=1e-2)
+    torch.testing.assert_close(logits(other), logits(model), rtol=1e-6, atol=1e-6)
+
+
+@EACH
+def test_we_read_what_peft_writes(tmp_path, tiny, randomize, setting):
+    other = theirs(tiny, randomize, setting)
+    other.save_pretrained(tmp_path)
+    model = phicore.load_adapter(tiny(SETTINGS[setting][0]), tmp_path)
+    torch.testing.assert_close(logits(model), logits(other), rtol=1e-6, atol=1e-6)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert sum(p.numel() for n, p in model.named_parameters() if n in trained) == sum(
+        p.numel() for p in other.parameters() if p.requires_grad
+    )
+
+    # and into a model that has this adapter already, whatever its values
+    model = ours(tiny, randomize, setting)
+    assert not torch.allclose(logits(model), logits(other), rtol=1e-2)
+    phicore.load_adapter(model, tmp_path)
+    torch.testing.assert_close(logits(model), logits(other), rtol=1e-6, atol=1e-6)
+
+
+@EACH
+def test_the_files_are_those_of_peft(tmp_path, tiny, randomize, setting):
+    """The same keys, shapes and metadata, and no field of the configuration that PEFT has not."""
+    theirs(tiny, randomize, setting).save_pretrained(tmp_path / "theirs")
+    phicore.save_adapter(ours(tiny, randomize, setting), tmp_path / "ours")
+    tensors = {who: load_file(tmp_path / who / WEIGHTS) for who in ("ours", "theirs")}
+    assert {k: v.shape for k, v in tensors["ours"].items()} == {k: v.shape for k, v in tensors["theirs"].items()}
+    config = {who: json.loads((tmp_path / who / CONFIG).read_text()) for who in ("ours", "theirs")}
+    assert config["ours"].keys() <= config["theirs"].keys()
+    for field in ("peft_type", "task_type", "bias", "lora_dropout", "use_dora", "use_rslora"):
+        assert config["ours"][field] == config["theirs"][field]
+    targets = config["ours"]["target_modules"]
+    assert targets == sorted(targets)
+    header = (tmp_path / "ours" / WEIGHTS).read_bytes()
+    assert b'"__metadata__":{"format":"pt"}' in header[: 8 + int.from_bytes(header[:8], "little")]
+
+
+@EACH
+def test_round_trip(tmp_path, tiny, randomize, setting):
+    model = ours(tiny, randomize, setting, dropout=0.1)
+    phicore.save_adapter(model, tmp_path)
+    fresh = phicore.load_adapter(tiny(SETTINGS[setting][0]), tmp_path)
+    assert torch.equal(logits(fresh.eval()), logits(model.eval()))
+    assert kinds(fresh) == kinds(model)
+    for (_, a), (_, b) in zip(adapter_layers(fresh), adapter_layers(model), strict=True):
+        if hasattr(a, "rank"):
+            assert (a.rank, a.alpha, a.scaling, a.dropout) == (b.rank, b.alpha, b.scaling, b.dropout)
+    phicore.save_adapter(fresh, tmp_path / "again")
+    for name in (WEIGHTS, CONFIG):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / name).read_bytes()
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_over_nf4(tmp_path, tiny, randomize, dora):
+    def base() -> nn.Module:
+        return phicore.quantize_(tiny("llama", dtype=torch.float32)).double()
+
+    model = randomize(phicore.attach(base(), phicore.LoRAConfig(rank=4, alpha=7, dora=dora)))
+    phicore.save_adapter(model, tmp_path)
+    fresh = phicore.load_adapter(base(), tmp_path)
+    assert torch.equal(logits(fresh), logits(model))
+    # in PEFT, over the dense model with the decoded weights
+    dense = tiny("llama")
+    with torch.no_grad():
+        for path, layer in adapter_layers(model):
+            dense.get_submodule(path).weight.copy_(layer.base.nf4.dequantize())
+    torch.testing.assert_close(logits(load_in_peft(dense, tmp_path)), logits(model), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("explicit", [False, True])
+def test_dtype_on_disk_is_that_in_memory(tmp_path, toy, randomize, dtype, explicit):
+    model = toy(dtype=torch.float32 if explicit else dtype)
+    config = phicore.LoRAConfig(rank=2, dora=True, adapter_dtype=dtype if explicit else None)
+    randomize(phicore.attach(model, config))
+    phicore.save_adapter(model, tmp_path)
+    stored = load_file(tmp_path / WEIGHTS)
+    assert {t.dtype for t in stored.values()} == {dtype}
+    # loading keeps it, whatever the base's dtype
+    other = phicore.load_adapter(toy(dtype=torch.float32), tmp_path)
+    assert {p.dtype for p in other.parameters() if p.requires_grad} == {dtype}
+    for path, layer in adapter_layers(other):
+        assert torch.equal(layer.lora_B, stored[f"{PREFIX}{path}.lora_B.weight"])
+
+
+def test_two_processes_write_the_same_bytes(tmp_path):
+    code = """
+import sys, torch, phicore
+from torch import nn
+torch.manual_seed(0)
+names = ["query", "key", "value", "dense", "up", "down"]
+model = nn.ModuleDict({str(i): nn.ModuleDict({n: nn.Linear(4, 4) for n in names}) for i in range(2)})
+config = phicore.LoRAConfig(rank=2, target_modules=names[:5], dora=True, rank_pattern={"query": 1, "key": 3},
+                            alpha_pattern={"up": 3, "0.dense": 2.5}, modules_to_save=["1.down", "0.down"])
+phicore.save_adapter(phicore.attach(model, config), sys.argv[1])
+"""
+    for seed in ("1", "2"):
+        env = {**os.environ, "PYTHONHASHSEED": seed}
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / seed)], env=env, check=True)
+    for name in (WEIGHTS, CONFIG):
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+    assert sorted(p.name for p in (tmp_path / "1").iterdir()) == [CONFIG, WEIGHTS]
+
+
+def test_saving_again_replaces_both_files_and_leaves_others(tmp_path, toy, randomize):
+    model = phicore.attach(toy(), phicore.LoRAConfig(rank=2))
+    phicore.save_adapter(model, tmp_path)
+    (tmp_path / "README.md").write_text("mine")
+    first = (tmp_path / WEIGHTS).read_bytes()
+    phicore.save_adapter(randomize(model), tmp_path)
+    assert (tmp_path / WEIGHTS).read_bytes() != first
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", CONFIG, WEIGHTS]
+
+
+# ===== adapters by name, shared and odd modules =====
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_each_of_two_adapters_is_saved_and_loaded_alone(tmp_path, toy, randomize, dora):
+    def stacked(seed: int) -> nn.Module:
+        model = randomize(phicore.attach(toy(), phicore.LoRAConfig(rank=3, alpha=7), "first"), seed=seed)
+        config = phicore.LoRAConfig(rank=2, alpha=5, target_modules=["up_proj"], dora=dora)
+        return randomize(phicore.attach(model, config, "second"), seed=seed + 1)
+
+    model, x = stacked(1), torch.randn(4, 10, dtype=torch.float64)
+    for name in ("first", "second"):
+        phicore.save_adapter(model, tmp_path / name, name)
+    with pytest.raises(ValueError, match=r"no adapter named \"third\" .* has the adapters \['first', 'second'\]"):
+        phicore.save_adapter(model, tmp_path / "third", "third")
+
+    other = phicore.load_adapter(toy(), tmp_path / "first", "first")
+    phicore.load_adapter(other, tmp_path / "second", "second")
+    torch.testing.assert_close(other(x), model(x))
+
+    # in place, the inner one last: a DoRA layer over it must see that its base changed
+    other = stacked(11)
+    phicore.load_adapter(other, tmp_path / "second", "second")
+    phicore.load_adapter(other, tmp_path / "first", "first")
+    torch.testing.assert_close(other(x), model(x))
+
+
+def test_shared_layers_round_trip(tmp_path, toy, randomize):
+    def build() -> nn.Module:
+        model = toy(shared=True)
+        model.again = nn.ModuleDict({"up_proj": model.blocks[0].up_proj})
+        return model
+
+    x = torch.randn(4, 10, dtype=torch.float64)
+    for targets in ("all-linear", ["up_proj", "head"]):
+        config = phicore.LoRAConfig(rank=2, target_modules=targets, modules_to_save=["norm"])
+        model = randomize(phicore.attach(build(), config))
+        phicore.save_adapter(model, tmp_path)
+        other = phicore.load_adapter(build(), tmp_path)
+        assert torch.equal(other(x), model(x))
+        assert other.again["up_proj"] is other.blocks[0].up_proj
+
+
+def test_a_module_saved_whole_may_hold_integers(tmp_path, toy, randomize):
+    def build() -> nn.Module:
+        model = toy()
+        model.norm = nn.BatchNorm1d(20, dtype=torch.float64)
+        return model
+
+    x = torch.randn(4, 10, dtype=torch.float64)
+    model = randomize(phicore.attach(build(), phicore.LoRAConfig(rank=2, modules_to_save=["norm"])))
+    model(x)
+    phicore.save_adapter(model, tmp_path)
+    other = phicore.load_adapter(build(), tmp_path)
+    assert torch.equal(other.eval()(x), model.eval()(x))
+    assert other.norm.trained.num_batches_tracked == 1
+
+
+def test_names_with_regex_signs(tmp_path, randomize):
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.ModuleDict(
+            {"a+b": nn.Linear(3, 3), "a": nn.ModuleDict({"c(d": nn.Linear(3, 3), "e": nn.Linear(3, 3)})}
+        )
+
+    config = phicore.LoRAConfig(rank=2, rank_pattern={r"a\+b": 1}, alpha_pattern={r"c\(d": 3})
+    model = randomize(phicore.attach(build(), config))
+    phicore.save_adapter(model, tmp_path)
+    other = phicore.load_adapter(build(), tmp_path)
+    assert {p: (layer.rank, layer.alpha) for p, layer in adapter_layers(other)} == {
+        "a+b": (1, 32), "a.c(d": (2, 3), "a.e": (2, 32)
+    }  # fmt: skip
+
+
+def test_gpt2_is_refused_with_the_reason(tmp_path, tiny, unchanged, randomize):
+    config = peft.LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
+    randomize(peft.get_peft_model(tiny("gpt2", tied=True), config)).save_pretrained(tmp_path)
+    model = tiny("gpt2", tied=True)
+    with unchanged(model), pytest.raises(ValueError, match="fan_in_fan_out=True"):
+        phicore.load_adapter(model, tmp_path)
+
+
+# ===== files that are not right =====
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, toy, randomize) -> Path:
+    """A DoRA adapter of a Toy with a head trained whole."""
+    directory = tmp_path_factory.mktemp("saved")
+    config = phicore.LoRAConfig(rank=3, alpha=7, dora=True, modules_to_save=["head"])
+    phicore.save_adapter(randomize(phicore.attach(toy(), config)), directory)
+    return directory
+
+
+@pytest.fixture
+def spoiled(saved, tmp_path) -> Path:
+    """A copy of it, to be spoiled."""
+    return Path(shutil.copytree(saved, tmp_path / "adapter"))
+
+
+def edit(directory: Path, **fields) -> None:
+    config = json.loads((directory / CONFIG).read_text()) | fields
+    (directory / CONFIG).write_text(json.dumps(config))
+
+
+def edit_tensors(directory: Path, change) -> None:
+    tensors = load_file(directory / WEIGHTS)
+    save_file(change(tensors) or tensors, directory / WEIGHTS, metadata={"format": "pt"})
+
+
+@pytest.fixture(params=["fresh", "attached"])
+def refused(request, toy, unchanged):
+    """Loads into a model, with or without the adapter, and expects an error that leaves it unchanged."""
+
+    def check(directory: Path, message: str, error: type[Exception] = ValueError) -> None:
+        model = toy(seed=4)
+        if request.param == "attached":
+            phicore.attach(model, phicore.LoRAConfig(rank=3, alpha=7, dora=True, modules_to_save=["head"]))
+        with unchanged(model), pytest.raises(error, match=message):
+            phicore.load_adapter(model, directory)
+
+    return check
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, CONFIG])
+def test_a_missing_file(spoiled, refused, name):
+    (spoiled / name).unlink()
+    refused(spoiled, f"holds no {name}", FileNotFoundError)
+    refused(spoiled / "nowhere", f"holds no {CONFIG}", FileNotFoundError)
+
+
+def test_a_truncated_file(spoiled, refused):
+    data = (spoiled / WEIGHTS).read_bytes()
+    (spoiled / WEIGHTS).write_bytes(data[:-1])
+    refused(spoiled, "is not a whole safetensors file")
+
+
+@given(data=st.data())
+def test_cut_or_corrupt_bytes_give_an_error_or_the_tensors(saved, tmp_path_factory, toy, unchanged, data):
+    whole = (saved / WEIGHTS).read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    where = st.one_of(st.integers(0, header - 1), st.integers(0, len(whole) - 1))  # half of them in the header
+    if data.draw(st.booleans()):
+        spoilt = whole[: data.draw(where)]
+    else:
+        at, patch = data.draw(where), data.draw(st.binary(min_size=1, max_size=4))
+        spoilt = (whole[:at] + patch + whole[at + len(patch) :])[: len(whole)]
+    directory = tmp_path_factory.mktemp("spoilt")
+    shutil.copy(saved / CONFIG, directory)
+    (directory / WEIGHTS).write_bytes(spoilt)
+    model = toy(seed=4)
+    try:
+        with unchanged(model):
+            try:
+                phicore.load_adapter(model, directory)
+            except ValueError:
+                return
+            raise StopIteration
+    except StopIteration:  # it was loaded: then by the right keys and shapes
+        stored = load_file(directory / WEIGHTS)
+        assert stored.keys() == load_file(saved / WEIGHTS).keys()
+        for path, layer in adapter_layers(model):
+            if hasattr(layer, "lora_A"):
+                expected = stored[f"{PREFIX}{path}.lora_A.weight"]
+                assert torch.equal(layer.lora_A.to(expected.dtype), expected) or expected.isnan().any()
+
+
+@given(data=st.data())
+def test_a_spoilt_configuration_gives_an_error_or_an_adapter(saved, tmp_path_factory, toy, unchanged, data):
+    """A value of a wrong type, or bytes that are not JSON: a ValueError, never another exception."""
+    directory = tmp_path_factory.mktemp("spoilt")
+    shutil.copy(saved / WEIGHTS, directory)
+    config = json.loads((saved / CONFIG).read_text())
+    if data.draw(st.integers(0, 3)):
+        scalars = st.one_of(
+            st.none(), st.booleans(), st.integers(-3, 20), st.floats(allow_nan=True), st.text(max_size=4)
+        )
+        values = st.one_of(
+            scalars, st.lists(scalars, max_size=2), st.dictionaries(st.text(max_size=3), scalars, max_size=2)
+        )
+        config[data.draw(st.sampled_from(sorted({*config, "exclude_modules"})))] = data.draw(values)
+        text = json.dumps(config).encode()
+    else:
+        text = json.dumps(config).encode()
+        at = data.draw(st.integers(0, len(text) - 1))
+        text = text[:at] + data.draw(st.binary(max_size=2)) + text[at + 1 :]
+    (directory / CONFIG).write_bytes(text)
+    model = toy(seed=4)
+    try:
+        with unchanged(model):
+            try:
+                phicore.load_adapter(model, directory)
+            except ValueError:
+                return
+            raise StopIteration
+    except StopIteration:
+        assert list(adapter_layers(model))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "null", "[]", '"LORA"', "{}", '{"peft_type": "LOHA"}', '{"peft_type": null}']
+)
+def test_not_a_lora_configuration(spoiled, refused, text):
+    (spoiled / CONFIG).write_text(text)
+    refused(spoiled, 'is not JSON|peft_type must be "LORA"')
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"bias": "all"}, "bias='all' is not supported"),
+        ({"bias": "lora_only"}, "bias='lora_only' is not supported"),
+        ({"lora_bias": True}, "does not support: lora_bias=True"),
+        ({"trainable_token_indices": [1, 2]}, r"does not support: trainable_token_indices=\[1, 2\]"),
+        ({"fan_in_fan_out": True}, "does not support: fan_in_fan_out=True"),
+        ({"layers_to_transform": [0]}, r"does not support: layers_to_transform=\[0\]"),
+        ({"layer_replication": [[0, 1]]}, "does not support: layer_replication"),
+        ({"use_qalora": True, "lora_bias": True}, "does not support: lora_bias=True, use_qalora=True"),
+        ({"a_setting_of_tomorrow": "x"}, "does not support: a_setting_of_tomorrow='x'"),
+    ],
+)
+def test_settings_that_are_not_supported_are_named(spoiled, refused, fields, message):
+    edit(spoiled, **fields)
+    refused(spoiled, message)
+
+
+def test_settings_that_say_nothing_are_passed_over(spoiled, toy):
+    edit(spoiled, peft_version="99", megatron_core="megatron.core", init_lora_weights="pissa", inference_mode=False)
+    edit(spoiled, lora_bias=False, trainable_token_indices=None, layers_to_transform=[], a_setting_of_tomorrow=None)
+    phicore.load_adapter(toy(), spoiled)
+
+
+def renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key.replace(PREFIX, "model."): tensor for key, tensor in tensors.items()}
+
+
+def test_a_wrong_prefix(spoiled, refused):
+    edit_tensors(spoiled, renamed)
+    refused(spoiled, "unexpected keys: model.blocks.0|missing keys: base_model.model.")
+
+
+def test_keys_that_fit_no_layer_say_what_is_expected(spoiled, toy, unchanged):
+    edit_tensors(spoiled, renamed)
+    edit(spoiled, target_modules=["query"])
+    model = toy()
+    with (
+        unchanged(model),
+        pytest.raises(ValueError, match=r"no key of the adapter names a layer of Toy.*model\.blocks"),
+    ):
+        phicore.load_adapter(model, spoiled)
+
+
+def test_missing_unexpected_and_misshapen_keys_are_all_listed(spoiled, refused):
+    up, head = f"{PREFIX}blocks.0.up_proj", f"{PREFIX}head"
+
+    def change(tensors):
+        del tensors[f"{up}.lora_A.weight"], tensors[f"{head}.bias"]
+        tensors[f"{up}.lora_C.weight"] = torch.zeros(3)
+        tensors[f"{up}.lora_B.weight"] = torch.zeros(33, 4, dtype=torch.float64)
+        tensors[f"{PREFIX}embed.lora_magnitude_vector"] = torch.zeros(20, dtype=torch.int64)
+
+    edit_tensors(spoiled, change)
+    refused(spoiled, "which is unchanged: missing keys: [^;]*blocks.0.up_proj.lora_A.weight[^;]*head.bias")
+    refused(spoiled, "unexpected keys: [^;]*blocks.0.up_proj.lora_C.weight")
+    refused(spoiled, r"blocks.0.up_proj.lora_B.weight: \[33, 4\] in the file, \[33, 3\] in the model")
+    refused(spoiled, r"dtypes that do not fit: [^;]*embed.lora_magnitude_vector: torch.int64 in the file")
+
+
+def test_many_missing_keys_are_counted(spoiled, refused):
+    edit_tensors(spoiled, lambda tensors: {k: v for k, v in tensors.items() if k.startswith(f"{PREFIX}embed")})
+    refused(spoiled, r"missing keys: .* and \d+ more")
+
+
+def test_layers_that_the_file_names_and_does_not_hold(spoiled, refused):
+    """target_modules says down_proj, and there is no tensor for one of them: not the base weights in silence."""
+    edit_tensors(spoiled, lambda t: {k: v for k, v in t.items() if "blocks.1.down_proj" not in k})
+    refused(spoiled, "missing keys: .*blocks.1.down_proj.lora_A.weight")
+
+
+def test_a_model_of_other_sizes(saved, toy, unchanged):
+    model = toy(hidden=34)
+    with unchanged(model), pytest.raises(ValueError, match=r"up_proj.lora_B.weight: \[33, 3\] in the file, \[34, 3\]"):
+        phicore.load_adapter(model, saved)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 2}, "r of embed: 3 in the file, 2 here"),
+        ({"alpha": 8}, "lora_alpha of embed: 7 in the file, 8 here"),
+        ({"rslora": True}, "use_rslora of embed: False in the file, True here"),
+        ({"dora": False}, "use_dora of embed: True in the file, False here"),
+        ({"alpha_pattern": {"0.up_proj": 5}}, "differ: lora_alpha of blocks.0.up_proj: 7 in the file, 5 here$"),
+        ({"rank_pattern": {"down_proj": 5}}, "differ: r of blocks.0.down_proj: 3 in the file, 5 here$"),
+        ({"modules_to_save": []}, "unexpected keys: .*head.weight"),
+        ({"target_modules": ["up_proj"]}, "unexpected keys: .*down_proj"),
+    ],
+)
+def test_an_attached_adapter_that_differs_from_the_file(saved, toy, unchanged, options, message):
+    config = phicore.LoRAConfig(**{"rank": 3, "alpha": 7, "dora": True, "modules_to_save": ["head"], **options})
+    model = phicore.attach(toy(), config)
+    with unchanged(model), pytest.raises(ValueError, match=message):
+        phicore.load_adapter(model, saved)
+
+
+def test_merged_models_neither_save_nor_load(tmp_path, saved, toy, unchanged):
+    model = phicore.load_adapter(toy(), saved)
+    phicore.merge(model)
+    with unchanged(model):
+        with pytest.raises(ValueError, match="are merged; unmerge it before loading"):
+            phicore.load_adapter(model, saved)
+        with pytest.raises(ValueError, match="is merged; unmerge it first"):
+            phicore.save_adapter(model, tmp_path / "merged")
+        with pytest.raises(ValueError, match='no adapter named "default"'):
+            phicore.save_adapter(toy(), tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()

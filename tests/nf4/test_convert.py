@@ -1,0 +1,141 @@
+"""phicore.quantize_: which layers become NF4 and that a failure changes nothing."""
+
+import pytest
+import torch
+from torch import nn
+
+import phicore
+
+
+def kinds(model: nn.Module) -> dict[str, type]:
+    return {name: type(module) for name, module in model.named_modules(remove_duplicate=False)}
+
+
+def test_all_linear_leaves_the_head(toy):
+    model = toy(dtype=torch.float32)
+    before = kinds(model)
+    assert phicore.quantize_(model) is model
+    changed = {name for name, kind in kinds(model).items() if kind is not before[name]}
+    linears = {name for name, kind in before.items() if kind is nn.Linear}
+    assert changed == linears - {"head"}
+    assert all(kinds(model)[name] is phicore.NF4Linear for name in changed)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_llama(tiny, tied, relative_error):
+    model = tiny("llama", tied=tied, dtype=torch.float32)
+    ids = torch.arange(12).view(2, 6)
+    dense = {name: m.weight.detach().clone() for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    phicore.quantize_(model)
+    assert type(model.lm_head) is nn.Linear
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, phicore.NF4Linear)}
+    assert set(layers) == set(dense) - {"lm_head"}
+    assert len(layers) == 2 * 7
+    logits = model(ids).logits
+    with torch.no_grad():  # the same model with the decoded weights computes the same
+        reference = tiny("llama", tied=tied, dtype=torch.float32)
+        for name, layer in layers.items():
+            reference.get_submodule(name).weight.copy_(layer.nf4.dequantize())
+            assert relative_error(layer.nf4.dequantize(), dense[name]) < 0.12
+    torch.testing.assert_close(logits, reference(ids).logits)
+
+
+def test_a_head_tied_by_weight_alone_is_left(toy):
+    model = nn.Sequential(nn.Embedding(10, 20), nn.Linear(20, 20), nn.Linear(20, 10, bias=False))
+    model[2].weight = model[0].weight
+    phicore.quantize_(model)
+    assert [type(m) for m in model] == [nn.Embedding, phicore.NF4Linear, nn.Linear]
+
+
+def test_shared_layers_stay_shared(toy):
+    model = toy(shared=True, dtype=torch.float32)
+    phicore.quantize_(model)
+    assert model.blocks[2] is model.blocks[0]
+    assert isinstance(model.blocks[0].up_proj, phicore.NF4Linear)
+
+    twice = nn.Linear(8, 8)
+    model = nn.ModuleDict({"a": twice, "b": nn.Linear(8, 8), "c": twice})
+    phicore.quantize_(model)
+    assert model["a"] is model["c"]
+    assert model["a"] is not model["b"]
+    assert isinstance(model["a"], phicore.NF4Linear)
+
+
+def test_targets_and_exclusions(toy):
+    model = phicore.quantize_(toy(dtype=torch.float32), ["up_proj", "head"], ["blocks.1.up_proj"])
+    assert {n for n, k in kinds(model).items() if k is phicore.NF4Linear} == {"blocks.0.up_proj", "head"}
+    model = phicore.quantize_(toy(dtype=torch.float32), r"blocks\.\d\.\w+", ["down_proj"])
+    assert {n for n, k in kinds(model).items() if k is phicore.NF4Linear} == {"blocks.0.up_proj", "blocks.1.up_proj"}
+
+
+def test_options_and_progress(toy):
+    names = []
+    model = phicore.quantize_(
+        toy(dtype=torch.bfloat16).eval(), block_size=128, double_quant=False, progress=names.append
+    )
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, phicore.NF4Linear)}
+    assert names == list(layers)
+    for layer in layers.values():
+        assert (layer.block_size, layer.double_quant, layer.dtype) == (128, False, torch.bfloat16)
+        assert not layer.training
+    assert model(torch.randn(3, 10).bfloat16()).isfinite().all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_bad_weight_in_the_last_layer_changes_nothing_and_is_named(toy, unchanged, bad):
+    model = toy(dtype=torch.float32)
+    with torch.no_grad():
+        model.blocks[1].down_proj.weight[-1, -1] = bad
+    names = []
+    with unchanged(model), pytest.raises(ValueError, match=r"blocks\.1\.down_proj\.weight holds NaN or Inf"):
+        phicore.quantize_(model, progress=names.append)
+    assert names == []
+
+
+def test_a_bad_weight_in_the_head_does_not_matter(toy):
+    model = toy(dtype=torch.float32)
+    with torch.no_grad():
+        model.head.weight.fill_(float("nan"))
+    phicore.quantize_(model)
+    assert isinstance(model.embed, phicore.NF4Linear)
+
+
+def test_errors_change_nothing(toy, unchanged):
+    model = toy(dtype=torch.float32)
+    with unchanged(model):
+        with pytest.raises(ValueError, match="block_size must be one of"):
+            phicore.quantize_(model, block_size=48)
+        with pytest.raises(ValueError, match='no module matches target "up_prj"; did you mean up_proj'):
+            phicore.quantize_(model, ["embed", "up_prj"])
+        with pytest.raises(ValueError, match='exclude_modules entry "lm_head"'):
+            phicore.quantize_(model, exclude_modules=["lm_head"])
+        with pytest.raises(ValueError, match="leaves no module of Toy"):
+            phicore.quantize_(model, ["head"], ["head"])
+    model.blocks[1].down_proj.double()
+    with unchanged(model), pytest.raises(TypeError, match=r"blocks\.1\.down_proj\.weight is torch\.float64"):
+        phicore.quantize_(model)
+
+
+def test_twice_says_that_nothing_is_left(toy, unchanged):
+    model = phicore.quantize_(toy(dtype=torch.float32))
+    with unchanged(model), pytest.raises(ValueError, match="leaves no module"):
+        phicore.quantize_(model)
+
+
+def test_meta_models_can_be_planned(toy):
+    model = phicore.quantize_(toy(dtype=torch.float32).to("meta"))
+    full = phicore.quantize_(toy(dtype=torch.float32))
+    model.load_state_dict(full.state_dict(), strict=True, assign=True)
+    x = torch.randn(2, 10)
+    assert torch.equal(model(x), full(x))
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_model_with_adapters_is_refused(toy, unchanged, dora):
+    # DoRA holds norms of its base; a trained copy is an nn.Linear that must stay one
+    model = phicore.attach(toy(dtype=torch.float32), phicore.LoRAConfig(dora=dora, modules_to_save=["head"]))
+    with unchanged(model), pytest.raises(ValueError, match="embed is an adapter; quantize a model before"):
+        phicore.quantize_(model)
+    phicore.merge(model)
+    phicore.quantize_(model)

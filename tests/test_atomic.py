@@ -1,0 +1,161 @@
+"""Writes that are whole or absent, whatever fails in between."""
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from phicore import atomic
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(entry.name for entry in directory.iterdir())
+
+
+@given(first=st.binary(max_size=100), second=st.binary(max_size=100))
+def test_write_bytes_replaces_the_whole_content(tmp_path_factory, first, second):
+    path = tmp_path_factory.mktemp("write") / "some" / "where" / "file"
+    for data in (first, second):
+        atomic.write_bytes(path, data)
+        assert path.read_bytes() == data
+    assert names(path.parent) == ["file"]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+
+
+def test_write_text_is_utf8(tmp_path):
+    atomic.write_text(str(tmp_path / "text"), "é\n")
+    assert (tmp_path / "text").read_bytes() == b"\xc3\xa9\n"
+
+
+@pytest.mark.parametrize("call", ["fsync", "fchmod", "replace", "fdopen"])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_failing_write_leaves_the_old_file_and_nothing_else(tmp_path, call, error):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with mock.patch.object(atomic.os, call, side_effect=error), pytest.raises(type(error)):
+        atomic.write_bytes(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == ["file"]
+
+
+def test_the_content_is_on_disk_before_the_name_changes(tmp_path):
+    calls = []
+    real_fsync, real_replace = os.fsync, os.replace
+    with (
+        mock.patch.object(atomic.os, "fsync", side_effect=lambda fd: (calls.append("fsync"), real_fsync(fd))),
+        mock.patch.object(atomic.os, "replace", side_effect=lambda *a: (calls.append("replace"), real_replace(*a))),
+    ):
+        atomic.write_bytes(tmp_path / "file", b"new")
+    assert calls == ["fsync", "replace", "fsync"]  # the file, its name, the directory
+
+
+def test_a_killed_writer_leaves_one_of_the_two_contents(tmp_path):
+    path = tmp_path / "file"
+    contents = [bytes([c]) * 300_000 for c in b"ab"]
+    atomic.write_bytes(path, contents[0])
+    script = (
+        f"import importlib.util as u; s = u.spec_from_file_location('atomic', {atomic.__file__!r})\n"
+        f"m = u.module_from_spec(s); s.loader.exec_module(m)\n"
+        f"print('on', flush=True)\n"
+        f"while True:\n for c in b'ab': m.write_bytes({str(path)!r}, bytes([c]) * 300_000)\n"
+    )
+    for delay in (0.0, 0.003, 0.01):
+        with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as process:
+            process.stdout.readline()
+            time.sleep(delay)
+            process.send_signal(signal.SIGKILL)
+        assert path.read_bytes() in contents
+
+
+# ===== directories =====
+
+
+def write(directory: Path, **files: str) -> None:
+    for name, text in files.items():
+        (directory / name).write_text(text)
+
+
+def read(directory: Path) -> dict[str, str]:
+    return {str(p.relative_to(directory)): p.read_text() for p in directory.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_new_directory_appears_whole(tmp_path, there):
+    path = tmp_path / "a" / "b"
+    if there:
+        path.mkdir(parents=True)  # empty: may be taken
+    with atomic.new_directory(path) as temporary:
+        assert temporary.parent == path.parent
+        write(temporary, x="1")
+        (temporary / "sub").mkdir()
+        write(temporary / "sub", y="2")
+        assert not path.exists() or not any(path.iterdir())
+    assert read(path) == {"x": "1", "sub/y": "2"}
+    assert names(path.parent) == ["b"]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o755
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_failing_block_leaves_things_as_they_were(tmp_path, overwrite):
+    path = tmp_path / "dir"
+    if overwrite:
+        path.mkdir()
+        write(path, x="old")
+    with pytest.raises(RuntimeError), atomic.new_directory(path, overwrite=overwrite) as temporary:  # noqa: PT012
+        write(temporary, x="new")
+        raise RuntimeError
+    assert names(tmp_path) == (["dir"] if overwrite else [])
+    if overwrite:
+        assert read(path) == {"x": "old"}
+
+
+def test_what_is_there_is_not_overwritten_unless_asked(tmp_path):
+    path = tmp_path / "dir"
+    path.mkdir()
+    write(path, x="old", y="old")
+    with pytest.raises(FileExistsError, match="exists and is not an empty directory"), atomic.new_directory(path):
+        pytest.fail("the block must not run")
+    assert read(path) == {"x": "old", "y": "old"}
+    with atomic.new_directory(path, overwrite=True) as temporary:
+        write(temporary, x="new")
+    assert read(path) == {"x": "new"}
+    assert names(tmp_path) == ["dir"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_file_is_not_taken_for_a_directory(tmp_path, overwrite):
+    write(tmp_path, file="text")
+    with pytest.raises(FileExistsError), atomic.new_directory(tmp_path / "file", overwrite=overwrite):
+        pytest.fail("the block must not run")
+    assert read(tmp_path) == {"file": "text"}
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_failing_rename_keeps_the_old_directory_in_its_place(tmp_path, failing):
+    path = tmp_path / "dir"
+    path.mkdir()
+    write(path, x="old")
+    calls, real = [], os.replace
+
+    def replace(source, target):
+        calls.append((source, target))
+        if len(calls) == failing:
+            raise OSError(5, "Input/output error")
+        real(source, target)
+
+    with (
+        mock.patch.object(atomic.os, "replace", side_effect=replace),
+        pytest.raises(OSError, match="Input/output"),
+        atomic.new_directory(path, overwrite=True) as temporary,
+    ):
+        write(temporary, x="new")
+    assert read(path) == {"x": "old"}
+    assert names(tmp_path) == ["dir"]

@@ -1,0 +1,150 @@
+"""Naming modules: what a target means, and what an error says instead."""
+
+import re
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from phicore.modules import leaves, matches, no_match, output_heads, replace, select
+
+LINEAR = (nn.Linear,)
+NAMES = st.lists(st.sampled_from(("a", "b", "q_proj", "layers", "0", "1")), min_size=1, max_size=4).map(".".join)
+
+
+@given(name=NAMES, targets=st.lists(NAMES, max_size=3))
+def test_a_list_matches_whole_names_and_their_ends_after_a_dot(name, targets):
+    parts = name.split(".")
+    ends = {".".join(parts[i:]) for i in range(len(parts))}
+    assert matches(name, targets) == bool(ends & set(targets))
+
+
+def test_an_end_within_a_name_does_not_match():
+    assert not matches("layers.0.q_proj", ["proj", "_proj", "0.q", "ayers.0.q_proj"])
+
+
+@given(name=NAMES)
+def test_a_string_is_a_regular_expression_of_the_whole_name(name):
+    assert matches(name, re.escape(name))
+    assert matches(name, ".*")
+    assert not matches(name + ".more", re.escape(name))
+    assert not matches("more." + name, re.escape(name))
+
+
+def test_a_string_agrees_with_peft(tiny):
+    tuners = pytest.importorskip("peft.tuners.tuners_utils")
+    peft = pytest.importorskip("peft")
+    names = [name for name, _ in tiny("llama").named_modules()]
+    for targets in ("q_proj", r".*\.q_proj", r"model\.layers\.0.*", ["q_proj"], ["self_attn.q_proj", "0.mlp.up_proj"]):
+        config = peft.LoraConfig(target_modules=targets)
+        for name in names:
+            assert matches(name, targets) == bool(tuners.check_target_module_exists(config, name)), (name, targets)
+
+
+def test_leaves_of_a_shared_layer_come_once_for_each_place():
+    twice = nn.Linear(2, 2)
+    model = nn.ModuleDict({"a": twice, "b": twice, "inner": nn.ModuleDict({"c": twice, "d": nn.Linear(2, 2)})})
+    assert [name for name, _ in leaves(model, LINEAR)] == ["a", "b", "inner.c", "inner.d"]
+    assert {name for name, module in leaves(model, LINEAR) if module is twice} == {"a", "b", "inner.c"}
+
+
+def test_leaves_does_not_enter_what_it_yields_nor_attention():
+    model = nn.ModuleDict(
+        {"attention": nn.MultiheadAttention(4, 2), "block": nn.Sequential(nn.Linear(2, 2), nn.ReLU())}
+    )
+    model.nothing = None
+    assert [name for name, _ in leaves(model, LINEAR)] == ["block.0"]
+    assert [name for name, _ in leaves(model, (nn.Sequential, nn.Linear))] == ["block"]
+    assert not list(leaves(model, LINEAR, closed=(nn.Sequential,)))
+
+
+def test_all_linear_leaves_heads_out(toy):
+    model = toy()
+    expected = ["embed", *(f"blocks.{i}.{end}" for i in (0, 1) for end in ("up_proj", "down_proj"))]
+    assert list(select(model, "all-linear", [], LINEAR)) == expected
+    assert list(select(model, "all-linear", ["embed", "up_proj"], LINEAR)) == [
+        "blocks.0.down_proj",
+        "blocks.1.down_proj",
+    ]
+
+
+def test_output_heads_are_the_named_and_the_tied(toy):
+    model = toy()
+    assert output_heads(model) == {model.head}
+    model = nn.ModuleDict({"embed": nn.Embedding(5, 4), "fc": nn.Linear(4, 4), "out": nn.Linear(4, 5, bias=False)})
+    assert output_heads(model) == set()
+    model["out"].weight = model["embed"].weight
+    assert output_heads(model) == {model["embed"], model["out"]}
+
+
+def test_all_linear_warns_of_attention_that_it_leaves_out():
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2), "fc": nn.Linear(4, 4)})
+    with pytest.warns(UserWarning, match="leaves out nn.MultiheadAttention.*: attention"):
+        assert list(select(model, "all-linear", [], LINEAR)) == ["fc"]
+
+
+def test_a_list_selects_in_the_models_order(toy):
+    model = toy()
+    chosen = select(model, ["head", "blocks.1.up_proj", "embed"], [], LINEAR)
+    assert list(chosen) == ["embed", "blocks.1.up_proj", "head"]
+    assert chosen["head"] is model.head
+    assert list(select(model, ("up_proj",), ["blocks.0.up_proj"], LINEAR)) == ["blocks.1.up_proj"]
+    assert list(select(model, r"blocks\.\d\.up_proj|head", [], LINEAR)) == [
+        "blocks.0.up_proj",
+        "blocks.1.up_proj",
+        "head",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("targets", "excluded", "message"),
+    [
+        (["up_prj"], [], r'no module matches target "up_prj"; did you mean up_proj'),
+        (["embed", "xyz"], [], r'no module matches target "xyz"; there are: down_proj, embed, head, up_proj'),
+        ("blocks.7.up_proj", [], r'no module matches target "blocks.7.up_proj"; did you mean up_proj'),
+        (["q_proj"], [], r'no module matches target "q_proj"'),
+        (["gate_up_proj"], [], r'no module matches target "gate_up_proj"; did you mean'),
+        (["norm"], [], r'target "norm" matches norm, which is a LayerNorm and cannot be .*; layers that can: Linear,'),
+        (["up_proj"], ["hed"], r'no module matches exclude_modules entry "hed"; did you mean head'),
+        (["up_proj"], ["up_proj"], r"target_modules=\['up_proj'\] with exclude_modules=\['up_proj'\] leaves no module"),
+        ([], [], r"target_modules must name something"),
+        ("", [], r"target_modules must name something"),
+        (["up_proj"], "head", r"exclude_modules must be a list, got \['up_proj'\] and 'head'"),
+    ],
+)
+def test_what_matches_nothing_is_named(toy, targets, excluded, message):
+    with pytest.raises(ValueError, match=message):
+        select(toy(), targets, excluded, LINEAR)
+
+
+def test_a_target_inside_attention_is_explained():
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2), "fc": nn.Linear(4, 4)})
+    with pytest.raises(ValueError, match=r"attention\.out_proj, which is a .*outside nn\.MultiheadAttention"):
+        select(model, ["out_proj"], [], LINEAR)
+
+
+@pytest.mark.parametrize(
+    ("name", "there", "expected"),
+    [
+        ("q_proj", ["a.qkv_proj", "a.o_proj"], 'this model fuses it: use "qkv_proj"'),
+        ("self_attn.v_proj", ["a.qkv_proj"], 'this model fuses it: use "qkv_proj"'),
+        ("up_proj", ["a.gate_up_proj"], 'this model fuses it: use "gate_up_proj"'),
+        ("qkv_proj", ["a.q_proj", "a.k_proj", "a.v_proj"], "this model splits it: use q_proj, k_proj and v_proj"),
+        ("qkv_proj", ["a.q_proj"], "did you mean q_proj?"),
+        ("dense", ["a.q_proj"], "there are: q_proj"),
+    ],
+)
+def test_fused_projections_are_named(name, there, expected):
+    assert expected in no_match(f'target "{name}"', name, there)
+
+
+def test_replace_puts_a_module_at_any_depth(toy):
+    model = toy()
+    new = nn.Identity()
+    for name in ("head", "blocks.1", "blocks.0.up_proj"):
+        replace(model, name, new)
+        assert model.get_submodule(name) is new
+    assert isinstance(model.blocks, nn.ModuleList)
+    assert torch.equal(model.embed.weight, toy().embed.weight)

@@ -1,0 +1,333 @@
+"""Checkpoints: what goes in comes back, damage is named, and a kill at any moment leaves a run that loads."""
+
+import functools
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from torch import Tensor, nn
+
+from phicore.training import checkpoint
+from tests.training.small_run import assert_same_run, assert_same_tensors, process, saved, small_trainer
+
+
+def state_of(step: int) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
+    """state, model and optimizer of a step, all told apart by their values."""
+    value = torch.full((3, 2), float(step))
+    return {"step": step, "settings": {"seed": step}}, {"a.weight": value}, {"exp_avg/a.weight": value * 10}
+
+
+def save(directory: Path, step: int, keep: int = 2) -> Path:
+    return checkpoint.save_checkpoint(directory, *state_of(step), keep)
+
+
+def assert_whole(path: Path) -> int:
+    """A checkpoint holds what `save` wrote for its step."""
+    step = checkpoint.read_state(path)["step"]
+    assert path.name == f"step-{step:08d}"
+    state, model, optimizer = state_of(step)
+    assert checkpoint.read_state(path) == {"format": checkpoint.FORMAT, **state}
+    assert_same_tensors(checkpoint.read_tensors(path / "model.safetensors"), model)
+    tensors = checkpoint.read_tensors(path / "rank-0.safetensors")
+    assert torch.equal(tensors["exp_avg/a.weight"], optimizer["exp_avg/a.weight"])
+    checkpoint.restore_rng(tensors, checkpoint.read_rng(path))
+    return step
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def latest(directory: Path) -> Path:
+    path = checkpoint.latest_checkpoint(directory)
+    assert path is not None
+    return path
+
+
+# ===== What goes in comes back =====
+
+
+def test_a_checkpoint_holds_what_it_was_given(tmp_path: Path) -> None:
+    assert checkpoint.latest_checkpoint(tmp_path / "none") is None
+    path = save(tmp_path / "checkpoints", 40)
+    assert path == checkpoint.latest_checkpoint(str(tmp_path / "checkpoints"))
+    assert path.name == "step-00000040"
+    assert names(path) == ["model.safetensors", "rank-0.json", "rank-0.safetensors", "state.json"]
+    assert assert_whole(path) == 40
+
+
+def test_tensors_that_are_no_plain_rows_are_saved(tmp_path: Path) -> None:
+    odd = {
+        "transposed": torch.randn(3, 4).t(),
+        "slice": torch.randn(9)[::2],
+        "scalar": torch.tensor(3.0),
+        "empty": torch.empty(0, 3),
+        "half": torch.randn(2).bfloat16(),
+        "trained": nn.Parameter(torch.randn(2)),
+    }
+    path = checkpoint.save_checkpoint(tmp_path, {"step": 1}, odd, odd, keep=1)
+    read = checkpoint.read_tensors(path / "model.safetensors")
+    assert_same_tensors(read, odd)
+    assert {name: t.dtype for name, t in read.items()} == {name: t.dtype for name, t in odd.items()}
+
+
+def test_random_states_come_back(tmp_path: Path) -> None:
+    def draw() -> list[float]:
+        return [random.random(), random.gauss(0, 1), numpy.random.rand(), numpy.random.randn(), float(torch.rand(()))]
+
+    draw()  # leaves half of a pair of normal numbers behind in both generators
+    path = save(tmp_path, 1)
+    expected = [draw(), draw()]
+    checkpoint.restore_rng(checkpoint.read_tensors(path / "rank-0.safetensors"), checkpoint.read_rng(path))
+    assert [draw(), draw()] == expected
+
+
+def test_optimizer_state_comes_back() -> None:
+    def build() -> tuple[dict[str, Tensor], torch.optim.AdamW]:
+        torch.manual_seed(1)
+        layer = nn.Linear(3, 2)
+        return dict(layer.named_parameters()), torch.optim.AdamW(layer.parameters(), lr=0.1)
+
+    def step(parameters: dict[str, Tensor], optimizer: torch.optim.AdamW, seed: int) -> None:
+        torch.manual_seed(seed)
+        for parameter in parameters.values():
+            parameter.grad = torch.randn(parameter.shape)
+        optimizer.step()
+
+    parameters, optimizer = build()
+    step(parameters, optimizer, 2)
+    tensors = checkpoint.optimizer_tensors(optimizer, {p: name for name, p in parameters.items()})
+    assert set(tensors) == {f"{key}/{name}" for key in ("step", "exp_avg", "exp_avg_sq") for name in ("weight", "bias")}
+    copies = {name: t.clone() for name, t in tensors.items()}
+    others, other = build()
+    checkpoint.load_optimizer_tensors(other, {**copies, "rng/cpu": torch.ones(9)}, others)
+    with torch.no_grad():
+        for name, parameter in others.items():
+            parameter.copy_(parameters[name])
+    step(parameters, optimizer, 3)
+    step(others, other, 3)
+    assert_same_tensors(others, parameters)
+    with pytest.raises(ValueError, match=r"optimizer state exp_avg of gone: \[2, 3\] in the file, None in the model"):
+        checkpoint.load_optimizer_tensors(other, {"exp_avg/gone": copies["exp_avg/weight"]}, others)
+    with pytest.raises(ValueError, match=r"exp_avg of bias: \[2, 3\] in the file, \[2\] in the model"):
+        checkpoint.load_optimizer_tensors(other, {"exp_avg/bias": copies["exp_avg/weight"]}, others)
+
+
+# ===== Which stay =====
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_the_newest_stay(tmp_path: Path, keep: int) -> None:
+    for step in (5, 9, 10, 100, 99_999_999):
+        save(tmp_path, step, keep)
+    kept = [5, 9, 10, 100, 99_999_999][-keep:]
+    assert names(tmp_path) == ["latest", *(f"step-{step:08d}" for step in kept)]
+    assert assert_whole(latest(tmp_path)) == kept[-1]
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_going_back_to_an_earlier_one_never_loses_the_newest(tmp_path: Path, keep: int) -> None:
+    """`latest` may name an earlier step than others: after a kill just before it was written, or by hand."""
+    for step in (2, 4, 6, 8):
+        save(tmp_path, step, keep=4)
+    (tmp_path / "latest").write_text("step-00000004\n")
+    for step in (5, 6, 7):
+        save(tmp_path, step, keep)
+        assert assert_whole(latest(tmp_path)) == step
+    save(tmp_path, 8, keep)
+    assert names(tmp_path) == ["latest", *(f"step-{step:08d}" for step in (7, 8)[-keep:])]
+
+
+def test_other_files_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / ".hidden").mkdir()
+    for step in (1, 2, 3):
+        save(tmp_path, step, keep=1)
+    assert names(tmp_path) == [".hidden", "latest", "notes.txt", "step-00000003"]
+
+
+# ===== Damage =====
+
+
+@pytest.mark.parametrize("file", ["state.json", "rank-0.json", "model.safetensors", "rank-0.safetensors"])
+@pytest.mark.parametrize("damage", ["empty", "cut", "noise"])
+def test_a_damaged_file_is_named(tmp_path: Path, file: str, damage: str) -> None:
+    trainer = small_trainer(tmp_path, steps=2)
+    trainer.fit()
+    path = latest(tmp_path / "checkpoints") / file
+    content = path.read_bytes()
+    path.write_bytes({"empty": b"", "cut": content[: len(content) // 2], "noise": b"\xff\xfe" + content[::-1]}[damage])
+    fresh = small_trainer(tmp_path, steps=2, resume=True)
+    before = {name: p.detach().clone() for name, p in fresh.parameters.items()}
+    with pytest.raises(ValueError, match=rf"step-00000002/{file} is damaged"):
+        fresh.fit()
+    assert_same_tensors(before, dict(fresh.parameters))  # nothing is loaded by half
+    assert not fresh.optimizer.state
+    path.write_bytes(content)
+    fresh.fit()
+
+
+@pytest.mark.parametrize("file", ["state.json", "rank-0.json", "model.safetensors", "rank-0.safetensors"])
+def test_a_missing_file_is_named(tmp_path: Path, file: str) -> None:
+    small_trainer(tmp_path, steps=2).fit()
+    (latest(tmp_path / "checkpoints") / file).unlink()
+    with pytest.raises(FileNotFoundError, match=file):
+        small_trainer(tmp_path, steps=2, resume=True).fit()
+
+
+@pytest.mark.parametrize("content", [b"", b"\0\0\0", b"step-", b"../elsewhere", b"\xff\xfe"])
+def test_a_damaged_latest_is_named(tmp_path: Path, content: bytes) -> None:
+    save(tmp_path, 1)
+    (tmp_path / "latest").write_bytes(content)
+    with pytest.raises(ValueError, match="latest is damaged: it holds"):
+        checkpoint.latest_checkpoint(tmp_path)
+
+
+def test_a_latest_without_its_checkpoint_is_told(tmp_path: Path) -> None:
+    shutil.rmtree(save(tmp_path, 1))
+    with pytest.raises(FileNotFoundError, match="latest names step-00000001, which is not there"):
+        checkpoint.latest_checkpoint(tmp_path)
+
+
+def test_another_format_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    (path / "state.json").write_text(json.dumps({"format": 99, "step": 1}))
+    with pytest.raises(ValueError, match="step-00000001 has checkpoint format 99; this version reads 1"):
+        checkpoint.read_state(path)
+
+
+# ===== Kills =====
+
+DIED = 9
+
+
+def die_before_use(n: int, directory: Path) -> None:
+    """Will end this process, cleaning nothing up, before its nth use of the file system in that directory."""
+    uses = 0
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        nonlocal uses
+        inside = any(str(directory) in os.fsdecode(a) for a in args if isinstance(a, str | bytes | os.PathLike))
+        if inside or event in ("os.rmdir", "os.remove"):  # shutil.rmtree names these within their directory
+            uses += 1
+            if uses > n:
+                os._exit(DIED)
+
+    sys.addaudithook(hook)
+
+
+def in_a_fork(call: Callable[[], object]) -> int:
+    """The process id of a fork that does this and ends."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        call()
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+
+
+def die_before_each_use(call: Callable[[Path], object], start: Path, work: Path) -> None:
+    """For n = 0, 1, ...: copies start to work/n and calls call(work/n) in a fork that dies before its nth use of the
+    file system there; until one ends well."""
+    call(shutil.copytree(start, work / "first"))  # so that the forks have nothing to import
+    n, status = 0, DIED
+    while status == DIED:
+        directory = shutil.copytree(start, work / str(n))
+        child = in_a_fork(lambda n=n, directory=directory: (die_before_use(n, directory), call(directory)))  # type: ignore[misc]
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        n += 1
+    shutil.rmtree(work / "first")
+    assert status == 0
+
+
+def kills(call: Callable[[Path], object], start: Path, work: Path) -> Iterator[Path]:
+    """What `die_before_each_use` left behind."""
+    child = process(die_before_each_use, call, start, work)
+    child.start()
+    child.join(120)
+    assert child.exitcode == 0
+    left = sorted(work.iterdir(), key=lambda path: int(path.name))
+    assert len(left) > 10
+    return iter(left)
+
+
+@pytest.mark.parametrize(("step", "may_be"), [(4, {3, 4}), (3, {3})], ids=["a new step", "the same step again"])
+def test_a_save_killed_anywhere_leaves_a_checkpoint_that_loads(tmp_path: Path, step: int, may_be: set[int]) -> None:
+    for earlier in (2, 3):
+        save(tmp_path / "start", earlier)
+    seen = set()
+    for directory in kills(functools.partial(save, step=step), tmp_path / "start", tmp_path / "work"):
+        newest = assert_whole(latest(directory))
+        seen.add(newest)
+        save(directory, 5)  # what the kill left does not stand in the way, nor stay
+        assert assert_whole(latest(directory)) == 5
+        assert names(directory) in [["latest", f"step-0000000{former}", "step-00000005"] for former in (2, 3, 4)]
+    assert seen == may_be
+
+
+def overwrite(directory: Path) -> None:
+    small_trainer(directory, steps=1, overwrite=True).fit()
+
+
+def test_an_overwrite_killed_anywhere_can_be_done_again(tmp_path: Path) -> None:
+    small_trainer(tmp_path / "start", steps=2, save_every=1).fit()
+    small_trainer(tmp_path / "exact", steps=1).fit()
+    for directory in kills(overwrite, tmp_path / "start", tmp_path / "work"):
+        overwrite(directory)
+        assert_same_run(directory, tmp_path / "exact")
+        assert names(directory / "checkpoints") == ["latest", "step-00000001"]
+
+
+def kill_at_random(output: Path, settings: dict[str, Any]) -> None:
+    """Fits in one fork after the other, each killed at a random moment after its first checkpoint; writes down how
+    far each came."""
+    small_trainer(output.parent / "first", **settings).fit()  # so that the forks have nothing to import
+    moments = random.Random(8)
+    reached = [0]
+    while reached[-1] < settings["steps"]:
+        child = in_a_fork(lambda: small_trainer(output, **settings).fit())
+        while position(output) == reached[-1]:
+            time.sleep(0.001)
+        time.sleep(0.02 * moments.random())
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        saved(output)
+        reached.append(position(output))
+    (output.parent / "reached.json").write_text(json.dumps(reached))
+
+
+def position(output: Path) -> int:
+    try:
+        newest = checkpoint.latest_checkpoint(output / "checkpoints")
+        return 0 if newest is None else checkpoint.read_state(newest)["step"]
+    except FileNotFoundError:  # replaced by a newer one meanwhile
+        return position(output)
+
+
+def test_runs_killed_at_random_moments_go_on_as_if_they_had_not_been(tmp_path: Path) -> None:
+    settings = {"steps": 40, "save_every": 1, "resume": True}
+    small_trainer(tmp_path / "whole", **settings).fit()
+    child = process(kill_at_random, tmp_path / "killed", settings)
+    child.start()
+    child.join(120)
+    assert child.exitcode == 0
+    reached = json.loads((tmp_path / "reached.json").read_text())
+    assert len(reached) > 4
+    assert reached == sorted(set(reached))
+    small_trainer(tmp_path / "killed", **settings).fit()
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+    assert names(tmp_path / "killed" / "checkpoints") == ["latest", "step-00000039", "step-00000040"]

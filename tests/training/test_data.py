@@ -1,0 +1,151 @@
+"""Data: what a file of records becomes, the batches made of it, and the order of the examples."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from phicore.training.data import collate, load_dataset, order, step_indices
+from phicore.training.encoding import IGNORE_INDEX, encode
+from phicore.training.records import read_records
+from tests.chat_data import ANSWER, ASK, write_jsonl
+from tests.chat_tokenizers import LONG, chat_tokenizer, tokenizer_of
+
+
+def test_dataset_counts_and_reports(tmp_path: Path) -> None:
+    path = write_jsonl(
+        tmp_path / "data.jsonl",
+        {"text": "abc", "id": 1},  # 4 tokens with eos, of which 3 are predicted
+        {"prompt": "abc", "completion": "defg", "source": "x", "id": 2},  # 8 tokens, cut to 5: 2 with loss
+        {"prompt": "abcdefgh", "completion": "i"},  # 10 tokens, cut to 5: none with loss
+        {"prompt": "abc ", "completion": "d"},  # 5 tokens; " d" is one of them, so that eos alone carries loss
+    )
+    dataset = load_dataset(path, chat_tokenizer(merges=[("Ġ", "d")]), sequence_length=5)
+    assert len(dataset) == 4
+    assert [record.line for record in dataset.records] == [1, 2, 3, 4]
+    assert (dataset.truncated, dataset.without_loss, dataset.straddling) == (2, 1, 1)
+    assert (dataset.tokens, dataset.loss_tokens) == (4 + 5 + 5 + 5, 3 + 2 + 0 + 1)
+    assert dataset.tokens == sum(len(example["input_ids"]) for example in dataset)
+    assert dataset.loss_tokens == sum(int((example["labels"][1:] != IGNORE_INDEX).sum()) for example in dataset)
+    assert dataset.report() == (
+        "2 of 4 examples are longer than 5 tokens and were cut (the longest has 10). "
+        "1 of 4 examples are left with no token to learn. "
+        "In 1 of 4 examples one token spans the end of the prompt and the start of the answer and is not learnt; "
+        "move the space between the two from the prompt to the answer. "
+        "Keys that are not used were ignored: id, source."
+    )
+
+
+def test_dataset_items_are_tensors_and_slices_lists(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "data.jsonl", *({"text": "abc"[: i + 1]} for i in range(3)))
+    tokenizer = tokenizer_of()
+    dataset = load_dataset(path, tokenizer, LONG)
+    assert dataset.report() is None
+    for example, record in zip(dataset, read_records(path), strict=True):
+        encoded = encode(record, tokenizer, LONG)
+        assert example["input_ids"].dtype == example["labels"].dtype == torch.int64
+        assert example["input_ids"].tolist() == encoded.input_ids
+        assert example["labels"].tolist() == encoded.labels
+    assert [len(example["labels"]) for example in dataset[1:]] == [3, 4]
+    assert len(dataset[-1]["labels"]) == 4
+    limited = load_dataset(path, tokenizer, LONG, limit=2)
+    assert len(limited) == len(limited.records) == 2
+    assert len(load_dataset(path, tokenizer, LONG, limit=9)) == 3
+
+
+@pytest.mark.parametrize("wrong", [0, -1])
+def test_sequence_length_and_limit_must_be_positive(tmp_path: Path, wrong: int) -> None:
+    path = write_jsonl(tmp_path / "data.jsonl", {"text": "a"})
+    with pytest.raises(ValueError, match=f"limit must be above 0, or None for all records, got {wrong}"):
+        load_dataset(path, tokenizer_of(), LONG, limit=wrong)
+    with pytest.raises(ValueError, match=f"sequence_length must be above 0, got {wrong}"):
+        load_dataset(path, tokenizer_of(), wrong)
+
+
+def test_a_dataset_without_any_loss_is_refused(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "data.jsonl", {"messages": [ASK, ANSWER]}, {"prompt": "abcdef", "completion": "g"})
+    with pytest.raises(ValueError, match=r"no example of .*data\.jsonl has a token .* within 6 .*raise the sequence"):
+        load_dataset(path, tokenizer_of(), sequence_length=6)
+
+
+def test_an_example_that_does_not_encode_is_named(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "data.jsonl", {"text": "a"}, "", {"messages": [ASK, ANSWER]})
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match=r"data\.jsonl, line 3: the tokenizer has no chat template"):
+        load_dataset(path, tokenizer, LONG)
+
+
+@given(st.lists(st.lists(st.integers(0, 99), max_size=6), max_size=4), st.integers(0, 99))
+def test_collate_pads_on_the_right(rows: list[list[int]], pad_id: int) -> None:
+    examples = [
+        {"input_ids": torch.tensor(row, dtype=torch.int64), "labels": -torch.tensor(row).long()} for row in rows
+    ]
+    batch = collate(examples, pad_id)
+    width = max(map(len, rows), default=0)
+    assert {key: (value.dtype, tuple(value.shape)) for key, value in batch.items()} == dict.fromkeys(
+        ("input_ids", "attention_mask", "labels"), (torch.int64, (len(rows), width))
+    )
+    for i, row in enumerate(rows):
+        pad = width - len(row)
+        assert batch["input_ids"][i].tolist() == row + [pad_id] * pad
+        assert batch["attention_mask"][i].tolist() == [1] * len(row) + [0] * pad
+        assert batch["labels"][i].tolist() == [-token for token in row] + [IGNORE_INDEX] * pad
+
+
+# ===== Order =====
+
+seeds = st.integers(-(2**40), 2**40)
+
+
+@given(st.integers(1, 50), seeds, st.integers(0, 100))
+def test_an_epoch_visits_each_example_once_and_depends_on_its_arguments(n: int, seed: int, epoch: int) -> None:
+    first = order(n, seed, epoch)
+    assert sorted(first) == list(range(n))
+    torch.manual_seed(n)
+    torch.randperm(7)
+    assert order(n, seed, epoch) == first
+
+
+def test_seeds_and_epochs_give_different_orders() -> None:
+    orders = {tuple(order(40, seed, epoch)) for seed in (*range(8), 2**32, -1) for epoch in range(8)}
+    assert len(orders) == 10 * 8
+
+
+def test_a_fresh_process_draws_the_same_order_and_needs_no_transformers() -> None:
+    """A resumed run must see the data that the first would have seen."""
+    program = (
+        "import json, sys; from phicore.training.data import order;"
+        "print(json.dumps([order(9, 3, 1), 'transformers' in sys.modules or 'tokenizers' in sys.modules]))"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert json.loads(run.stdout) == [order(9, 3, 1), False]
+
+
+@given(st.integers(1, 12), seeds, st.integers(1, 30), st.integers(0, 20))
+def test_steps_walk_the_endless_row_of_epochs(n: int, seed: int, global_batch: int, step: int) -> None:
+    stop = (step + 1) * global_batch
+    row = [index for epoch in range(stop // n + 1) for index in order(n, seed, epoch)]
+    assert step_indices(n, seed, step, global_batch) == row[step * global_batch : stop]
+    torch.manual_seed(step)
+    assert step_indices(n, seed, step, global_batch) == row[step * global_batch : stop]
+
+
+def test_order_leaves_the_global_generator_alone() -> None:
+    state = torch.get_rng_state()
+    step_indices(5, 0, 3, 4)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_order_refuses_what_it_cannot_do() -> None:
+    for n, epoch in ((0, 0), (3, -1)):
+        with pytest.raises(ValueError, match="n must be above 0 and epoch at least 0"):
+            order(n, 0, epoch)
+    for n, step, global_batch in ((0, 0, 1), (3, -1, 1), (3, 0, 0)):
+        with pytest.raises(ValueError, match="n and global_batch must be above 0 and step at least 0"):
+            step_indices(n, 0, step, global_batch)

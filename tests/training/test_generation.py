@@ -1,0 +1,178 @@
+"""Answers: the same in a batch as alone, ended where the model ends them, and nothing of the model left changed."""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+import phicore
+from phicore.formats.huggingface import load_model, save_model
+from phicore.training.generation import generate, stop_ids
+from tests.chat_tokenizers import chat_tokenizer
+
+VOCABULARY = 300
+PROMPTS = ["a", "What is the capital of France?", "Tag: 12 Main St.", "hello there", "x" * 60]
+
+
+@pytest.fixture
+def model(tiny: Callable[..., nn.Module]) -> Any:
+    """A tied Llama in float32 whose greedy answers vary from token to token."""
+    return tiny("llama", tied=True, dtype=torch.float32, vocab_size=VOCABULARY, max_position_embeddings=256, **WIDE)
+
+
+WIDE = {"initializer_range": 0.3}
+
+
+@pytest.fixture
+def tokenizer() -> Any:
+    return chat_tokenizer("smollm2")
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("batch_size", [2, 8])
+def test_a_batch_answers_as_one_by_one(
+    tiny: Callable[..., nn.Module], tokenizer: Any, family: str, quantized: bool, batch_size: int
+) -> None:
+    model: Any = wide(tiny, family)
+    if quantized:
+        phicore.quantize_(model) if family != "gpt2" else None  # GPT-2 has no nn.Linear
+        phicore.attach(model, phicore.LoRAConfig(rank=2, alpha=3, target_modules=["lm_head"]))
+    alone = [generate(model, tokenizer, [prompt], 12, 1)[0] for prompt in PROMPTS]
+    assert generate(model, tokenizer, PROMPTS, 12, batch_size) == alone
+    assert len(set(alone)) > 2  # the model's answers do depend on the prompt
+    for prompt, answer in zip(PROMPTS, alone, strict=True):
+        assert answer == by_hand(model, tokenizer, prompt, 12)
+
+
+def wide(tiny: Callable[..., nn.Module], family: str) -> Any:
+    sizes = {"vocab_size": VOCABULARY, "max_position_embeddings": 256, **WIDE}
+    if family != "gpt2":
+        return tiny(family, dtype=torch.float32, **sizes)
+    config = transformers.GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=256, **WIDE)
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
+@torch.no_grad()
+def by_hand(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> str:
+    """Greedy decoding without a cache, a batch or padding."""
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    new: list[int] = []
+    while len(new) < max_new_tokens:
+        token = int(model(input_ids=torch.tensor([ids + new])).logits[0, -1].argmax())
+        if token in stop_ids(model, tokenizer):
+            break
+        new.append(token)
+    return tokenizer.decode(new, skip_special_tokens=True)
+
+
+def test_answers_end_at_eos(model: Any, tokenizer: Any) -> None:
+    """Whatever token comes third is made the model's eos: what came before it stays, whatever the batch."""
+    whole = generate(model, tokenizer, PROMPTS, 10, 3)
+    ids = model.generate(**tokenizer(PROMPTS[1], return_tensors="pt"), max_new_tokens=10, do_sample=False)[0]
+    new = ids[len(tokenizer(PROMPTS[1])["input_ids"]) :].tolist()
+    at = next(n for n in range(1, 10) if new[n] not in new[:n])
+    model.generation_config.eos_token_id = [new[at], 299]
+    stopped = generate(model, tokenizer, PROMPTS, 10, 3)
+    assert stopped[1] == tokenizer.decode(new[:at], skip_special_tokens=True)
+    for before, after in zip(whole, stopped, strict=True):
+        assert before.startswith(after)
+
+
+@pytest.mark.parametrize(("style", "end"), [("smollm2", "<|im_end|>"), ("phi3", "<|end|>")])
+def test_the_chat_templates_end_of_turn_stops(model: Any, style: Any, end: str) -> None:
+    tokenizer: Any = chat_tokenizer(style)
+    assert set(tokenizer.convert_tokens_to_ids([end, tokenizer.eos_token])) <= set(stop_ids(model, tokenizer))
+    tokenizer.chat_template = "{{ raise_exception('no') }}"
+    assert tokenizer.eos_token_id in stop_ids(model, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt", "given", "bos"),
+    [
+        (True, "<s>a", None, 1),
+        (True, "a", None, 0),
+        (True, "a", True, 1),
+        (False, "a", None, 1),
+        (False, "<s>a", None, 1),
+        (False, "a", False, 0),
+    ],
+)
+def test_no_second_bos(
+    model: Any, template: bool, prompt: str, given: bool | None, bos: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = chat_tokenizer("phi3", add_bos=True)
+    if not template:
+        tokenizer.chat_template = None
+    seen: list[Tensor] = []
+    original = model.generate
+
+    def spy(**inputs: Any) -> Tensor:
+        seen.append(inputs["input_ids"])
+        return original(**inputs)
+
+    monkeypatch.setattr(model, "generate", spy)
+    generate(model, tokenizer, [prompt], 2, 1, add_special_tokens=given)
+    assert (seen[0] == tokenizer.bos_token_id).sum() == bos
+
+
+def test_sampling_settings_are_not_used_and_everything_is_restored(model: Any, tokenizer: Any) -> None:
+    plain = generate(model, tokenizer, PROMPTS, 8, 2)
+    model.generation_config.update(do_sample=True, temperature=9.0, top_k=7, repetition_penalty=5.0, max_length=3)
+    settings = model.generation_config
+    model.train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    tokenizer.padding_side = "right"
+    assert generate(model, tokenizer, PROMPTS, 8, 2) == plain
+    assert [module.training for module in model.modules()] == modes
+    assert model.generation_config is settings
+    assert tokenizer.padding_side == "right"
+
+
+def test_everything_is_restored_after_an_error(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    model.train()
+    settings = model.generation_config
+    monkeypatch.setattr(model, "generate", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        generate(model, tokenizer, ["a"], 2, 1)
+    assert model.training
+    assert model.generation_config is settings
+
+
+def test_no_warnings(model: Any, tokenizer: Any, caplog: pytest.LogCaptureFixture, capfd: Any, tmp_path: Path) -> None:
+    tokenizer.model_max_length = 4
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        generate(model, tokenizer, PROMPTS, 4, 2)
+        save_model(model, tokenizer, tmp_path / "model")
+        load_model(str(tmp_path / "model"), torch.float32)
+    assert caplog.text == ""
+    assert capfd.readouterr() == ("", "")
+
+
+def test_progress_is_told(model: Any, tokenizer: Any) -> None:
+    told: list[tuple[int, int]] = []
+    generate(model, tokenizer, PROMPTS, 2, 2, lambda done, total: told.append((done, total)))
+    assert told == [(2, 5), (4, 5), (5, 5)]
+    assert generate(model, tokenizer, [], 2, 2) == []
+
+
+def test_what_generate_refuses(model: Any, tokenizer: Any) -> None:
+    with pytest.raises(ValueError, match="must be positive, got 0 and 1"):
+        generate(model, tokenizer, ["a"], 0, 1)
+    with pytest.raises(ValueError, match="must be positive, got 1 and 0"):
+        generate(model, tokenizer, ["a"], 1, 0)
+    with pytest.raises(ValueError, match="prompt 1 is empty"):
+        generate(model, tokenizer, ["a", ""], 1, 1)
+    with pytest.raises(ValueError, match=r"prompt 1 has 250 tokens.*max_new_tokens=7 passes the model's 256 positions"):
+        generate(model, tokenizer, ["a", "b" * 250], 7, 1)
+    assert len(generate(model, tokenizer, ["b" * 250], 6, 1)) == 1

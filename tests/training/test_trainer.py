@@ -1,0 +1,685 @@
+"""The Trainer: its steps equal AdamW written out, its runs resume exactly, and what goes wrong is said."""
+
+import copy
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from torch import Tensor, nn
+
+import phicore
+from phicore.training import TrainConfig, Trainer, checkpoint
+from phicore.training.data import collate, order
+from phicore.training.loss import causal_lm_loss
+from tests.training.small_run import (
+    SETTINGS,
+    Slow,
+    assert_same_run,
+    assert_same_tensors,
+    examples,
+    history,
+    metrics,
+    saved,
+    small_model,
+    small_trainer,
+    stop_after,
+)
+
+Build = Callable[..., nn.Module]
+Batch = list[Tensor]
+
+# ===== A regression in float64, with tuples for data: (x [3], y [2], mask [2]) =====
+
+
+def regression_data(n: int = 13) -> list[tuple[Tensor, ...]]:
+    """Examples of which 0, 1 or 2 outputs count."""
+    generator = torch.Generator().manual_seed(2)
+    rows = torch.randn(n, 5, generator=generator, dtype=torch.float64)
+    return [(row[:3], row[3:], torch.tensor([i % 3 > 0, i % 2 > 0])) for i, row in enumerate(rows)]
+
+
+def squares(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    x, y, mask = batch
+    return ((model(x) - y)[mask] ** 2).sum(), mask.sum()
+
+
+def regression(
+    output: Path, model: nn.Module | None = None, data: Any = None, eval_data: Any = None, **settings: Any
+) -> Trainer:
+    if model is None:
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    config = TrainConfig(output=str(output), **{**SETTINGS, **settings})
+    return Trainer(model, config, data or regression_data(), eval_data, loss_fn=squares)
+
+
+def weights(trainer: Trainer) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.parameters.items()}
+
+
+def visits(n: int, seed: int, steps: int, batch_size: int) -> list[list[int]]:
+    """The examples of each step: the epochs' orders, one after the other, cut in batches."""
+    row = [i for epoch in range(steps * batch_size // n + 1) for i in order(n, seed, epoch)]
+    return [row[k * batch_size : (k + 1) * batch_size] for k in range(steps)]
+
+
+# ===== A step =====
+
+
+@pytest.mark.parametrize("max_norm", [0.0, 0.3, 100.0])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.2])
+def test_steps_equal_adamw_written_out(tmp_path: Path, max_norm: float, weight_decay: float) -> None:
+    """Mean over the step's items, clipping, warm-up and cosine, AdamW (Loshchilov & Hutter 2019, algorithm 2)."""
+    peak, low, warmup, steps = 0.07, 0.01, 2, 7
+    settings = {"max_norm": max_norm, "weight_decay": weight_decay, "min_learning_rate": low, "seed": 3}
+    trainer = regression(
+        tmp_path, learning_rate=peak, warmup_steps=warmup, steps=steps, beta1=0.8, beta2=0.95, **settings
+    )
+    model, data = copy.deepcopy(trainer.model), regression_data()
+    parameters = list(model.parameters())
+    first = [torch.zeros_like(p) for p in parameters]
+    second = [torch.zeros_like(p) for p in parameters]
+    expected = []
+    for t, indices in enumerate(visits(len(data), 3, steps, 4)):
+        total, count = torch.zeros((), dtype=torch.float64), 0
+        for i in indices:
+            x, y, mask = data[i]
+            total = total + (mask * (model(x) - y) ** 2).sum()
+            count += int(mask.sum())
+        gradients = torch.autograd.grad(total / count, parameters)
+        norm = math.sqrt(sum(float((g**2).sum()) for g in gradients))
+        factor = min(1.0, max_norm / (norm + 1e-6)) if max_norm else 1.0
+        rate = peak * (t + 1) / 3 if t < 2 else low + (peak - low) * (1 + math.cos(math.pi * (t - 2) / 4)) / 2
+        with torch.no_grad():
+            for p, g, m, v in zip(parameters, gradients, first, second, strict=True):
+                p *= 1 - rate * weight_decay
+                m += (1 - 0.8) * (factor * g - m)
+                v += (1 - 0.95) * ((factor * g) ** 2 - v)
+                p -= rate * (m / (1 - 0.8 ** (t + 1))) / ((v / (1 - 0.95 ** (t + 1))).sqrt() + 1e-8)
+        expected.append((total.item() / count, norm, rate))
+    trainer.fit()
+    found = [(line["loss"], line["grad_norm"], line["learning_rate"]) for line in metrics(tmp_path)]
+    for given, exact in zip(found, expected, strict=True):
+        assert given == pytest.approx(exact, rel=1e-9)
+    assert all(norm > 0.3 for _, norm, _ in expected)  # so that 0.3 clips, and the norm told is the one before
+    for p, (name, given_p) in zip(parameters, trainer.parameters.items(), strict=True):
+        torch.testing.assert_close(given_p, p, rtol=1e-9, atol=1e-11, msg=name)
+
+
+@pytest.mark.parametrize("accumulation", [2, 3, 5, 7])
+def test_cutting_a_step_changes_nothing(tmp_path: Path, accumulation: int) -> None:
+    """The micro-batches hold unequal numbers of items; the last cut asks for more parts than there are examples."""
+    whole = regression(tmp_path / "1", batch_size=5, accumulation=1)
+    cut = regression(tmp_path / "n", batch_size=5, accumulation=accumulation)
+    whole.fit()
+    cut.fit()
+    for name, p in whole.parameters.items():
+        torch.testing.assert_close(cut.parameters[name], p, rtol=1e-9, atol=1e-12, msg=name)
+    for a, b in zip(history(tmp_path / "1"), history(tmp_path / "n"), strict=True):
+        assert a == pytest.approx(b, rel=1e-9)
+
+
+def test_cutting_a_step_of_a_language_model_changes_nothing(tmp_path: Path, tiny: Build) -> None:
+    """Padding differs between the cuts, and some micro-batches carry no loss at all."""
+    data = examples(vocabulary=48)
+    data[1]["labels"] = torch.full_like(data[1]["labels"], -100)
+    runs = []
+    for accumulation in (1, 4):
+        config = TrainConfig(output=str(tmp_path / str(accumulation)), **{**SETTINGS, "accumulation": accumulation})
+        runs.append(Trainer(tiny("llama"), config, data))
+        runs[-1].fit()
+    for name, p in runs[0].parameters.items():
+        torch.testing.assert_close(runs[1].parameters[name], p, rtol=1e-6, atol=1e-6, msg=name)
+
+
+def test_examples_come_in_the_order_of_the_seed(tmp_path: Path) -> None:
+    class Watched(Slow):
+        def __init__(self) -> None:
+            super().__init__(0.0)
+            self.seen: list[int] = []
+
+        def __getitem__(self, i: Any) -> Any:
+            self.seen.append(i)
+            return super().__getitem__(i)
+
+    runs = []
+    for seed in (0, 0, 1):
+        data = Watched()
+        config = TrainConfig(output=str(tmp_path), **{**SETTINGS, "seed": seed}, overwrite=True)
+        Trainer(small_model(), config, data).fit()
+        runs.append(data.seen)
+        assert data.seen == [i for step in visits(len(data), seed, 8, 4) for i in step]
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_tokens_are_counted_without_padding(tmp_path: Path) -> None:
+    trainer = small_trainer(tmp_path, steps=2, batch_size=11)
+    result = trainer.fit()
+    tokens = sum(len(example["input_ids"]) for example in examples())
+    assert [line["tokens"] for line in metrics(tmp_path)] == [tokens, 2 * tokens]
+    assert result.tokens == trainer.tokens == 2 * tokens
+    assert result.steps == trainer.step == 2
+    assert result.loss == metrics(tmp_path)[-1]["loss"]
+    assert result.seconds > 0
+    assert result.tokens_per_second == pytest.approx(result.tokens / result.seconds)
+    # Other data has items.
+    items = regression(tmp_path / "items", steps=1, batch_size=13).fit().tokens
+    assert items == sum(int(mask.sum()) for _, _, mask in regression_data())
+
+
+def test_every_line_tells_the_same_facts(tmp_path: Path) -> None:
+    small_trainer(tmp_path, steps=7, log_every=3).fit()
+    lines = metrics(tmp_path)
+    assert [line["step"] for line in lines] == [1, 3, 6, 7]
+    facts = {"step", "loss", "grad_norm", "learning_rate", "tokens"}
+    clock = {"tokens_per_second", "peak_memory_bytes", "data_wait_percent"}
+    assert all(line.keys() == facts | clock for line in lines)
+    assert all(0 <= line["data_wait_percent"] <= 100 for line in lines)
+
+
+def test_waiting_for_data_is_told(tmp_path: Path) -> None:
+    small_trainer(tmp_path, steps=2, pause=0.1).fit()
+    assert all(line["data_wait_percent"] > 50 for line in metrics(tmp_path))
+
+
+def test_gradients_left_from_outside_do_not_count(tmp_path: Path) -> None:
+    clean, used = regression(tmp_path / "a"), regression(tmp_path / "b")
+    squares(used.model, [torch.stack(column) for column in zip(*regression_data(), strict=True)])[0].backward()
+    clean.fit()
+    used.fit()
+    assert_same_tensors(weights(clean), weights(used))
+
+
+def test_only_parameters_that_require_gradients_change(tmp_path: Path) -> None:
+    model = small_model()
+    model.embed.requires_grad_(False)
+    before = model.embed.weight.clone()
+    trainer = Trainer(model, TrainConfig(output=str(tmp_path), **SETTINGS), examples())
+    trainer.fit()
+    assert set(trainer.parameters) == {"head.weight", "head.bias"}
+    assert torch.equal(model.embed.weight, before)
+    assert model.embed.weight.grad is None
+
+
+def test_a_collate_function_of_the_users(tmp_path: Path) -> None:
+    sizes: list[int] = []
+
+    def gather(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        sizes.append(len(items))
+        return collate(items, pad_id=7)
+
+    config = TrainConfig(output=str(tmp_path), **{**SETTINGS, "steps": 2, "batch_size": 5})
+    Trainer(small_model(), config, examples(), collate_fn=gather).fit()
+    assert sizes == [2, 3, 2, 3]
+
+
+def test_a_mask_of_the_users_is_not_replaced(tmp_path: Path) -> None:
+    """Examples that are padded already, with a mask, are stacked as they are."""
+    row = {"input_ids": torch.tensor([1, 2, 0]), "labels": torch.tensor([1, 2, -100])}
+    padded = [{**row, "attention_mask": torch.tensor([1, 1, 0])}] * 3
+    seen: list[Tensor] = []
+
+    def loss_fn(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        seen.append(batch["attention_mask"])
+        return causal_lm_loss(model, batch)
+
+    config = TrainConfig(output=str(tmp_path), steps=1, batch_size=3)
+    Trainer(small_model(), config, padded, loss_fn=loss_fn).fit()
+    assert seen[0].tolist() == [[1, 1, 0]] * 3
+
+
+# ===== Evaluation =====
+
+
+def test_evaluation_is_a_mean_over_all_tokens_with_dropout_off(tmp_path: Path) -> None:
+    trainer = small_trainer(tmp_path, eval_batch_size=3)
+    quiet = small_model(dropout=0)
+    total, count = 0.0, 0
+    for example in examples(7):
+        loss, n = causal_lm_loss(quiet, collate([example], 0))
+        total, count = total + loss.item(), count + int(n)
+    assert trainer.evaluate(examples(7)) == pytest.approx(total / count, rel=1e-5)
+
+
+def test_evaluation_leaves_everything_as_it_was(tmp_path: Path, unchanged: Callable[..., Any]) -> None:
+    trainer = small_trainer(tmp_path)
+    for frozen in (True, False):
+        trainer.model.train()
+        if frozen:
+            trainer.model.get_submodule("dropout").eval()  # one module in another mode than the rest
+        state = torch.get_rng_state()
+        with unchanged(trainer.model):
+            trainer.evaluate(examples(7))
+        assert torch.equal(torch.get_rng_state(), state)
+        assert all(p.grad is None for p in trainer.model.parameters())
+
+
+def test_evaluating_during_a_run_does_not_change_it(tmp_path: Path) -> None:
+    def noisy(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        x, y, mask = batch
+        return squares(model, [x + torch.randn_like(x), y, mask])
+
+    finals = []
+    for eval_every in (0, 2):
+        eval_data = regression_data(5) if eval_every else None
+        trainer = regression(tmp_path / str(eval_every), eval_data=eval_data, eval_every=eval_every)
+        trainer.loss_fn = noisy
+        trainer.fit()
+        finals.append(weights(trainer))
+    assert_same_tensors(*finals)
+    lines = metrics(tmp_path / "2")
+    assert [line["step"] for line in lines if "eval_loss" in line] == [2, 4, 6, 8]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 9))
+
+
+def test_a_run_leaves_the_models_modes_as_they_were(tmp_path: Path) -> None:
+    modes: list[bool] = []
+    for training in (False, True):
+        trainer = small_trainer(tmp_path, steps=2, overwrite=True)
+        trainer.model.train(training)
+        trainer.model.get_submodule("embed").eval()
+        before = [module.training for module in trainer.model.modules()]
+        trainer.model.register_forward_hook(lambda module, _i, _o: modes.append(module.training))
+        trainer.fit()
+        assert [module.training for module in trainer.model.modules()] == before
+    assert all(modes)
+
+
+def test_nothing_to_evaluate_is_told(tmp_path: Path) -> None:
+    trainer = small_trainer(tmp_path)
+    for data in (None, []):
+        with pytest.raises(ValueError, match="nothing to evaluate on: give the Trainer eval_data"):
+            trainer.evaluate(data)
+    with pytest.raises(ValueError, match="evaluation: no token carries loss"):
+        trainer.evaluate([{"input_ids": torch.tensor([1, 2]), "labels": torch.tensor([-100, -100])}])
+
+
+# ===== Resuming =====
+
+
+def fit_and_stop(trainer: Trainer, step: int) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        stop_after(trainer, step).fit()
+    assert stopped.value.code == 0
+    assert trainer.step == step
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
+    small_trainer(tmp_path / "whole").fit()
+    for step in (1, 3, 8):
+        output = tmp_path / str(step)
+        fit_and_stop(small_trainer(output, resume=True), step)
+        assert len(metrics(output)) == step
+        torch.manual_seed(99)  # another process, another random state
+        random.seed(99)
+        result = small_trainer(output, resume=True).fit()
+        assert_same_run(output, tmp_path / "whole")
+        assert result.steps == 8
+        assert result.tokens == metrics(output)[-1]["tokens"]
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+def test_a_stopped_qlora_run_goes_on_as_if_it_had_not_been(
+    tmp_path: Path, tiny: Build, randomize: Build, dora: bool, recompute: bool
+) -> None:
+    def build(output: Path, seed: int = 1) -> Trainer:
+        torch.manual_seed(seed)
+        model = phicore.quantize_(tiny("llama", dtype=torch.float32))
+        config = phicore.LoRAConfig(rank=3, alpha=7.0, dora=dora, dropout=0.2)
+        randomize(phicore.attach(model, config))
+        settings = {**SETTINGS, "steps": 5, "save_every": 2, "gradient_checkpointing": recompute}
+        return Trainer(model, TrainConfig(output=str(output), resume=True, **settings), examples(vocabulary=48))
+
+    build(tmp_path / "whole").fit()
+    fit_and_stop(build(tmp_path / "stopped"), 3)
+    build(tmp_path / "stopped", seed=2).fit()  # an adapter that started elsewhere
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+
+
+def test_random_numbers_of_python_and_numpy_go_on_too(tmp_path: Path) -> None:
+    def noisy(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        x, y, mask = batch
+        return squares(model, [x + random.random() + numpy.random.rand(), y, mask])
+
+    def build(output: Path) -> Trainer:
+        trainer = regression(output, resume=True)
+        trainer.loss_fn = noisy
+        return trainer
+
+    build(tmp_path / "whole").fit()
+    fit_and_stop(build(tmp_path / "stopped"), 4)
+    random.seed(1)
+    numpy.random.seed(1)
+    build(tmp_path / "stopped").fit()
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+
+
+def test_lines_after_the_checkpoint_are_written_anew(tmp_path: Path) -> None:
+    """As after a kill between checkpoints: the lines reach step 7, the checkpoint step 6, or by hand step 3."""
+    small_trainer(tmp_path / "whole").fit()
+    output = tmp_path / "killed"
+    trainer = small_trainer(output, save_every=3, resume=True)
+    steps: list[int] = []
+    inner = trainer.loss_fn
+
+    def dying(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor | int]:
+        steps.append(trainer.step)
+        if trainer.step == 7:
+            raise KeyboardInterrupt
+        return inner(model, batch)
+
+    trainer.loss_fn = dying
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    assert [line["step"] for line in history(output)] == list(range(1, 8))
+    assert checkpoint.latest_checkpoint(output / "checkpoints") == output / "checkpoints" / "step-00000006"
+    for step in (6, 3):
+        (output / "checkpoints" / "latest").write_text(f"step-{step:08d}\n")
+        small_trainer(output, save_every=3, keep_checkpoints=9, resume=True).fit()
+        assert_same_run(output, tmp_path / "whole")
+
+
+def test_buffers_that_training_writes_are_resumed(tmp_path: Path) -> None:
+    """In place past torch's version counter (batch norm), in place, and by putting another tensor there."""
+
+    class Means(nn.Module):
+        in_place: Tensor
+        replaced: Tensor
+        constant: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            for name in ("in_place", "replaced", "constant"):
+                self.register_buffer(name, torch.ones(3, dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                self.in_place += x.mean(0)
+                self.replaced = 0.9 * self.replaced + x.mean(0)
+            return x * self.replaced + self.in_place * self.constant
+
+    def build(output: Path) -> Trainer:
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.BatchNorm1d(3), Means(), nn.Linear(3, 2)).double()
+        model[0].requires_grad_(False)  # its running statistics are written all the same
+        return regression(output, model, resume=True)
+
+    build(tmp_path / "whole").fit()
+    fit_and_stop(build(tmp_path / "stopped"), 4)
+    build(tmp_path / "stopped").fit()
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+    written = {"0.running_mean", "0.running_var", "0.num_batches_tracked", "1.in_place", "1.replaced"}
+    assert written <= saved(tmp_path / "whole").keys()
+    assert "1.constant" not in saved(tmp_path / "whole")
+
+
+def test_only_what_trains_is_saved(tmp_path: Path, tiny: Build) -> None:
+    model = phicore.quantize_(tiny("llama", dtype=torch.float32))
+    phicore.attach(model, phicore.LoRAConfig(rank=2, alpha=4.0, target_modules=["q_proj", "v_proj"], dora=True))
+    trainer = Trainer(model, TrainConfig(output=str(tmp_path), steps=2), examples(vocabulary=48))
+    trainer.fit()
+    path = trainer.save()
+    tensors = checkpoint.read_tensors(path / "model.safetensors")
+    assert_same_tensors(tensors, {n: p for n, p in model.named_parameters() if p.requires_grad})
+    adapter = sum(t.numel() * t.element_size() for t in tensors.values())
+    frozen = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()]) - adapter
+    header = 200 * len(tensors)
+    assert adapter < (path / "model.safetensors").stat().st_size < adapter + header < frozen
+    state = (path / "rank-0.safetensors").stat().st_size
+    assert state < 2 * adapter + 3 * header + 6000  # two moments, and torch's random state of 5 kB
+
+
+def test_a_finished_run_resumes_to_nothing(tmp_path: Path) -> None:
+    small_trainer(tmp_path).fit()
+    before = history(tmp_path)
+    result = small_trainer(tmp_path, resume=True).fit()
+    assert (result.steps, result.seconds, result.tokens_per_second) == (8, 0.0, 0.0)
+    assert history(tmp_path) == before
+
+
+def test_resume_without_a_run_starts_one(tmp_path: Path) -> None:
+    small_trainer(tmp_path / "a", resume=True).fit()
+    small_trainer(tmp_path / "b").fit()
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_what_changes_no_weight_may_change(tmp_path: Path) -> None:
+    small_trainer(tmp_path / "whole").fit()
+    fit_and_stop(small_trainer(tmp_path / "old"), 3)
+    (tmp_path / "old").rename(tmp_path / "new")
+    small_trainer(tmp_path / "new", resume=True, save_every=2, keep_checkpoints=1, eval_batch_size=3).fit()
+    assert_same_run(tmp_path / "new", tmp_path / "whole")
+
+
+def test_what_would_change_the_run_is_listed(tmp_path: Path) -> None:
+    config = TrainConfig(output=str(tmp_path), **SETTINGS)
+    identity = {"model": "a", "targets": ("q", "v"), "gone": 1}
+    fit_and_stop(Trainer(small_model(), config, examples(), identity=identity), 2)
+    changed = {**SETTINGS, "seed": 5, "learning_rate": 0.1}
+    other = TrainConfig(output=str(tmp_path), resume=True, **changed)
+    trainer = Trainer(small_model(), other, examples(9), identity={"model": "b", "targets": ("q", "v")})
+    before = weights(trainer)
+    with pytest.raises(ValueError, match="step-00000002 was written with other settings") as raised:
+        trainer.fit()
+    told = str(raised.value).partition("settings; ")[2].split("; ")
+    assert told == [
+        "examples: 11 then, 9 now",
+        "gone: 1 then, None now",
+        "learning_rate: 0.05 then, 0.1 now",
+        "model: 'a' then, 'b' now",
+        "seed: 0 then, 5 now",
+    ]
+    assert_same_tensors(weights(trainer), before)
+    same = TrainConfig(output=str(tmp_path), resume=True, **SETTINGS)
+    assert Trainer(small_model(), same, examples(), identity=identity).fit().steps == 8
+
+
+def test_an_identity_that_cannot_be_saved_is_refused_at_once(tmp_path: Path) -> None:
+    config = TrainConfig(output=str(tmp_path))
+    with pytest.raises(TypeError, match="dtype is not JSON"):
+        Trainer(small_model(), config, examples(), identity={"dtype": torch.float32})
+
+
+def test_a_model_that_does_not_fit_is_told(tmp_path: Path) -> None:
+    fit_and_stop(small_trainer(tmp_path), 2)
+    narrow, other_names, half = small_model(), small_model(), small_model().bfloat16()
+    narrow.head = nn.Linear(6, 11)
+    other_names.tail = nn.Linear(6, 6)
+    frozen = small_model()
+    frozen.embed.requires_grad_(False)
+    config = TrainConfig(output=str(tmp_path), resume=True, **SETTINGS)
+    for model, named in (
+        (narrow, r"head\.bias, head\.weight \(of 2 names\)"),
+        (other_names, r"tail\.bias, tail\.weight \(of 2 names\)"),
+        (frozen, r"embed\.weight \(of 1 names\)"),
+        (half, r"embed\.weight, head\.bias, head\.weight \(of 3 names\)"),
+    ):
+        trainer = Trainer(model, config, examples())
+        before = weights(trainer)
+        with pytest.raises(ValueError, match=rf"step-00000002 does not fit the model: {named}"):
+            trainer.fit()
+        assert_same_tensors(weights(trainer), before)
+
+
+def test_an_output_that_holds_a_run_is_not_touched(tmp_path: Path) -> None:
+    small_trainer(tmp_path).fit()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(FileExistsError, match=r"holds a run .step-00000008.; set resume, overwrite, or another output"):
+        small_trainer(tmp_path).fit()
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_overwrite_starts_anew(tmp_path: Path) -> None:
+    small_trainer(tmp_path / "old", seed=3, steps=9).fit()
+    (tmp_path / "old" / "checkpoints" / "latest").write_text("")  # damage does not stand in the way
+    small_trainer(tmp_path / "old", overwrite=True).fit()
+    small_trainer(tmp_path / "new").fit()
+    assert_same_run(tmp_path / "old", tmp_path / "new")
+    assert sorted(p.name for p in (tmp_path / "old" / "checkpoints").iterdir()) == ["latest", "step-00000008"]
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_the_newest_checkpoints_stay(tmp_path: Path, keep: int) -> None:
+    small_trainer(tmp_path, save_every=3, keep_checkpoints=keep).fit()
+    kept = ["step-00000003", "step-00000006", "step-00000008"][-keep:]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["latest", *kept]
+
+
+# ===== Signals =====
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_stops_after_the_step_with_a_checkpoint(tmp_path: Path, number: signal.Signals) -> None:
+    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)]
+    trainer = small_trainer(tmp_path)
+    inner = trainer.loss_fn
+
+    def signalled(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor | int]:
+        if trainer.step == 2:
+            os.kill(os.getpid(), number)
+        return inner(model, batch)
+
+    trainer.loss_fn = signalled
+    with pytest.raises(SystemExit) as stopped:
+        trainer.fit()
+    assert stopped.value.code == 0
+    assert trainer.step == 3
+    assert checkpoint.latest_checkpoint(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step-00000003"
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)] == handlers
+
+
+def test_a_stop_at_the_very_end_of_a_step_loses_nothing(tmp_path: Path) -> None:
+    """Asked for when the step's own checks are behind it."""
+
+    class Late(int):
+        def __rmod__(self, step: int) -> int:  # the last thing that a step looks at
+            if step == 3:
+                trainer.request_stop()
+            return 1
+
+    trainer = small_trainer(tmp_path, save_every=Late(99))
+    with pytest.raises(SystemExit):
+        trainer.fit()
+    assert checkpoint.latest_checkpoint(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step-00000003"
+
+
+def test_outside_the_main_thread_signals_are_left_alone(tmp_path: Path) -> None:
+    steps: list[int] = []
+    thread = threading.Thread(target=lambda: steps.append(small_trainer(tmp_path).fit().steps))
+    thread.start()
+    thread.join(60)
+    assert steps == [8]
+
+
+def test_a_process_that_is_terminated_exits_with_0_and_can_be_resumed(tmp_path: Path) -> None:
+    settings = {"steps": 40}
+    small_trainer(tmp_path / "whole", **settings).fit()
+    output = tmp_path / "stopped"
+    program = [sys.executable, "-m", "tests.training.small_run", str(output), "0.1", json.dumps(settings)]
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(program, cwd=root, env=environment, stderr=subprocess.PIPE, text=True) as run:
+        deadline = time.monotonic() + 60
+        while not (output / "metrics.jsonl").exists() or len(metrics(output)) < 2:
+            assert run.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        run.send_signal(signal.SIGTERM)
+        _, told = run.communicate(timeout=60)
+    assert run.returncode == 0, told
+    assert "Traceback" not in told
+    newest = checkpoint.latest_checkpoint(output / "checkpoints")
+    assert newest is not None
+    step = checkpoint.read_state(newest)["step"]
+    assert 2 <= step < 40
+    assert len(metrics(output)) == step
+    small_trainer(output, resume=True, **settings).fit()
+    assert_same_run(output, tmp_path / "whole")
+
+
+# ===== What goes wrong =====
+
+
+@pytest.mark.parametrize("broken", ["loss", "gradient", "overflow"])
+def test_a_step_that_is_not_finite_is_not_taken(tmp_path: Path, broken: str) -> None:
+    trainer = regression(tmp_path, save_every=2)
+    at_step: list[dict[str, Tensor]] = []
+
+    def breaking(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        loss, n = squares(model, batch)
+        if trainer.step == 4:
+            at_step.append(weights(trainer))
+            if broken == "loss":
+                return loss * math.nan, n
+            weight = next(model.parameters())
+            zero = (weight - weight.detach()).abs().sum()
+            # Both are finite; the gradient of the square root at 0 is not, and that of the product is too large.
+            return loss + (torch.sqrt(zero) if broken == "gradient" else zero * 1e300 * 1e10), n
+        return loss, n
+
+    trainer.loss_fn = breaking
+    what = "loss is nan, gradient norm is nan" if broken == "loss" else "gradient norm is (nan|inf)"
+    with pytest.raises(FloatingPointError, match=rf"step 5, rank 0: .*{what}; the step was not taken.*\[\d+, ") as told:
+        trainer.fit()
+    visited = visits(13, 0, 5, 4)[4]
+    assert str(visited) in str(told.value)
+    assert trainer.step == 4
+    assert_same_tensors(weights(trainer), at_step[0])
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3, 4]
+    fresh = regression(tmp_path, resume=True)
+    assert fresh.fit().steps == 8
+    regression(tmp_path / "whole").fit()
+    assert_same_tensors(weights(fresh), weights_of(tmp_path / "whole"))
+
+
+def weights_of(output: Path) -> dict[str, Tensor]:
+    newest = checkpoint.latest_checkpoint(output / "checkpoints")
+    assert newest is not None
+    return checkpoint.read_tensors(newest / "model.safetensors")
+
+
+def test_a_step_without_a_labelled_token_is_told(tmp_path: Path) -> None:
+    data = [{"input_ids": torch.tensor([1, 2, 3]), "labels": torch.tensor([1, -100, -100])}]
+    trainer = Trainer(small_model(), TrainConfig(output=str(tmp_path), steps=1, batch_size=2), data)
+    before = weights(trainer)
+    with pytest.raises(ValueError, match="step 1: no token carries loss"):
+        trainer.fit()
+    assert_same_tensors(weights(trainer), before)
+
+
+def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
+    config = TrainConfig(output=str(tmp_path / "run"))
+    with pytest.raises(ValueError, match="no parameter of SmallLM requires a gradient; attach an adapter first"):
+        Trainer(small_model().requires_grad_(False), config, examples())
+    with pytest.raises(ValueError, match="train_data is empty"):
+        Trainer(small_model(), config, [])
+    blocky = TrainConfig(output=str(tmp_path / "run"), gradient_checkpointing=True)
+    with pytest.raises(ValueError, match=r"needs repeated blocks in an nn\.ModuleList; SmallLM has none"):
+        Trainer(small_model(), blocky, examples()).fit()
+
+
+def test_an_error_of_the_users_code_leaves_the_model_as_it_was(tmp_path: Path, tiny: Build) -> None:
+    model = tiny("llama").eval()
+    config = TrainConfig(output=str(tmp_path), gradient_checkpointing=True, **SETTINGS)
+
+    def failing(model: nn.Module, batch: Any) -> tuple[Tensor, int]:
+        raise RuntimeError("out of memory")
+
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        Trainer(model, config, examples(vocabulary=48), loss_fn=failing).fit()
+    assert not any(module.training or "forward" in module.__dict__ for module in model.modules())
+    assert signal.getsignal(signal.SIGTERM) == handler
