@@ -133,7 +133,7 @@ def conversation(address: Address) -> dict[str, list[dict[str, str]]]:
         "messages": [
             {"role": "system", "content": INSTRUCTION},
             {"role": "user", "content": " ".join(word for word, _ in address)},
-            {"role": "assistant", "content": "\n".join(f"{tag}: {text}" for text, tag in spans(address))},
+            {"role": "assistant", "content": "\n".join(f"{text}: {tag}" for text, tag in spans(address))},
         ]
     }
 

@@ -69,7 +69,7 @@ class FinetuneOptions:
 
     answers: int = 0
     """Held-out examples that the model answers before and after; the answers are scored by exact match and by the F1
-    of their "label: text" lines."""
+    of their "text: label" lines."""
 
     samples: int = 3
     """Of these, how many are shown."""

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 Span = tuple[str, str]
-"""(label, text), both with whitespace folded."""
+"""What stands before and behind a line's first colon, both with whitespace folded."""
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
@@ -22,8 +22,8 @@ def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
 def parse_spans(text: str) -> Counter[Span]:
     """The labelled spans of a text, with how often each occurs.
 
-    A line "Label: text" is a span: what stands before its first colon, and what stands after it, both with whitespace
-    folded to single spaces. Any other line (no colon, or nothing on one side of it) is none.
+    A line "label: text" (or "text: label", the score is the same) is a span: what stands before its first colon, and
+    what stands after it, both with whitespace folded to single spaces. Any other line (no colon, or nothing on one side of it) is none.
     """
     pairs = (line.partition(":") for line in text.splitlines())
     spans = ((_fold(label), _fold(value)) for label, _, value in pairs)

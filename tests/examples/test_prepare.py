@@ -67,7 +67,7 @@ def test_a_line_is_a_conversation() -> None:
         "messages": [
             {"role": "system", "content": "Tag the parts of the address."},
             {"role": "user", "content": "12 Mt Hill,"},
-            {"role": "assistant", "content": "AddressNumber: 12\nStreetName: Mt Hill,"},
+            {"role": "assistant", "content": "12: AddressNumber\nMt Hill,: StreetName"},
         ]
     }
     assert "café" in prepare.json_lines([CAFE])
@@ -101,8 +101,8 @@ def test_case_punctuation_and_spaces_do_not_tell_addresses_apart() -> None:
     assert prepare.normalized((("13", "A"), ("Main St", "B"))) != "12 main st"
 
 
-@pytest.mark.skipif(not prepare.complete(prepare.DIRECTORY), reason="`make demo-data` has not run")
 def test_the_real_data() -> None:
+    assert prepare.complete(prepare.DIRECTORY), "run `make demo-data` first (make test does)"
     lines = {
         name: [json.loads(line)["messages"] for line in (prepare.DIRECTORY / name).read_text("utf-8").splitlines()]
         for name in ("train.jsonl", "eval.jsonl")
@@ -116,9 +116,9 @@ def test_the_real_data() -> None:
     assert not texts["train.jsonl"] & texts["eval.jsonl"]
     for messages in [*lines["train.jsonl"], *lines["eval.jsonl"]]:
         assert [message["role"] for message in messages] == ["system", "user", "assistant"]
-        answers = [line.partition(": ") for line in messages[2]["content"].splitlines()]
-        assert " ".join(text for _, _, text in answers) == messages[1]["content"]
-        assert all(tag.isalnum() and text for tag, _, text in answers)
+        answers = [line.rpartition(": ") for line in messages[2]["content"].splitlines()]
+        assert " ".join(text for text, _, _ in answers) == messages[1]["content"]
+        assert all(tag.isalnum() and text for text, _, tag in answers)
 
 
 # ===== the whole, with archives made by hand =====

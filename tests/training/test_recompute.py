@@ -142,7 +142,7 @@ def test_blocks_are_those_of_the_largest_list() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.empty = nn.ModuleList()
-            self.heads = nn.ModuleList([nn.Linear(3, 3)])
+            self.heads = nn.ModuleList([nn.Linear(4, 4)])  # more than the biases of the layers
             self.layers = nn.ModuleList([nn.Linear(9, 9), nn.Linear(9, 9)])
 
     model = Model()

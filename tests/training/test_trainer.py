@@ -335,7 +335,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
 def test_a_stopped_qlora_run_goes_on_as_if_it_had_not_been(
     tmp_path: Path, tiny: Build, randomize: Build, dora: bool, recompute: bool
 ) -> None:
-    def build(output: Path, seed: int = 1) -> Trainer:
+    def build(output: Path, seed: int = 1, recompute: bool = recompute) -> Trainer:
         torch.manual_seed(seed)
         model = phicore.quantize_(tiny("llama", dtype=torch.float32))
         config = phicore.LoRAConfig(rank=3, alpha=7.0, dora=dora, dropout=0.2)
@@ -345,7 +345,8 @@ def test_a_stopped_qlora_run_goes_on_as_if_it_had_not_been(
 
     build(tmp_path / "whole").fit()
     fit_and_stop(build(tmp_path / "stopped"), 3)
-    build(tmp_path / "stopped", seed=2).fit()  # an adapter that started elsewhere
+    # The adapter that goes on started elsewhere, and the activations that were kept are recomputed, or the reverse.
+    build(tmp_path / "stopped", seed=2, recompute=not recompute).fit()
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
 
 
