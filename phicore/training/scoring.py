@@ -23,7 +23,8 @@ def parse_spans(text: str) -> Counter[Span]:
     """The labelled spans of a text, with how often each occurs.
 
     A line "label: text" (or "text: label", the score is the same) is a span: what stands before its first colon, and
-    what stands after it, both with whitespace folded to single spaces. Any other line (no colon, or nothing on one side of it) is none.
+    what stands after it, both with whitespace folded to single spaces. Any other line (no colon, or nothing on one side
+    of it) is none.
     """
     pairs = (line.partition(":") for line in text.splitlines())
     spans = ((_fold(label), _fold(value)) for label, _, value in pairs)
