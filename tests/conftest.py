@@ -113,7 +113,8 @@ def toy() -> Callable[..., nn.Module]:
 @pytest.fixture(scope="session")
 def tiny() -> Callable[..., nn.Module]:
     """Builds a transformers model of hidden size 32 and 2 layers: tiny("llama", tied=False, dtype=torch.float64)."""
-    transformers = pytest.importorskip("transformers")
+    import transformers  # here, so that tests without a model start fast
+
     sizes = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "max_position_embeddings": 32}
     fewer = {"num_key_value_heads": 2}

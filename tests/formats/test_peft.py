@@ -8,6 +8,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from hypothesis import given
@@ -18,8 +19,6 @@ from torch import Tensor, nn
 import phicore
 from phicore.adapters import adapter_layers
 from phicore.formats.peft import CONFIG, PREFIX, WEIGHTS
-
-peft = pytest.importorskip("peft")
 
 IDS = torch.arange(1, 13).view(2, 6)
 LLAMA = ["q_proj", "v_proj", "down_proj"]
