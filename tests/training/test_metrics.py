@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import pty
+import select
 import struct
 import sys
 import termios
@@ -98,8 +99,9 @@ def test_on_a_terminal_a_run_draws_a_bar(tmp_path: Path, without_tqdm: bool) -> 
     child.start()
     child.join(60)
     assert child.exitcode == 0
-    os.set_blocking(ours, False)
-    shown = os.read(ours, 1 << 20).decode()
+    shown = ""
+    while select.select([ours], [], [], 2)[0]:  # the kernel hands a terminal's output over when it gets to it
+        shown += os.read(ours, 1 << 20).decode()
     os.close(ours)
     os.close(theirs)
     if without_tqdm:
