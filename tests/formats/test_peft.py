@@ -454,6 +454,33 @@ def test_settings_that_are_not_supported_are_named(spoiled, refused, fields, mes
     refused(spoiled, message)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("r", "3"),
+        ("r", 3.0),
+        ("r", True),
+        ("lora_alpha", "7"),
+        ("lora_alpha", [7]),
+        ("lora_dropout", "0"),
+        ("target_modules", 5),
+        ("target_modules", [1]),
+        ("target_modules", "*proj"),  # no regular expression
+        ("exclude_modules", True),
+        ("exclude_modules", {"embed": 1}),
+        ("modules_to_save", "head"),
+        ("rank_pattern", True),
+        ("rank_pattern", ["embed"]),
+        ("rank_pattern", {"embed": "3"}),
+        ("rank_pattern", {"*": 3}),
+        ("alpha_pattern", {"embed": None}),
+    ],
+)
+def test_values_of_a_wrong_type_are_named(spoiled, refused, field, value):
+    edit(spoiled, **{field: value})
+    refused(spoiled, f"values of a wrong type: {field}=")
+
+
 def test_settings_that_say_nothing_are_passed_over(spoiled, toy):
     edit(spoiled, peft_version="99", megatron_core="megatron.core", init_lora_weights="pissa", inference_mode=False)
     edit(spoiled, lora_bias=False, trainable_token_indices=None, layers_to_transform=[], a_setting_of_tomorrow=None)
