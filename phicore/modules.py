@@ -29,6 +29,14 @@ def matches(name: str, targets: str | Sequence[str]) -> bool:
     return any(name == target or name.endswith("." + target) for target in targets)
 
 
+def check_expression(what: str, expression: str) -> None:
+    """Raises ValueError unless expression is a regular expression."""
+    try:
+        re.compile(expression)
+    except re.error as error:
+        raise ValueError(f"{what}: {expression!r} is no regular expression: {error}") from error
+
+
 def leaves(
     model: nn.Module, kinds: tuple[type[nn.Module], ...], closed: tuple[type[nn.Module], ...] = ()
 ) -> Iterator[tuple[str, nn.Module]]:
@@ -60,19 +68,21 @@ def select(
         target_modules: "all-linear" (every layer of these kinds but the output head: what the model's
             get_output_embeddings returns, and layers whose weight is tied to another module's); a regular expression
             that matches whole names; or a list of names or ".name" suffixes.
-        exclude_modules: names or suffixes to leave out.
+        exclude_modules: names or suffixes to leave out; a container's, with all that is in it.
         kinds: what can be replaced.
         closed: kinds of modules whose inside is left alone.
 
     Raises:
         ValueError: a target or an exclusion that matches nothing, naming it and what is near; a target that is of
-            another kind.
+            another kind, or no regular expression.
     """
     if isinstance(exclude_modules, str) or not target_modules:
         raise ValueError(
             f"target_modules must name something and exclude_modules must be a list, got {target_modules!r} and "
             f"{exclude_modules!r}"
         )
+    if isinstance(target_modules, str):
+        check_expression("target_modules", target_modules)
     every = dict(model.named_modules(remove_duplicate=False))
     for excluded in exclude_modules:
         if not any(matches(name, [excluded]) for name in every):
@@ -106,7 +116,9 @@ def select(
                 )
             raise ValueError(no_match(f'target "{shown}"', shown, candidates))
         chosen = {name: module for name, module in candidates.items() if matches(name, target_modules)}
-    chosen = {name: module for name, module in chosen.items() if not matches(name, exclude_modules)}
+    left_out = {name for name in every if matches(name, exclude_modules)}
+    inside = tuple(f"{name}." for name in left_out)
+    chosen = {n: module for n, module in chosen.items() if n not in left_out and not n.startswith(inside)}
     if not chosen:
         raise ValueError(
             f"target_modules={target_modules!r} with exclude_modules={list(exclude_modules)!r} leaves no module of "
@@ -120,7 +132,7 @@ def no_match(what: str, name: str, among: Sequence[str] | dict[str, nn.Module]) 
     last_parts = sorted({path.rsplit(".", 1)[-1] for path in among if path})
     fused = FUSED.get(name.rsplit(".", 1)[-1], "")
     if fused and set(re.findall(r"\w+_proj", fused)) <= set(last_parts):
-        verb = "fuses" if ", " not in fused else "splits"
+        verb = "splits" if " and " in fused else "fuses"
         return f"no module matches {what}; this model {verb} it: use {fused}"
     near = difflib.get_close_matches(name.rsplit(".", 1)[-1], last_parts, n=3, cutoff=0.5)
     hint = f"did you mean {', '.join(near)}?" if near else f"there are: {', '.join(last_parts[:20])}"

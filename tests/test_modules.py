@@ -112,6 +112,7 @@ def test_a_list_selects_in_the_models_order(toy):
         (["up_proj"], ["up_proj"], r"target_modules=\['up_proj'\] with exclude_modules=\['up_proj'\] leaves no module"),
         ([], [], r"target_modules must name something"),
         ("", [], r"target_modules must name something"),
+        ("up_proj(", [], r"'up_proj\(' is no regular expression"),
         (["up_proj"], "head", r"exclude_modules must be a list, got \['up_proj'\] and 'head'"),
     ],
 )
@@ -133,6 +134,7 @@ def test_a_target_inside_attention_is_explained():
         ("self_attn.v_proj", ["a.qkv_proj"], 'this model fuses it: use "qkv_proj"'),
         ("up_proj", ["a.gate_up_proj"], 'this model fuses it: use "gate_up_proj"'),
         ("qkv_proj", ["a.q_proj", "a.k_proj", "a.v_proj"], "this model splits it: use q_proj, k_proj and v_proj"),
+        ("gate_up_proj", ["a.gate_proj", "a.up_proj"], "this model splits it: use gate_proj and up_proj"),
         ("qkv_proj", ["a.q_proj"], "did you mean q_proj?"),
         ("dense", ["a.q_proj"], "there are: q_proj"),
     ],
@@ -149,3 +151,10 @@ def test_replace_puts_a_module_at_any_depth(toy):
         assert model.get_submodule(name) is new
     assert isinstance(model.blocks, nn.ModuleList)
     assert torch.equal(model.embed.weight, toy().embed.weight)
+
+
+def test_an_excluded_container_leaves_out_what_is_in_it(toy):
+    whole = select(toy(), "all-linear", [], LINEAR)
+    rest = select(toy(), "all-linear", ["blocks.0"], LINEAR)
+    assert rest.keys() == {name for name in whole if not name.startswith("blocks.0.")}
+    assert rest.keys() < whole.keys()

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from phicore.modules import check_expression
+
 INITS = ("kaiming", "gaussian")
 
 
@@ -23,7 +25,7 @@ class LoRAConfig:
     expression that matches whole names."""
 
     exclude_modules: Sequence[str] = field(default_factory=list)
-    """Names or suffixes of layers to leave out."""
+    """Names or suffixes of layers, or of containers with all that is in them, to leave out."""
 
     dropout: float = 0.0
     """Probability of zeroing an input of the low-rank path while training."""
@@ -59,6 +61,9 @@ class LoRAConfig:
         ]:
             if not alpha > 0:
                 raise ValueError(f"{what} must be above 0, got {alpha!r}")
+        for what, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
+            for key in pattern:
+                check_expression(what, key)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout!r}")
         if self.init not in INITS:

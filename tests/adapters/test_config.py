@@ -46,3 +46,9 @@ def test_instances_do_not_share_their_containers():
 def test_scaling(rank, alpha):
     assert scaling(rank, alpha, rslora=False) == alpha / rank
     assert scaling(rank, alpha, rslora=True) == pytest.approx(alpha / rank**0.5)
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_is_no_regular_expression_is_named(field):
+    with pytest.raises(ValueError, match=rf"{field}: 'q_proj\(' is no regular expression"):
+        phicore.LoRAConfig(**{field: {"q_proj(": 3}})
