@@ -25,7 +25,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
             "Put its blocks in one, or turn the option off"
         )
     largest: nn.ModuleList = max(lists, key=size)
-    return list(dict.fromkeys(largest))  # a block that stands there twice is one block
+    return list(largest)
 
 
 @contextmanager
