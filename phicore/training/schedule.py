@@ -9,8 +9,8 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     """Linear warm-up, then cosine decay (Loshchilov & Hutter 2017) to min_learning_rate.
 
     Args:
-        step: counted from 0; the rate that this step's update uses. The first warm-up step is not zero, and the last
-            step of the run is at min_learning_rate.
+        step: counted from 0; the rate that this step's update uses. The first warm-up step is not zero; the first
+            step after the warm-up is at learning_rate, and the last of two or more such steps at min_learning_rate.
         config: learning_rate, min_learning_rate, warmup_steps and steps are read.
     """
     if step < config.warmup_steps:

@@ -78,7 +78,7 @@ class Trainer:
         identity: what else must be equal for a run to be resumed (model, data, adapter settings, ...); plain values.
 
     Raises:
-        ValueError: no parameter requires a gradient, or there is no data.
+        ValueError: no parameter requires a gradient, or there is no data (for eval_every, no eval_data).
 
     Example:
         >>> data = [{"input_ids": torch.tensor([1, 2, 3]), "labels": torch.tensor([1, 2, 3])}]
@@ -111,6 +111,8 @@ class Trainer:
             raise ValueError(f"no parameter of {type(model).__name__} requires a gradient; attach an adapter first")
         if not len(train_data):
             raise ValueError("train_data is empty")
+        if config.eval_every and eval_data is None:
+            raise ValueError(f"eval_every is {config.eval_every}, but there is no eval_data to evaluate on")
         self.device = next(iter(self.parameters.values())).device
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(),
@@ -161,7 +163,7 @@ class Trainer:
                     if say and log is not None:
                         facts |= {"tokens_per_second": speed, "peak_memory_bytes": peak_memory_bytes(self.device)}
                         log.write(step=self.step, **facts)
-                    if config.eval_every and self.step % config.eval_every == 0 and self.eval_data is not None:
+                    if config.eval_every and self.step % config.eval_every == 0:
                         eval_loss = self.evaluate()
                         if log is not None:
                             log.write(step=self.step, eval_loss=eval_loss)
@@ -173,6 +175,7 @@ class Trainer:
         finally:
             progress.close()
         if self.stop_requested:
+            self.stop_requested = False  # it is answered; another fit goes on
             raise SystemExit(0)
         done = self.tokens - first_tokens
         return TrainResult(
@@ -295,6 +298,9 @@ class Trainer:
             raise FileExistsError(
                 f"{self.output} holds a run ({newest.name}); set resume, overwrite, or another output"
             )
+        log = self.output / "metrics.jsonl"
+        if self.step == 0 and not (self.config.resume or self.config.overwrite) and log.exists() and log.stat().st_size:
+            raise FileExistsError(f"{log} is of a run that has no checkpoint; set overwrite, or another output")
         if self.step == 0:
             torch.manual_seed(self.config.seed)
             random.seed(self.config.seed)
@@ -370,7 +376,10 @@ def _to(batch: Batch, device: torch.device) -> Batch:
     if isinstance(batch, Mapping):
         return {key: _to(value, device) for key, value in batch.items()}
     if isinstance(batch, list | tuple):
-        return type(batch)(_to(value, device) for value in batch)
+        moved = [_to(value, device) for value in batch]
+        return (
+            type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
+        )  # a namedtuple takes them singly
     return batch
 
 

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 import pytest
@@ -684,3 +684,41 @@ def test_an_error_of_the_users_code_leaves_the_model_as_it_was(tmp_path: Path, t
         Trainer(model, config, examples(vocabulary=48), loss_fn=failing).fit()
     assert not any(module.training or "forward" in module.__dict__ for module in model.modules())
     assert signal.getsignal(signal.SIGTERM) == handler
+
+
+# ===== What a run refuses to pass over =====
+
+
+def test_evaluations_without_data_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="eval_every is 2, but there is no eval_data"):
+        small_trainer(tmp_path, eval_every=2)
+
+
+def test_a_stop_is_answered_once(tmp_path: Path) -> None:
+    trainer = stop_after(small_trainer(tmp_path), 3)
+    with pytest.raises(SystemExit):
+        trainer.fit()
+    assert trainer.fit().steps == SETTINGS["steps"]
+
+
+def test_metrics_of_a_run_without_a_checkpoint_are_not_written_over(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    with pytest.raises(FileExistsError, match="of a run that has no checkpoint"):
+        small_trainer(tmp_path).fit()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 2.0}\n'
+    small_trainer(tmp_path, overwrite=True).fit()
+    assert [line["step"] for line in metrics(tmp_path)] == list(range(1, SETTINGS["steps"] + 1))
+
+
+class Pair(NamedTuple):
+    x: Tensor
+    y: Tensor
+
+
+def test_a_batch_may_be_a_namedtuple(tmp_path: Path) -> None:
+    def loss(model: nn.Module, batch: Pair) -> tuple[Tensor, int]:
+        return (model(batch.x) - batch.y).square().sum(), batch.y.numel()
+
+    data = [Pair(torch.randn(3), torch.randn(2)) for _ in range(4)]
+    trainer = Trainer(nn.Linear(3, 2), TrainConfig(output=str(tmp_path), steps=2, batch_size=2), data, loss_fn=loss)
+    assert trainer.fit().steps == 2
