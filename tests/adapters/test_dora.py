@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import phicore
 from phicore.adapters import dora
+from tests.adapters.cases import dense_cases, leaf
 
 KINDS = ("linear", "nf4", "lora+linear", "dora+nf4", "dora+lora+nf4")
 OUT, IN = 23, 37
@@ -55,24 +56,13 @@ def row_error(norm: Tensor, exact: Tensor) -> float:
 # ===== equal to the dense formula =====
 
 
-@given(
-    kind=st.sampled_from(KINDS),
-    lead=st.sampled_from(((), (1,), (5,), (0,), (2, 3), (2, 0, 3))),
-    out=st.integers(1, 24),
-    inner=st.integers(1, 40),
-    rank=st.integers(1, 9),
-    alpha=st.sampled_from((0.5, 8, 13.0)),
-    rslora=st.booleans(),
-    bias=st.booleans(),
-    strided=st.booleans(),
-)
+@dense_cases(KINDS)
 def test_forward_and_gradients_equal_the_dense_formula(
     layer_of, randomize, kind, lead, out, inner, rank, alpha, rslora, bias, strided
 ):
     base, W, b = layer_of(kind, out, inner, bias=bias)
     layer = random_adapter(base, randomize, rank=rank, alpha=alpha, rslora=rslora)
-    x = torch.randn(inner, *lead, dtype=torch.float64).movedim(0, -1)
-    x = (x if strided else x.contiguous()).detach().requires_grad_(True)
+    x = leaf(lead, inner, strided)
     expected, leaves = reference(layer, W, b, x)
     y = layer(x)
     close = {"rtol": 1e-8, "atol": 1e-8}

@@ -5,11 +5,10 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import phicore
+from tests.adapters.cases import dense_cases, leaf
 
 KINDS = ("linear", "nf4", "lora+linear", "dora+nf4", "lora+lora+nf4")
 OUT, IN = 23, 37
@@ -28,24 +27,13 @@ def random_adapter(base: nn.Module, randomize, **options) -> phicore.LoRALinear:
     return randomize(phicore.LoRALinear(base, **{"rank": 4, "alpha": 7.0, **options}), seed=3)
 
 
-@given(
-    kind=st.sampled_from(KINDS),
-    lead=st.sampled_from(((), (1,), (5,), (0,), (2, 3), (2, 0, 3))),
-    out=st.integers(1, 24),
-    inner=st.integers(1, 40),
-    rank=st.integers(1, 9),
-    alpha=st.sampled_from((0.5, 8, 13.0)),
-    rslora=st.booleans(),
-    bias=st.booleans(),
-    strided=st.booleans(),
-)
+@dense_cases(KINDS)
 def test_forward_and_gradients_equal_the_dense_formula(
     layer_of, randomize, kind, lead, out, inner, rank, alpha, rslora, bias, strided
 ):
     base, W, b = layer_of(kind, out, inner, bias=bias)
     layer = random_adapter(base, randomize, rank=rank, alpha=alpha, rslora=rslora)
-    x = torch.randn(inner, *lead, dtype=torch.float64).movedim(0, -1)
-    x = (x if strided else x.contiguous()).detach().requires_grad_(True)
+    x = leaf(lead, inner, strided)
     expected, A, B = reference(layer, W, b, x)
     y = layer(x)
     torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)

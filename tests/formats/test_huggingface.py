@@ -18,18 +18,12 @@ import phicore
 from phicore.formats.huggingface import convert_gguf, find_model, load_model, save_model
 from phicore.training.generation import generate
 from tests.chat_tokenizers import chat_tokenizer
-
-VOCABULARY = 300
-PROMPTS = ["a", "What is the capital of France?", "Tag: 12 Main St.", "hello there", "x" * 60]
+from tests.tied_llama import PROMPTS, VOCABULARY, tied_llama
 
 
 @pytest.fixture
 def model(tiny: Callable[..., nn.Module]) -> Any:
-    """A tied Llama in float32 whose greedy answers vary from token to token."""
-    return tiny("llama", tied=True, dtype=torch.float32, vocab_size=VOCABULARY, max_position_embeddings=256, **WIDE)
-
-
-WIDE = {"initializer_range": 0.3}
+    return tied_llama(tiny)
 
 
 @pytest.fixture
