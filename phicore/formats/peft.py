@@ -71,7 +71,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str 
 def load_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str = "default") -> nn.Module:
     """Reads an adapter in PEFT's format into a model, in place; attaches it first if the model has none of this name.
 
-    A,B and magnitude keep the dtype that they have in the file.
+    A, B and magnitude keep the dtype that they have in the file.
 
     Args:
         model: the base model, or one with this adapter attached.
