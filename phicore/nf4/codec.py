@@ -114,5 +114,6 @@ def encode_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def decode_absmax(codes: Tensor, nested_absmax: Tensor, offset: Tensor) -> Tensor:
     """Inverse of encode_absmax: map[code] * nested_absmax + offset, float32 [n_blocks]."""
-    values = dynamic_map(codes.device)[codes.to(torch.int32)]
-    return values * nested_absmax.repeat_interleave(NESTED_BLOCK_SIZE)[: codes.numel()] + offset
+    values = dynamic_map(codes.device).index_select(0, codes.to(torch.int32))
+    blocks = pad_to_blocks(values, NESTED_BLOCK_SIZE) * nested_absmax[:, None] + offset
+    return blocks.view(-1)[: codes.numel()]
