@@ -43,6 +43,9 @@ class TrainConfig:
     seed: int = 0
     """Seed of the data order, of the adapters' start and of dropout."""
 
+    group_by_length: bool = False
+    """Put examples of like length into one step: less padding, and the same examples an epoch in another order."""
+
     gradient_checkpointing: bool = False
     """Recompute each block's activations in the backward pass: about a third more work, far less memory."""
 

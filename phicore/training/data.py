@@ -138,18 +138,30 @@ def collate(examples: Sequence[Example], pad_id: int) -> Example:
     return batch
 
 
-def order(n: int, seed: int, epoch: int) -> list[int]:
+def order(n: int, seed: int, epoch: int, lengths: Sequence[int] | None = None, global_batch: int = 1) -> list[int]:
     """The order in which an epoch visits n examples: a permutation of 0 .. n-1 that depends on the arguments alone.
 
+    Args:
+        n: examples.
+        seed, epoch: choose the permutation.
+        lengths: tokens of each example. Given, every 16 batches' worth of the permutation is sorted by length and cut
+            into batches, which follow one another at random: examples of like length share a batch, which pads least.
+        global_batch: examples a batch; used with lengths.
+
     Raises:
-        ValueError: n is not above 0, or epoch is below 0.
+        ValueError: n or global_batch is not above 0, epoch is below 0, or there are not n lengths.
     """
-    if n <= 0 or epoch < 0:
-        raise ValueError(f"n must be above 0 and epoch at least 0, got n={n} and epoch={epoch}")
-    return _permutation(n, seed, epoch).tolist()
+    if n <= 0 or epoch < 0 or global_batch <= 0:
+        raise ValueError(
+            f"n and global_batch must be above 0 and epoch at least 0, got n={n}, global_batch={global_batch} and "
+            f"epoch={epoch}"
+        )
+    if lengths is not None and len(lengths) != n:
+        raise ValueError(f"there are {len(lengths)} lengths for {n} examples")
+    return _part_of_epoch(n, seed, epoch, lengths, global_batch, 0, n)
 
 
-def step_indices(n: int, seed: int, step: int, global_batch: int) -> list[int]:
+def step_indices(n: int, seed: int, step: int, global_batch: int, lengths: Sequence[int] | None = None) -> list[int]:
     """The examples of an optimizer step: positions step * global_batch .. (step + 1) * global_batch - 1 of the endless
     row of epochs, each in its `order`. Independent of the world size; a batch may span epochs.
 
@@ -158,6 +170,7 @@ def step_indices(n: int, seed: int, step: int, global_batch: int) -> list[int]:
         seed: of the order.
         step: from 0.
         global_batch: examples a step, over all ranks and micro-batches.
+        lengths: see `order`.
 
     Raises:
         ValueError: n or global_batch is not above 0, or step is below 0.
@@ -171,10 +184,34 @@ def step_indices(n: int, seed: int, step: int, global_batch: int) -> list[int]:
     start, stop = step * global_batch, (step + 1) * global_batch
     while start < stop:
         epoch, first = divmod(start, n)
-        part = _permutation(n, seed, epoch)[first : first + stop - start].tolist()
+        part = _part_of_epoch(n, seed, epoch, lengths, global_batch, first, min(first + stop - start, n))
         indices += part
         start += len(part)
     return indices
+
+
+WINDOW = 16  # batches' worth of examples that are sorted by length together
+
+
+def _part_of_epoch(
+    n: int, seed: int, epoch: int, lengths: Sequence[int] | None, batch: int, first: int, stop: int
+) -> list[int]:
+    """Positions first .. stop - 1 of an epoch's order."""
+    permutation = _permutation(n, seed, epoch)
+    if lengths is None:
+        return permutation[first:stop].tolist()
+    window = WINDOW * batch
+    start = first // window * window
+    row: list[int] = []
+    for at in range(start, stop, window):  # only the windows that are asked for
+        drawn: list[int] = permutation[at : at + window].tolist()
+        by_length = sorted(drawn, key=lengths.__getitem__)
+        place = {example: i for i, example in enumerate(drawn)}
+        whole = len(drawn) // batch * batch  # a short last batch stays last
+        batches = [by_length[i : i + batch] for i in range(0, whole, batch)]
+        batches.sort(key=lambda examples: place[examples[0]])  # where the permutation put its shortest: at random
+        row += [example for examples in batches for example in examples] + by_length[whole:]
+    return row[first - start : stop - start]
 
 
 def _permutation(n: int, seed: int, epoch: int) -> torch.Tensor:

@@ -78,7 +78,8 @@ class Trainer:
         identity: what else must be equal for a run to be resumed (model, data, adapter settings, ...); plain values.
 
     Raises:
-        ValueError: no parameter requires a gradient, or there is no data (for eval_every, no eval_data).
+        ValueError: no parameter requires a gradient, or there is no data (for eval_every, no eval_data), or
+            group_by_length is set and the examples have no input_ids.
 
     Example:
         >>> data = [{"input_ids": torch.tensor([1, 2, 3]), "labels": torch.tensor([1, 2, 3])}]
@@ -120,6 +121,7 @@ class Trainer:
             betas=(config.beta1, config.beta2),
             weight_decay=config.weight_decay,
         )
+        self._lengths = _lengths(train_data) if config.group_by_length else None
         self.output = Path(config.output)
         self.checkpoints = self.output / "checkpoints"
         self.step = 0  # optimizer steps done
@@ -185,7 +187,7 @@ class Trainer:
     def _train_step(self) -> dict[str, float]:
         config = self.config
         # ===== Phase 1: forward and backward of each micro-batch; gradients add up as sums =====
-        indices = step_indices(len(self.train_data), config.seed, self.step, config.batch_size)
+        indices = step_indices(len(self.train_data), config.seed, self.step, config.batch_size, self._lengths)
         mine = indices[rank() :: world_size()]
         loss_sum, count, tokens, waited = 0.0, 0.0, 0, 0.0
         self.optimizer.zero_grad()  # of a backward pass outside, or of a step that raised
@@ -392,6 +394,13 @@ def _tokens(batch: Batch, items: float) -> int:
 
 def _length(example: Any) -> int:
     return len(example["input_ids"]) if isinstance(example, Mapping) and "input_ids" in example else 0
+
+
+def _lengths(data: Sequence[Any]) -> list[int]:
+    lengths = [_length(data[i]) for i in range(len(data))]
+    if not any(lengths):
+        raise ValueError(f"group_by_length needs examples with input_ids, got {type(data[0]).__name__}")
+    return lengths
 
 
 def _cut(indices: list[int], parts: int) -> list[list[int]]:

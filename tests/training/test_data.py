@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,32 @@ def test_steps_walk_the_endless_row_of_epochs(n: int, seed: int, global_batch: i
     assert step_indices(n, seed, step, global_batch) == row[step * global_batch : stop]
 
 
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=90), seeds, st.integers(1, 4), st.integers(0, 2))
+def test_grouping_by_length_permutes_within_windows_and_keeps_like_with_like(
+    lengths: list[int], seed: int, batch: int, epoch: int
+) -> None:
+    n, window = len(lengths), 16 * batch
+    grouped, plain = order(n, seed, epoch, lengths, batch), order(n, seed, epoch)
+    for start in range(0, n, window):
+        part = grouped[start : start + window]
+        assert sorted(part) == sorted(plain[start : start + window])
+        whole = len(part) // batch * batch
+        runs = [sorted(lengths[i] for i in part[k : k + batch]) for k in range(0, whole, batch)]
+        runs.sort()
+        # A batch's lengths are neighbours in the sorted window: no length of another batch lies strictly within.
+        assert all(a[-1] <= b[0] for a, b in pairwise(runs))
+    row = [i for e in range(epoch + 2) for i in order(n, seed, e, lengths, batch)]
+    for step in range(epoch * n // batch, (epoch + 1) * n // batch):
+        assert step_indices(n, seed, step, batch, lengths) == row[step * batch : (step + 1) * batch]
+
+
+def test_groups_follow_one_another_at_random() -> None:
+    lengths = list(range(640))
+    steps = [max(lengths[i] for i in step_indices(640, 0, step, 4, lengths)) for step in range(160)]
+    rising = sum(a < b for a, b in pairwise(steps))
+    assert 50 < rising < 110
+
+
 def test_order_leaves_the_global_generator_alone() -> None:
     state = torch.get_rng_state()
     step_indices(5, 0, 3, 4)
@@ -144,8 +171,10 @@ def test_order_leaves_the_global_generator_alone() -> None:
 
 def test_order_refuses_what_it_cannot_do() -> None:
     for n, epoch in ((0, 0), (3, -1)):
-        with pytest.raises(ValueError, match="n must be above 0 and epoch at least 0"):
+        with pytest.raises(ValueError, match="n and global_batch must be above 0 and epoch at least 0"):
             order(n, 0, epoch)
+    with pytest.raises(ValueError, match="there are 2 lengths for 3 examples"):
+        order(3, 0, 0, [1, 2], 1)
     for n, step, global_batch in ((0, 0, 1), (3, -1, 1), (3, 0, 0)):
         with pytest.raises(ValueError, match="n and global_batch must be above 0 and step at least 0"):
             step_indices(n, 0, step, global_batch)

@@ -722,3 +722,29 @@ def test_a_batch_may_be_a_namedtuple(tmp_path: Path) -> None:
     data = [Pair(torch.randn(3), torch.randn(2)) for _ in range(4)]
     trainer = Trainer(nn.Linear(3, 2), TrainConfig(output=str(tmp_path), steps=2, batch_size=2), data, loss_fn=loss)
     assert trainer.fit().steps == 2
+
+
+def test_group_by_length_puts_examples_of_like_length_into_a_step(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(1, 9, (int(n),), generator=generator) for n in torch.randint(2, 30, (64,))]
+    data = [{"input_ids": row, "labels": row} for row in rows]
+    shapes = []
+
+    def loss(model: nn.Module, batch: Any) -> tuple[Tensor, int]:
+        shapes.append(tuple(batch["input_ids"].shape))
+        return model.weight.sum(), 1
+
+    for grouped in (False, True):
+        config = TrainConfig(
+            output=str(tmp_path / str(grouped)), steps=16, batch_size=4, group_by_length=grouped, save_every=0
+        )
+        Trainer(nn.Linear(1, 1), config, data, loss_fn=loss).fit()
+    assert [rows for rows, _ in shapes] == [4] * 32
+    lengths = sorted(map(len, rows))
+    assert sorted(longest for _, longest in shapes[16:]) == lengths[3::4]  # of one sorted window
+    assert sum(longest for _, longest in shapes[16:]) < sum(longest for _, longest in shapes[:16])
+
+
+def test_group_by_length_refuses_examples_without_one(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="group_by_length needs examples with input_ids, got tuple"):
+        regression(tmp_path, group_by_length=True)
