@@ -6,15 +6,14 @@ The directory's config.json says so in quantization_config, and transformers the
 """
 
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from phicore.formats.safetensors_files import TensorFile, are_sizes, compare, model_tensors, parse_json, write_model
 from phicore.modules import replace
 from phicore.nf4.codebook import dynamic_map, levels
 from phicore.nf4.codec import NESTED_BLOCK_SIZE
@@ -22,7 +21,12 @@ from phicore.nf4.linear import NF4Linear
 from phicore.nf4.tensor import NF4Tensor
 
 STATE = "quant_state.bitsandbytes__nf4"
+STATE_LIMIT = 1 << 16  # bytes of its text, which is shorter than 300
+NESTED = ("nested_absmax", "nested_quant_map")
 METHOD = "bitsandbytes"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+STORAGE = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
+FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 def pack_weight(weight: NF4Tensor) -> dict[str, Tensor]:
@@ -55,42 +59,85 @@ def unpack_weight(tensors: Mapping[str, Tensor], name: str) -> NF4Tensor:
     Raises:
         ValueError: not NF4 by bitsandbytes' tables, or parts that are missing or do not fit.
     """
-    try:
-        state = json.loads(bytes(tensors[STATE].tolist()))
-        dtype = getattr(torch, state["dtype"])
-        shape, block_size = torch.Size(state["shape"]), state["blocksize"]
-        packed, absmax = tensors[""], tensors["absmax"]
-        nested = tensors.get("nested_absmax")
-        offset = None if nested is None else torch.tensor(state["nested_offset"], dtype=torch.float32)
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{name} is no 4-bit weight of bitsandbytes: {error!r}") from error
-    table = tensors.get("quant_map")
-    if state["quant_type"] != "nf4" or table is None or not torch.equal(table.cpu(), levels(torch.device("cpu"))):
+    state = _read_state(tensors, name)
+    nested = state.get("nested_offset") is not None
+    expected = {"", "absmax", "quant_map", STATE} | (set(NESTED) if nested else set())
+    if tensors.keys() != expected:
+        raise ValueError(
+            f"{name} is no 4-bit weight of bitsandbytes: it has {_listed(tensors)}, not {_listed(expected)}"
+        )
+    if state["quant_type"] != "nf4" or not _is_table(tensors["quant_map"], levels(torch.device("cpu"))):
         raise ValueError(f"{name} has quant_type {state['quant_type']!r} with a table that is not NF4's")
-    if nested is not None:
-        table = tensors.get("nested_quant_map")
-        if state.get("nested_blocksize") != NESTED_BLOCK_SIZE or table is None:
+    offset = None
+    if nested:
+        if state.get("nested_blocksize") != NESTED_BLOCK_SIZE:
             raise ValueError(
                 f"{name} has nested_blocksize {state.get('nested_blocksize')!r}; {NESTED_BLOCK_SIZE} is read"
             )
-        if not torch.equal(table.cpu(), dynamic_map(torch.device("cpu"))):
+        if not _is_table(tensors["nested_quant_map"], dynamic_map(torch.device("cpu"))):
             raise ValueError(f"{name} has a nested_quant_map that is not bitsandbytes' dynamic map")
+        offset = torch.tensor(float(state["nested_offset"]), dtype=torch.float32)
+    packed = tensors[""]
+    if packed.dtype not in STORAGE:
+        raise ValueError(f"{name} is held as {packed.dtype}; {', '.join(map(str, STORAGE))} are read")
     packed = packed.reshape(-1).view(torch.uint8)  # a 16-bit quant_storage holds the same bytes
-    return NF4Tensor(packed, absmax, nested, offset, shape, dtype, block_size)
+    shape, dtype = torch.Size(state["shape"]), DTYPES[state["dtype"]]
+    try:
+        return NF4Tensor(
+            packed, tensors["absmax"], tensors.get("nested_absmax"), offset, shape, dtype, state["blocksize"]
+        )
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
-def pack_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """A model's state dict with each NF4Linear as bitsandbytes names it; everything else unchanged."""
-    tensors = dict(model.state_dict())
-    for path, layer in model.named_modules(remove_duplicate=False):
-        if not isinstance(layer, NF4Linear):
-            continue
-        prefix = f"{path}." if path else ""
-        for part in layer.nf4.parts():
-            del tensors[prefix + part]
-        for ending, tensor in pack_weight(layer.nf4).items():
-            tensors[f"{prefix}weight" + (f".{ending}" if ending else "")] = tensor
-    return tensors
+def _read_state(tensors: Mapping[str, Tensor], name: str) -> dict[str, Any]:
+    """The JSON text among the tensors of a weight, with values of the right kinds."""
+    text = tensors.get(STATE)
+    if text is None or text.dtype != torch.uint8 or text.numel() > STATE_LIMIT:
+        given = "none" if text is None else f"{text.dtype} {list(text.shape)}"
+        raise ValueError(f"{name} is no 4-bit weight of bitsandbytes: {STATE} must be uint8 JSON, is {given}")
+    try:
+        state = parse_json(bytes(text.reshape(-1).tolist()))
+    except ValueError as error:
+        raise ValueError(f"{name} is no 4-bit weight of bitsandbytes: {STATE}: {error}") from error
+    offset = state.get("nested_offset")
+    right = {
+        "quant_type": isinstance(state.get("quant_type"), str),
+        "dtype": state.get("dtype") in DTYPES if isinstance(state.get("dtype"), str) else False,
+        "shape": are_sizes(state.get("shape")),
+        "blocksize": type(state.get("blocksize")) is int,
+        "nested_offset": offset is None or (type(offset) in (int, float) and abs(offset) <= FLOAT32_MAX),
+    }
+    wrong = [f"{key}={state.get(key)!r}" for key, is_right in right.items() if not is_right]
+    if wrong:
+        raise ValueError(f"{name} is no 4-bit weight of bitsandbytes: {STATE} has {', '.join(wrong)}")
+    return state
+
+
+def _is_table(given: Tensor, table: Tensor) -> bool:
+    return given.dtype == table.dtype and given.shape == table.shape and torch.equal(given.cpu(), table)
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(name or "codes" for name in names))
+
+
+def packed_groups(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """The tensors of a model that stand in its files: each dense one, then each NF4 weight as bitsandbytes names it."""
+    layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, NF4Linear)}
+    parts = {f"{path}.{part}" if path else part for path, layer in layers.items() for part in layer.nf4.parts()}
+    seen: set[int] = set()
+    for key, tensor in model.state_dict().items():
+        if key not in parts and (tensor.data_ptr() not in seen or not tensor.numel()):
+            seen.add(tensor.data_ptr())  # a tied head is written once, as its embedding
+            yield {key: tensor.detach().cpu().contiguous()}
+    for path, layer in layers.items():
+        yield name_parts(f"{path}.weight" if path else "weight", layer.nf4)
+
+
+def name_parts(name: str, weight: NF4Tensor) -> dict[str, Tensor]:
+    """`pack_weight` under whole names, on the CPU."""
+    return {f"{name}.{part}" if part else name: tensor.cpu() for part, tensor in pack_weight(weight).items()}
 
 
 def quantization_config(model: nn.Module) -> dict[str, Any]:
@@ -117,21 +164,20 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
 
 def save_quantized(model: Any, directory: Path) -> None:
     """Writes weights and configuration of a transformers model that has NF4 layers into an existing directory."""
+    write_model(packed_groups(model), directory)
+    write_config(model, directory)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(directory)
+
+
+def write_config(model: Any, directory: Path) -> None:
+    """Writes config.json of a transformers model that has NF4 layers, which may be on the meta device."""
     settings = quantization_config(model)
-    tensors: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for key, tensor in pack_state_dict(model).items():
-        if tensor.data_ptr() not in seen or not tensor.numel():  # a tied head is written once, as its embedding
-            seen.add(tensor.data_ptr())
-            tensors[key] = tensor.detach().cpu().contiguous()
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(directory)
     path = directory / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps(config | {"quantization_config": settings}, indent=2) + "\n", encoding="utf-8")
-    if getattr(model, "generation_config", None) is not None:
-        model.generation_config.save_pretrained(directory)
 
 
 def load_quantized(directory: Path, config: Any, dtype: torch.dtype) -> Any:
@@ -148,78 +194,95 @@ def load_quantized(directory: Path, config: Any, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM, GenerationConfig
     from transformers.initialization import no_init_weights
 
+    weights = model_tensors(directory)
     del config.quantization_config  # or transformers would build bitsandbytes' own layers
     with no_init_weights():  # memory that is never written is never taken
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    load_weights(model, weight_files(directory), dtype)
+    load_weights(model, weights, dtype)
     if (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)
     return model
 
 
-def load_weights(model: nn.Module, files: list[str | os.PathLike[str]], dtype: torch.dtype) -> None:
-    """Fills a model from safetensors files, with NF4Linear where they hold 4-bit weights. Nothing is decoded.
+def load_weights(model: nn.Module, weights: Mapping[str, TensorFile], dtype: torch.dtype) -> None:
+    """Fills a model from safetensors files, with NF4Linear where they hold 4-bit weights. Nothing is decoded, and no
+    more memory is used than the filled model takes and one tensor.
 
     Args:
         model: of the architecture that the files belong to, with nn.Linear layers, whose contents do not matter.
-        files: each tensor is read once.
+        weights: the file of each tensor; each is read once.
         dtype: of the tensors that are not coded, and the compute dtype of the NF4 layers.
 
     Raises:
-        ValueError: a 4-bit weight that is damaged or belongs to no linear layer; missing or unexpected tensors.
+        ValueError: a 4-bit weight that is damaged or belongs to no linear layer; tensors that are missing, unexpected
+            or of another shape or kind. All is looked at before the model is touched, which is then unchanged.
     """
+    layers, plain_keys = _coded_layers(model, weights)
+    expected = model.state_dict()
+    for owner in layers:
+        del expected[f"{owner}.weight"]
+    missing, unexpected, unlike = compare(expected, {key: weights[key] for key in plain_keys}, tied_groups(model))
+    problems = [
+        f"{what}: {keys[:10]}"
+        for what, keys in (("missing", missing), ("unexpected", unexpected), ("unlike", unlike))
+        if keys
+    ]
+    if problems:
+        raise ValueError(f"the files do not fit the model; {', '.join(problems)}")
+    read: dict[str, dict[str, Tensor]] = {owner: {} for owner in layers}
+    ready: dict[str, NF4Linear] = {}
     plain: dict[str, Tensor] = {}
-    coded: dict[str, dict[str, Tensor]] = {}
-    tensors = {key: tensor for file in files for key, tensor in load_file(file).items()}
-    names = {key.removesuffix(f".{STATE}") for key in tensors if key.endswith(f".{STATE}")}
-    for key, tensor in tensors.items():
-        owner = next((name for name in (key, *_prefixes(key)) if name in names), None)
-        if owner is not None:
-            coded.setdefault(owner, {})[key[len(owner) + 1 :]] = tensor
-        else:
+    owners = {key: owner for owner, keys in layers.items() for key in keys}
+    for key, file in weights.items():
+        tensor = file.read(key)
+        if (path := owners.get(key)) is None:
             plain[key] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-    for name, parts in coded.items():
-        path = name.rpartition(".")[0]
+            continue
+        read[path][key[len(f"{path}.weight.") :]] = tensor  # "" for the codes
+        if len(read[path]) == len(layers[path]):
+            name = f"{file.path}: {path}.weight"
+            ready[path] = _nf4_linear(model.get_submodule(path), unpack_weight(read.pop(path), name), name, dtype)
+    for owner, layer in ready.items():
+        replace(model, owner, layer)
+    model.load_state_dict(plain, strict=False, assign=True)
+    if callable(tie := getattr(model, "tie_weights", None)):
+        # Which of two tied weights is there, and whether they are equal where both are, decides what is tied.
+        tie(missing_keys=set(expected) - plain_keys, recompute_mapping=False)
+
+
+def _coded_layers(model: nn.Module, weights: Mapping[str, TensorFile]) -> tuple[dict[str, set[str]], set[str]]:
+    """The layers whose weight is coded, each with the keys of its parts; and all other keys."""
+    names = {key.removesuffix(f".{STATE}") for key in weights if key.endswith(f".{STATE}")}
+    layers: dict[str, set[str]] = {}
+    for name in sorted(names):
+        path, where = name.removesuffix(".weight"), weights[f"{name}.{STATE}"].path
         try:
-            linear = model.get_submodule(path)
+            linear = model.get_submodule(path) if path != name else None
         except AttributeError:
             linear = None
-        weight = unpack_weight(parts, name)
-        if not isinstance(linear, nn.Linear) or tuple(weight.shape) != tuple(linear.weight.shape):
-            raise ValueError(
-                f"{name} is a 4-bit weight of shape {list(weight.shape)}, which no layer of the model fits"
-            )
-        layer = NF4Linear.from_nf4(weight, linear.bias)
-        layer.dtype = dtype
-        replace(model, path, layer.train(linear.training))
-    absent, unexpected = model.load_state_dict(plain, strict=False, assign=True)
-    if callable(tie := getattr(model, "tie_weights", None)):
-        tie()
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    missing = [key for key in absent if not key.endswith(_PARTS) and key not in tied]
-    if missing or unexpected:
-        raise ValueError(f"the files do not fit the model; missing: {missing[:10]}, unexpected: {unexpected[:10]}")
+        if not isinstance(linear, nn.Linear):
+            raise ValueError(f"{where}: {name} is a 4-bit weight, and the model has no linear layer of that name")
+        if any(name in group for group in tied_groups(model)):
+            raise ValueError(f"{where}: {name} is a 4-bit weight, and the model ties it to another")
+        every = {name, *(f"{name}.{part}" for part in ("absmax", "quant_map", *NESTED, STATE))}
+        layers[path] = every & weights.keys()
+    return layers, set(weights).difference(*layers.values())
 
 
-_PARTS = (".packed", ".absmax", ".nested_absmax", ".offset")  # of NF4 layers, which are filled already
+def _nf4_linear(linear: Any, weight: NF4Tensor, name: str, dtype: torch.dtype) -> NF4Linear:
+    """What takes the place of linear. Its bias is linear's own."""
+    if tuple(weight.shape) != tuple(linear.weight.shape):
+        raise ValueError(
+            f"{name} is a 4-bit weight of shape {list(weight.shape)}, the model's is {list(linear.weight.shape)}"
+        )
+    layer = NF4Linear.from_nf4(weight, linear.bias)
+    layer.dtype = dtype
+    return layer.train(linear.training)
 
 
-def _prefixes(key: str) -> list[str]:
-    pieces = key.split(".")
-    return [".".join(pieces[:end]) for end in range(len(pieces) - 1, 0, -1)]
-
-
-def weight_files(directory: Path) -> list[str | os.PathLike[str]]:
-    """The safetensors files of a model directory.
-
-    Raises:
-        ValueError: the index names a file outside the directory.
-    """
-    index = directory / "model.safetensors.index.json"
-    if not index.is_file():
-        return [directory / "model.safetensors"]
-    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    outside = [name for name in names if Path(name).name != name]
-    if outside:
-        raise ValueError(f"{index} names files outside its directory: {', '.join(outside)}")
-    return [directory / name for name in names]
+def tied_groups(model: Any) -> list[set[str]]:
+    """Names of a transformers model that are one tensor, of which files need to hold one."""
+    groups: dict[str, set[str]] = {}
+    for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        groups.setdefault(source, {source}).add(target)
+    return list(groups.values())

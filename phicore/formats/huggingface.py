@@ -1,7 +1,8 @@
 """Model directories of transformers: config.json, safetensors weights and a tokenizer. One GGUF file is read too."""
 
-import json
+import copy
 import logging
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,12 +15,13 @@ from torch import Tensor
 
 from phicore import atomic
 from phicore.formats import bitsandbytes
+from phicore.formats.safetensors_files import INDEX, WEIGHTS, TensorFile, model_tensors
 from phicore.nf4.linear import NF4Linear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+CONFIG = "config.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
 
 logger = logging.getLogger(__name__)
@@ -52,34 +54,62 @@ def load_model(path_or_id: str, dtype: torch.dtype) -> "tuple[PreTrainedModel, P
     transformers = import_transformers(gguf=gguf_file is not None)
     local = Path(source).is_dir()
     extra: dict[str, Any] = {"trust_remote_code": False} | ({"gguf_file": gguf_file} if gguf_file else {})
-    with quiet_transformers(transformers, bars=not local):
-        try:
-            config = transformers.AutoConfig.from_pretrained(source, **extra)
-            _check_config(transformers, config, path_or_id, gguf_file is not None)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source, **extra)
-            if local and _quantization(config).get("load_in_4bit"):
-                model = bitsandbytes.load_quantized(Path(source), config, dtype)
-                return _checked(model, tokenizer, path_or_id)
-            if gguf_file is not None and hasattr(transformers, "GgufConfig"):
-                extra["quantization_config"] = transformers.GgufConfig(dequantize=True)
-            model, info = transformers.AutoModelForCausalLM.from_pretrained(
-                source,
-                config=config,
-                dtype=dtype,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,  # they are reported in info, and refused below
-                output_loading_info=True,
-                **extra,
-            )
-        except SafetensorError as error:
-            raise ValueError(f"{path_or_id}: its weights are not a whole safetensors file: {error}") from error
-        except OSError as error:
-            if local:
-                raise
-            raise OSError(f'no such directory: "{path_or_id}"; and as a name on the hub: {_one_line(error)}') from error
+    with quiet_transformers(transformers, bars=not local), _plain_errors(path_or_id, local):
+        config = transformers.AutoConfig.from_pretrained(source, **extra)
+        _check_config(config, path_or_id, gguf_file is not None)
+        if local and gguf_file is None:
+            _check_size(config, model_tensors(Path(source)), path_or_id)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **extra)
+        if local and _quantization(config).get("load_in_4bit"):
+            model = bitsandbytes.load_quantized(Path(source), config, dtype)
+            return _checked(model, tokenizer, path_or_id)
+        if gguf_file is not None and hasattr(transformers, "GgufConfig"):
+            extra["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are reported in info, and refused below
+            output_loading_info=True,
+            **extra,
+        )
     _check_loaded(path_or_id, info)
     _clear_gguf_marks(model)
     return _checked(model, tokenizer, path_or_id)
+
+
+@contextmanager
+def _plain_errors(path_or_id: str, local: bool) -> Iterator[None]:
+    """Within it, what transformers raises over a file or a name becomes a ValueError or OSError that names it."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(f"{path_or_id}: its weights are not a whole safetensors file: {error}") from error
+    except OSError as error:
+        if local:
+            raise
+        raise OSError(f'no such directory: "{path_or_id}"; and as a name on the hub: {_one_line(error)}') from error
+    except (ValueError, ImportError, MemoryError):
+        raise
+    except Exception as error:  # a wrong value in a file can lead transformers to any other
+        raise ValueError(f"{path_or_id}: its files lead to {type(error).__name__}: {_one_line(error)}") from error
+
+
+def dense_config(directory: Path) -> Any:
+    """The configuration of a directory that holds a causal language model which is not quantized.
+
+    Raises:
+        ValueError: another kind of model, one that is quantized, or one far larger than the files.
+    """
+    transformers = import_transformers()
+    with _plain_errors(str(directory), local=True):
+        config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        _check_config(config, str(directory), from_gguf=False)
+        if quantization := _quantization(config):
+            raise ValueError(f"{directory} is quantized already ({quantization.get('quant_method')})")
+        _check_size(config, model_tensors(directory), str(directory))
+    return config
 
 
 def _checked(model: Any, tokenizer: Any, path_or_id: str) -> tuple[Any, Any]:
@@ -120,12 +150,8 @@ def _look_into(directory: Path) -> str | None:
     """The name of a directory's GGUF file, or None if it is a complete directory of transformers."""
     gguf_files = sorted(file.name for file in directory.glob("*.gguf"))
     has_config = (directory / CONFIG).is_file()
-    if has_config and ((directory / WEIGHTS).is_file() or (directory / INDEX).is_file()):
-        if (directory / INDEX).is_file() and not (directory / WEIGHTS).is_file():
-            shards = set(json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-            missing = sorted(shard for shard in shards if not (directory / shard).is_file())
-            if missing:
-                raise FileNotFoundError(f"{directory} lacks {', '.join(missing)}, which its {INDEX} names")
+    if has_config and ((directory / WEIGHTS).is_file() or (directory / INDEX).is_file() or not gguf_files):
+        model_tensors(directory)
         if not any((directory / name).is_file() for name in TOKENIZERS):
             raise FileNotFoundError(f"{directory} holds no tokenizer; looked for {', '.join(TOKENIZERS)}")
         return None
@@ -133,13 +159,11 @@ def _look_into(directory: Path) -> str | None:
         return gguf_files[0]
     if gguf_files:
         raise ValueError(f"{directory} holds several GGUF files; give one of them: {', '.join(gguf_files)}")
-    if not has_config:
-        raise FileNotFoundError(f"{directory} holds no model; looked for {CONFIG} or one .gguf file")
-    pickled = " (weights saved by pickle, .bin, are not read)" if any(directory.glob("*.bin")) else ""
-    raise FileNotFoundError(f"{directory} holds no weights; looked for {WEIGHTS}, {INDEX} or one .gguf file{pickled}")
+    raise FileNotFoundError(f"{directory} holds no model; looked for {CONFIG} or one .gguf file")
 
 
-def _check_config(transformers: Any, config: Any, path_or_id: str, from_gguf: bool) -> None:
+def _check_config(config: Any, path_or_id: str, from_gguf: bool) -> None:
+    transformers = import_transformers()
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(f'{path_or_id} is a model of type "{config.model_type}", which is not a causal language model')
     quantization = _quantization(config)
@@ -149,6 +173,28 @@ def _check_config(transformers: Any, config: Any, path_or_id: str, from_gguf: bo
             f"{path_or_id} is quantized already ({quantization.get('quant_method')}), which is read only from a local "
             f"directory in bitsandbytes' NF4; give its full-precision original, which phicore quantizes itself"
         )
+
+
+def _check_size(config: Any, weights: dict[str, TensorFile], path_or_id: str) -> None:
+    """Refuses a configuration of a far larger model than the files hold, before memory is taken for it."""
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if layers > len(weights):
+        raise ValueError(f"{path_or_id}: its {CONFIG} describes {layers} layers, its files hold {len(weights)} tensors")
+    described = sum(parameter.numel() for parameter in meta_model(config).parameters())
+    stored = sum(math.prod(file.entries[key].shape) for key, file in weights.items())
+    if described > 4 * stored:  # a byte of a coded weight is two weights
+        raise ValueError(f"{path_or_id}: its {CONFIG} describes {described} weights, its files hold {stored} values")
+
+
+def meta_model(config: Any, dtype: torch.dtype = torch.float32) -> Any:
+    """The causal language model that a configuration describes, without weights."""
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # or transformers would build layers of another library
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def _quantization(config: Any) -> dict[str, Any]:
@@ -221,7 +267,6 @@ def save_model(
         FileExistsError: the directory is not empty and overwrite is False.
         TypeError: the model holds adapter layers, whose weights transformers would not find.
     """
-    transformers = import_transformers()
     quantized = any(isinstance(module, NF4Linear) for module in model.modules())
     for name, module in model.named_modules():
         if type(module).__module__.startswith("phicore.") and not isinstance(module, NF4Linear):
@@ -232,7 +277,7 @@ def save_model(
     _clear_gguf_marks(model)
     with (
         atomic.new_directory(directory, overwrite=overwrite) as temporary,
-        quiet_transformers(transformers, bars=False),
+        quiet_transformers(import_transformers(), bars=False),
         _tied_as_is(model),
     ):
         if quantized:

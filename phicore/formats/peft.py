@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -32,6 +31,7 @@ from phicore.adapters.attach import (
 from phicore.adapters.config import LoRAConfig
 from phicore.adapters.dora import DoRALinear
 from phicore.adapters.lora import LowRankLinear
+from phicore.formats.safetensors_files import NO_PICKLE, TensorFile, read_json
 from phicore.modules import ALL_LINEAR, leaves, matches, output_heads
 
 DEFAULT_RANK, DEFAULT_ALPHA = 8, 8  # PEFT's, for a file that does not say
@@ -220,13 +220,9 @@ def _read_config(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{directory} holds no {CONFIG}; an adapter directory has {CONFIG} and {WEIGHTS}")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":
-        given = raw.get("peft_type") if isinstance(raw, dict) else type(raw).__name__
-        raise ValueError(f'{path}: peft_type must be "LORA", got {given!r}')
+    raw = read_json(path)
+    if raw.get("peft_type") != "LORA":
+        raise ValueError(f'{path}: peft_type must be "LORA", got {raw.get("peft_type")!r}')
     if raw.get("bias", "none") != "none":
         raise ValueError(f'{path}: bias={raw["bias"]!r} is not supported; only "none" is')
     unknown = sorted(key for key, value in raw.items() if value and key not in NEUTRAL | READ)
@@ -277,12 +273,9 @@ _RIGHT: dict[str, Callable[[Any], bool]] = {
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise FileNotFoundError(f"{path.parent} holds no {path.name}; adapters saved by pickle (.bin) are not read")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+        raise FileNotFoundError(f"{path.parent} holds no {path.name}; {NO_PICKLE}")
+    file = TensorFile(path)
+    return {key: file.read(key) for key in file.entries}
 
 
 def _lora_config(model: nn.Module, raw: dict[str, Any], tensors: dict[str, Tensor]) -> LoRAConfig:

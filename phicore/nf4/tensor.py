@@ -121,10 +121,16 @@ def quantize(weight: Tensor, block_size: int = 64, double_quant: bool = True) ->
         given = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
         raise TypeError(f"NF4 encodes float32, bfloat16 or float16 weights, got {given}; convert the weight first")
     check_block_size(block_size)
-    flat = weight.detach().reshape(-1)
-    packed, absmax = encode_blocks(flat, block_size)
+    if weight.is_meta:  # a plan of a model: there are no values to work through
+        layout = parts_layout(weight.shape, block_size, double_quant)
+        parts = {name: torch.empty(size, dtype=dtype, device="meta") for name, (size, dtype) in layout.items()}
+        return NF4Tensor(
+            parts["packed"], parts["absmax"], parts.get("nested_absmax"), parts.get("offset"),
+            weight.shape, weight.dtype, block_size,
+        )  # fmt: skip
+    packed, absmax = encode_blocks(weight.detach().reshape(-1), block_size)
     # NaN and Inf reach the absmax of their block, so one look at n / block_size values sees them all.
-    if not weight.is_meta and not absmax.isfinite().all():
+    if not absmax.isfinite().all():
         bad = int((~weight.isfinite()).sum())
         raise ValueError(f"weight of shape {tuple(weight.shape)} holds {bad} NaN or Inf; NF4 has no code for them")
     nested_absmax = offset = None
