@@ -40,16 +40,37 @@ class QuantizeOptions:
 def main(arguments: Sequence[str]) -> None:
     """Parses, quantizes and writes."""
     options = parse(QuantizeOptions, arguments, "quantize", "Write a model in NF4.")
+    from phicore.formats.streaming import NotStreamable, quantize_directory
+
+    targets = options.target_modules[0] if options.target_modules == ("all-linear",) else options.target_modules
+    try:
+        with stage(f"quantizing {options.model} into {options.output}"):
+            before, after = quantize_directory(
+                options.model,
+                options.output,
+                DTYPES[options.dtype],
+                targets,
+                options.exclude_modules,
+                block_size=options.block_size,
+                double_quant=options.double_quant,
+                overwrite=options.overwrite,
+            )
+    except NotStreamable as reason:
+        say(f"{reason}; it is loaded whole")
+        before, after = _in_memory(options, targets)
+    say(f"{gigabytes(before)} before, {gigabytes(after)} after")
+
+
+def _in_memory(options: QuantizeOptions, targets: str | tuple[str, ...]) -> tuple[int, int]:
     from phicore.formats.huggingface import load_model, save_model
 
     with stage(f"loading {options.model}"):
         model, tokenizer = load_model(options.model, DTYPES[options.dtype])
     before = sum(t.nbytes for t in model.parameters())
-    targets = options.target_modules
     with stage("quantizing"):
         phicore.quantize_(
             model,
-            targets[0] if targets == ("all-linear",) else targets,
+            targets,
             options.exclude_modules,
             block_size=options.block_size,
             double_quant=options.double_quant,
@@ -57,4 +78,4 @@ def main(arguments: Sequence[str]) -> None:
     after = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
     with stage(f"writing {options.output}"):
         save_model(model, tokenizer, options.output, overwrite=options.overwrite)
-    say(f"{gigabytes(before)} before, {gigabytes(after)} after")
+    return before, after
