@@ -140,11 +140,12 @@ def _entry(name: str, described: Any, begin: int) -> Entry:
 
 
 def are_sizes(values: Any) -> bool:
-    """Whether values is a list of at most 64 integers that can be sizes of a tensor."""
+    """Whether values is a list of at most 64 integers that a tensor can have as its sizes."""
     return (
         isinstance(values, list)
         and len(values) <= 64
-        and all(type(value) is int and 0 <= value < 2**63 for value in values)
+        and all(type(value) is int and value >= 0 for value in values)
+        and math.prod(value or 1 for value in values) < 2**60  # torch computes strides of empty tensors too
     )
 
 

@@ -89,8 +89,9 @@ def quantize_directory(
         _check_fit(model, weights, source)
         quantize_(model, target_modules, exclude_modules, block_size=block_size, double_quant=double_quant)
         layers = {f"{path}.weight": layer for path, layer in model.named_modules() if isinstance(layer, NF4Linear)}
-        if untied := sorted(layers.keys() - weights.keys()):
-            raise ValueError(f"{source} holds no {untied[0]}: it is tied to another weight, and cannot be coded alone")
+        shared = set().union(*tied_groups(model)) | (layers.keys() - weights.keys())
+        if untied := sorted(layers.keys() & shared):
+            raise ValueError(f"{untied[0]} is tied to another weight, and cannot be coded alone; leave it out")
         longest = max(file.path.stat().st_size for file in weights.values())
         with atomic.new_directory(directory, overwrite=overwrite) as temporary:
             written = write_model(
