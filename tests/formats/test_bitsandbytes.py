@@ -1,6 +1,8 @@
 """bitsandbytes' 4-bit state: read by bitsandbytes and by us, and refused when it is not what it says."""
 
 import json
+import resource
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,13 +13,21 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from torch import nn
 
 import phicore
-from phicore.formats.bitsandbytes import STATE, pack_weight, quantization_config, unpack_weight
+from phicore.formats.bitsandbytes import (
+    STATE,
+    load_weights,
+    name_parts,
+    pack_weight,
+    quantization_config,
+    unpack_weight,
+)
 from phicore.formats.huggingface import load_model, save_model
+from phicore.formats.safetensors_files import INDEX, model_tensors
 from tests.chat_tokenizers import chat_tokenizer
+from tests.spoilt import VALUES, reshard
 
 
 @given(
@@ -85,12 +95,58 @@ def broken(edit: Callable[[dict[str, Any], dict[str, torch.Tensor]], None]) -> d
         (lambda state, tensors: state.update(nested_blocksize=128), "nested_blocksize"),
         (lambda state, tensors: state.update(shape=[17, 64]), "packed"),
         (lambda state, tensors: state.update(blocksize=48), "block_size must be one of"),
-        (lambda state, tensors: state.update(dtype="float31"), "no 4-bit weight"),
+        (lambda state, tensors: state.update(dtype="float31"), "no 4-bit weight.*dtype='float31'"),
+        (lambda state, tensors: state.update(dtype="nn"), "no 4-bit weight.*dtype='nn'"),
+        (lambda state, tensors: state.update(dtype="float64"), "no 4-bit weight.*dtype='float64'"),
+        (lambda state, tensors: state.update(shape=[-16, -64]), "no 4-bit weight.*shape="),
+        (lambda state, tensors: state.update(shape=[16.0, 64]), "no 4-bit weight.*shape="),
+        (lambda state, tensors: state.update(shape=[2**62, 4]), "no 4-bit weight.*shape="),
+        (lambda state, tensors: state.update(nested_offset=float("nan")), "no 4-bit weight.*nested_offset=nan"),
+        (lambda state, tensors: state.update(nested_offset=1e39), "no 4-bit weight.*nested_offset=1e"),
+        (lambda state, tensors: state.update(nested_offset=10**400), "no 4-bit weight.*nested_offset=1000"),
+        (lambda state, tensors: state.update(nested_offset="0"), "no 4-bit weight.*nested_offset='0'"),
+        (lambda state, tensors: state.pop("nested_offset"), "no 4-bit weight.*it has absmax, codes, nested_absmax"),
+        (lambda state, tensors: tensors.pop("nested_quant_map"), "no 4-bit weight.*it has absmax, codes, nested_abs"),
+        (lambda state, tensors: tensors.update(extra=torch.ones(1)), "no 4-bit weight.*it has absmax, codes, extra"),
+        (lambda state, tensors: tensors.update({"": tensors[""].long()}), "w is held as torch.int64"),
+        (lambda state, tensors: tensors.update({"": tensors[""][:-1]}), r"w: packed of an NF4 weight .*\(511,\)"),
+        (lambda state, tensors: tensors.update(absmax=tensors["absmax"].float()), "w: absmax of an NF4 weight"),
+        (lambda state, tensors: tensors.update(quant_map=tensors["quant_map"].double()), "not NF4's"),
+        (lambda state, tensors: tensors.update(quant_map=tensors["quant_map"][:8]), "not NF4's"),
     ],
 )
 def test_what_does_not_fit_is_refused(edit: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         unpack_weight(broken(edit), "w")
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"{", b"[]", b"[" * 60_000, b" " * 70_000, '{"blocksize": "\u00e9"}'.encode("latin-1")]
+)
+def test_a_state_that_is_no_object_is_refused(text: bytes) -> None:
+    tensors = pack_weight(phicore.nf4.quantize(torch.randn(16, 64)))
+    tensors[STATE] = torch.tensor(list(text), dtype=torch.uint8)
+    with pytest.raises(ValueError, match="w is no 4-bit weight of bitsandbytes: quant_state"):
+        unpack_weight(tensors, "w")
+    tensors[STATE] = torch.ones(100)
+    with pytest.raises(ValueError, match=r"must be uint8 JSON, is torch.float32 \[100\]"):
+        unpack_weight(tensors, "w")
+
+
+FIELDS = ("quant_type", "blocksize", "dtype", "shape", "nested_blocksize", "nested_dtype", "nested_offset")
+
+
+@given(changes=st.dictionaries(st.sampled_from(FIELDS), VALUES | st.lists(st.integers(-9, 70)), min_size=1))
+def test_any_state_gives_an_error_or_a_weight(changes: dict[str, Any]) -> None:
+    tensors = broken(lambda state, tensors: state.update(changes))
+    try:
+        weight = unpack_weight(tensors, "w")
+    except ValueError as error:
+        message = str(error)
+    else:
+        assert weight.dequantize().shape == weight.shape
+        return
+    assert message.startswith("w ") or message.startswith("w:")
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -112,21 +168,147 @@ def test_transformers_and_bitsandbytes_load_what_is_written_with_equal_logits(
     torch.testing.assert_close(theirs(ids).logits, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_damaged_directory_is_refused(tiny: Callable[..., nn.Module], tmp_path: Path) -> None:
-    from safetensors.torch import save_file
+# ===== directories =====
 
-    model: Any = tiny("llama", dtype=torch.float32, vocab_size=300)
-    phicore.quantize_(model)
-    save_model(model, chat_tokenizer("smollm2"), tmp_path / "nf4")
-    file = tmp_path / "nf4/model.safetensors"
-    whole = load_file(file)
-    gone = next(key for key in whole if key.endswith("q_proj.weight.absmax"))
-    save_file({key: tensor for key, tensor in whole.items() if key != gone}, file)
-    with pytest.raises(ValueError, match=r"q_proj\.weight is no 4-bit weight"):
-        load_model(str(tmp_path / "nf4"), torch.float32)
-    save_file({key: tensor for key, tensor in whole.items() if "model.norm" not in key}, file)
-    with pytest.raises(ValueError, match=r"missing: \['model.norm.weight'\]"):
-        load_model(str(tmp_path / "nf4"), torch.float32)
+
+@pytest.fixture(scope="module")
+def coded(tiny: Callable[..., nn.Module], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model in NF4, in several files."""
+    directory = tmp_path_factory.mktemp("model") / "nf4"
+    model: Any = tiny("llama", dtype=torch.float32, attention_bias=True, vocab_size=300)
+    save_model(phicore.quantize_(model), chat_tokenizer("smollm2"), directory)
+    reshard(directory)
+    return directory
+
+
+Q = "model.layers.0.self_attn.q_proj"
+NORM = "model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(f"{Q}.weight.absmax"), rf"safetensors: {Q}.weight is no 4-bit weight of .*: it has codes, "),
+        (lambda t: t.pop(f"{Q}.weight"), rf"{Q}.weight is no 4-bit weight of bitsandbytes: it has absmax"),
+        (lambda t: t.pop(f"{Q}.weight.{STATE}"), r"missing: \['" + f"{Q}.weight|unlike: .*{Q}.weight"),
+        (lambda t: t.update({f"{Q}.weight": t[f"{Q}.weight"][:-1]}), f"safetensors: {Q}.weight: packed of an NF4"),
+        (lambda t: t.update({f"{Q}.weight.absmax": t[f"{Q}.weight.absmax"].float()}), f"{Q}.weight: absmax of an NF4"),
+        (lambda t: [t.update({k.replace("q_proj", "p_proj"): t[k]}) for k in list(t) if "0.self_attn.q_proj.w" in k],
+         "p_proj.weight is a 4-bit weight, and the model has no linear layer of that name"),
+        (lambda t: [t.update({k.replace(Q, "model.norm"): t[k]}) for k in list(t) if f"{Q}.w" in k],
+         "model.norm.weight is a 4-bit weight, and the model has no linear layer"),
+        (lambda t: [t.update({k: t[k.replace("q_proj", "v_proj")]}) for k in list(t) if f"{Q}.w" in k],
+         rf"{Q}.weight is a 4-bit weight of shape \[16, 32\], the model's is \[32, 32\]"),
+        (lambda t: t.pop(NORM), r"missing: \['model.norm.weight'\]"),
+        (lambda t: t.pop(f"{Q}.bias"), rf"missing: \['{Q}.bias'\]"),
+        (lambda t: t.update(extra=torch.ones(1)), r"unexpected: \['extra'\]"),
+        (lambda t: t.update({f"{Q}.weight.extra": torch.ones(1)}), rf"unexpected: \['{Q}.weight.extra'\]"),
+        (lambda t: t.update({NORM: torch.ones(31)}), r"unlike: .*model.norm.weight \(torch.float32 \[31\] in model-"),
+        (lambda t: t.update({NORM: torch.ones(32, dtype=torch.int32)}), "unlike: .*model.norm.weight .torch.int32"),
+    ],
+)  # fmt: skip
+def test_a_directory_that_does_not_fit_is_refused_and_the_model_unchanged(
+    coded: Path,
+    tmp_path: Path,
+    unchanged: Callable[..., Any],
+    tiny: Callable[..., nn.Module],
+    change: Any,
+    message: str,
+) -> None:
+    directory = Path(shutil.copytree(coded, tmp_path / "nf4"))
+    reshard(directory, change)
+    with pytest.raises(ValueError, match=message):
+        load_model(str(directory), torch.float32)
+    model: Any = tiny("llama", dtype=torch.float32, attention_bias=True, vocab_size=300)
+    with unchanged(model), pytest.raises(ValueError, match=message):
+        load_weights(model, model_tensors(directory), torch.float32)
+
+
+def test_a_coded_weight_that_the_model_ties_is_refused(
+    coded: Path, tiny: Callable[..., nn.Module], unchanged: Callable[..., Any], tmp_path: Path
+) -> None:
+    directory = Path(shutil.copytree(coded, tmp_path / "nf4"))
+    reshard(directory, lambda t: t.update(name_parts("lm_head.weight", phicore.nf4.quantize(torch.randn(300, 32)))))
+    model: Any = tiny("llama", tied=True, dtype=torch.float32, attention_bias=True, vocab_size=300)
+    with unchanged(model), pytest.raises(ValueError, match="is a 4-bit weight, and the model ties it"):
+        load_weights(model, model_tensors(directory), torch.float32)
+
+
+@given(data=st.data())
+def test_spoilt_files_give_an_error_or_the_model(
+    coded: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny: Callable[..., nn.Module],
+    unchanged: Callable[..., Any],
+    data: st.DataObject,
+) -> None:
+    """A byte of any file that is flipped, or a file that is cut: ValueError or OSError, and an unchanged model."""
+    directory = Path(shutil.copytree(coded, tmp_path_factory.mktemp("spoilt") / "nf4"))
+    path = data.draw(st.sampled_from(sorted([*directory.glob("*.safetensors"), directory / INDEX])))
+    whole = path.read_bytes()
+    header = min(8 + int.from_bytes(whole[:8], "little"), len(whole))
+    where = st.one_of(st.integers(0, header - 1), st.integers(0, len(whole) - 1))
+    if data.draw(st.booleans()):
+        path.write_bytes(whole[: data.draw(where)])
+    else:
+        at, patch = data.draw(where), data.draw(st.binary(min_size=1, max_size=4))
+        path.write_bytes((whole[:at] + patch + whole[at + len(patch) :])[: len(whole)])
+    model: Any = tiny("llama", dtype=torch.float32, attention_bias=True, vocab_size=300)
+    modules = list(model.modules())
+    try:
+        with unchanged(model):
+            try:
+                load_weights(model, model_tensors(directory), torch.float32)
+            except (ValueError, OSError) as error:
+                message = str(error)
+            else:
+                raise StopIteration
+    except StopIteration:
+        assert len([m for m in model.modules() if m not in modules]) == 14
+        return
+    assert message
+
+
+@given(data=st.data())
+def test_a_spoilt_configuration_gives_an_error_or_a_model(
+    coded: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    directory = Path(shutil.copytree(coded, tmp_path_factory.mktemp("spoilt") / "nf4"))
+    config = json.loads((directory / "config.json").read_text())
+    place = data.draw(st.sampled_from([config, config, config["quantization_config"]]))
+    large = st.sampled_from([0, 1, 10**5, 10**9, 2**70])
+    place[data.draw(st.sampled_from(sorted(place)))] = data.draw(VALUES | large)
+    (directory / "config.json").write_text(json.dumps(config))
+    try:
+        model, _ = load_model(str(directory), torch.float32)
+    except (ValueError, OSError) as error:
+        message = str(error)
+    else:
+        assert model.get_input_embeddings().weight.shape == (300, 32)
+        return
+    assert message
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("num_hidden_layers", 10**9, "describes 1000000000 layers, its files hold"),
+        ("intermediate_size", 10**7, "describes .* weights, its files hold .* values"),
+        ("hidden_size", 10**12, "."),
+        ("num_hidden_layers", "2", "."),
+        ("num_attention_heads", 0, "."),
+    ],
+)
+def test_a_configuration_of_a_larger_model_takes_no_memory(
+    coded: Path, tmp_path: Path, field: str, value: Any, message: str
+) -> None:
+    directory = Path(shutil.copytree(coded, tmp_path / "nf4"))
+    config = json.loads((directory / "config.json").read_text()) | {field: value}
+    (directory / "config.json").write_text(json.dumps(config))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=message):
+        load_model(str(directory), torch.float32)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 100_000  # kB
 
 
 def test_configuration_needs_layers_that_are_alike() -> None:

@@ -27,6 +27,7 @@ from phicore.formats.safetensors_files import (
     read_json,
     write_model,
 )
+from tests.spoilt import VALUES
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -167,13 +168,6 @@ def outcome(read: Callable[[], dict[str, Any]]) -> dict[str, Any] | ValueError |
         return read()
     except (ValueError, OSError) as error:
         return error
-
-
-VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
-    max_leaves=8,
-)
 
 
 @given(data=st.data())
