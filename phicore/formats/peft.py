@@ -232,16 +232,16 @@ def _read_config(directory: Path) -> dict[str, Any]:
         )
     wrong = [key for key, right in _RIGHT.items() if raw.get(key) is not None and not right(raw[key])]
     if wrong:
-        raise ValueError(f"{path}: values of a wrong type: " + ", ".join(f"{k}={raw[k]!r}" for k in wrong))
+        raise ValueError(f"{path}: values of a wrong type or size: " + ", ".join(f"{k}={raw[k]!r}" for k in wrong))
     return {key: value for key, value in raw.items() if value is not None}
 
 
 def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**31
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63  # not NaN either
 
 
 def _is_expression(value: Any) -> bool:

@@ -365,6 +365,30 @@ def test_a_truncated_file(spoiled, refused):
     refused(spoiled, "is not a whole safetensors file")
 
 
+def test_a_pickled_adapter_is_not_read_and_it_is_said_what_to_do(spoiled, refused):
+    (spoiled / WEIGHTS).rename(spoiled / "adapter_model.bin")
+    refused(spoiled, f"holds no {WEIGHTS}; weights saved by pickle.*save_pretrained writes safe", FileNotFoundError)
+
+
+def test_a_spoilt_tensor_is_named(spoiled, refused):
+    data = (spoiled / WEIGHTS).read_bytes()
+    (spoiled / WEIGHTS).write_bytes(data.replace(b'"shape":[3,10]', b'"shape":[3,11]', 1))
+    refused(spoiled, rf"{WEIGHTS} is not a whole .*: tensor {PREFIX}embed\.lora_A\.weight has 240 bytes, but F64")
+
+
+@pytest.mark.parametrize("text", ['{"peft_type": "LORA", "peft_type": "LORA"}', "[" * 100_000, '{"r": 1' + "0" * 5000])
+def test_a_configuration_that_misuses_json(spoiled, refused, text):
+    (spoiled / CONFIG).write_text(text)
+    refused(spoiled, f"{CONFIG}: .*(twice|too deep|integer string)")
+
+
+@pytest.mark.parametrize("rank", [0, -1, 10**9, 2**70])
+@pytest.mark.parametrize("field", ["r", "rank_pattern"])
+def test_a_rank_that_the_tensors_do_not_have_takes_no_memory(spoiled, refused, field, rank):
+    edit(spoiled, **{field: rank if field == "r" else {"embed": rank}})
+    refused(spoiled, "rank|lora_A.weight: |r of embed: ")
+
+
 @given(data=st.data())
 def test_cut_or_corrupt_bytes_give_an_error_or_the_tensors(saved, tmp_path_factory, toy, unchanged, data):
     whole = (saved / WEIGHTS).read_bytes()
@@ -462,6 +486,11 @@ def test_settings_that_are_not_supported_are_named(spoiled, refused, fields, mes
         ("r", True),
         ("lora_alpha", "7"),
         ("lora_alpha", [7]),
+        ("lora_alpha", 10**400),
+        ("lora_alpha", float("nan")),
+        ("lora_alpha", float("inf")),
+        ("r", 2**70),
+        ("rank_pattern", {"embed": 2**70}),
         ("lora_dropout", "0"),
         ("target_modules", 5),
         ("target_modules", [1]),
@@ -478,7 +507,7 @@ def test_settings_that_are_not_supported_are_named(spoiled, refused, fields, mes
 )
 def test_values_of_a_wrong_type_are_named(spoiled, refused, field, value):
     edit(spoiled, **{field: value})
-    refused(spoiled, f"values of a wrong type: {field}=")
+    refused(spoiled, f"values of a wrong type or size: {field}=")
 
 
 def test_settings_that_say_nothing_are_passed_over(spoiled, toy):
