@@ -10,10 +10,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from phicore.nf4.codebook import ZERO_CODE, dynamic_map, levels, midpoints
+from phicore.nf4.codebook import dynamic_map, levels, midpoints
 
 NESTED_BLOCK_SIZE = 256  # absmax values that share one nested absmax
-CHUNK = 1 << 19  # weights a step: 2 MiB in float32, which stays in the last-level cache of two cores
+CHUNK = 1 << 18  # weights a step: 1 MiB in float32, so that its temporaries stay in cache
 TINY = 1e-38  # a block whose absmax is smaller is scaled as if it were this, so that 1 / absmax stays finite
 
 
@@ -39,23 +39,41 @@ def encode_blocks(flat: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     n = flat.numel()
     packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=flat.device)
     absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device=flat.device)
-    bounds = midpoints(levels(torch.device("cpu"))).tolist()
+    below, bound = cell_tables(flat.device)
     step = max(CHUNK // block_size, 1) * block_size
     for start in range(0, n, step):
         blocks = pad_to_blocks(flat[start : start + step].float(), block_size)  # [blocks, block_size]
-        scale = torch.linalg.vector_norm(blocks, ord=float("inf"), dim=1)
+        scale = blocks.abs().amax(dim=1)  # ten times as fast as vector_norm's
         absmax[start // block_size : start // block_size + len(scale)] = scale
-        blocks = (blocks * (1.0 / scale.clamp(min=TINY)).unsqueeze(1)).clamp_(-1, 1)
-        # Fifteen comparisons summed in int8 beat torch.bucketize's search per element by about four times.
-        codes = torch.zeros(blocks.shape, dtype=torch.int8, device=flat.device)
-        for bound in bounds:
-            codes += blocks > bound
-        codes = codes.view(-1)[: min(step, n - start)].view(torch.uint8)
-        if codes.numel() % 2:
-            codes = torch.nn.functional.pad(codes, (0, 1), value=ZERO_CODE)
-        pairs = codes.view(-1, 2)
-        packed[start // 2 : start // 2 + len(pairs)] = (pairs[:, 0] << 4) | pairs[:, 1]
+        scaled = (blocks * (1.0 / scale.clamp(min=TINY)).unsqueeze(1)).view(-1)
+        # The code is the number of midpoints below the weight. Its cell says which those are, but for one at most, with
+        # which it is compared. Two lookups beat fifteen comparisons about four times, and torch.bucketize by far more.
+        cell = cells(scaled)
+        codes = below.index_select(0, cell)
+        codes += torch.gt(scaled, bound.index_select(0, cell), out=scaled).to(torch.int16)  # float to bool is slow
+        # What pads a short block is zero and has code 7, as the format wants behind an odd count.
+        pairs = torch.add(codes[1::2], codes[::2], alpha=16)[: (min(step, n - start) + 1) // 2]
+        packed[start // 2 : start // 2 + len(pairs)] = pairs
     return packed, absmax
+
+
+CELLS = 4096  # over [-1, 1]; two midpoints are never in one
+
+
+def cells(scaled: Tensor) -> Tensor:
+    """The cell of each value, int32: a step function that rises from 0 to CELLS - 1. NaN falls into some cell."""
+    return (scaled * (CELLS / 2 - 1)).add_(CELLS / 2).to(torch.int32).clamp_(0, CELLS - 1)
+
+
+@lru_cache(maxsize=32)
+def cell_tables(device: torch.device) -> tuple[Tensor, Tensor]:
+    """For each cell, how many midpoints lie in lower ones, int16, and the midpoint that it holds, or inf, float32."""
+    bounds = midpoints(levels(device))
+    held_by = cells(bounds)
+    below = (torch.arange(CELLS, device=device)[:, None] > held_by).sum(dim=1).to(torch.int16)
+    bound = torch.full((CELLS,), float("inf"), device=device)
+    bound[held_by.long()] = bounds
+    return below, bound
 
 
 @lru_cache(maxsize=32)
@@ -106,7 +124,7 @@ def encode_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
     blocks = pad_to_blocks(absmax - offset, NESTED_BLOCK_SIZE)
-    nested_absmax = torch.linalg.vector_norm(blocks, ord=float("inf"), dim=1)
+    nested_absmax = blocks.abs().amax(dim=1)
     scaled = (blocks * (1.0 / nested_absmax.clamp(min=TINY)).unsqueeze(1)).clamp_(-1, 1)
     codes = torch.bucketize(scaled, midpoints(dynamic_map(absmax.device)), out_int32=True)
     return codes.view(-1)[: absmax.numel()].to(torch.uint8), nested_absmax, offset

@@ -76,6 +76,26 @@ def test_a_weight_on_a_midpoint_takes_the_lower_code():
     assert unpack(packed, 32).tolist() == [*range(15), *range(1, 16), 15, 0]
 
 
+def test_codes_count_the_midpoints_below_on_every_edge():
+    """At and beside each midpoint and each edge of the cells by which codes are looked up."""
+    bounds = (LEVELS[:-1] + LEVELS[1:]) / 2
+    edges = (torch.arange(codec.CELLS) - codec.CELLS / 2) / (codec.CELLS / 2 - 1)
+    values = torch.cat([bounds, edges, -edges, torch.tensor([0.0, -0.0, 1e-45, -1e-45, 1.0, -1.0])]).clamp(-1, 1)
+    around = [values]
+    for direction in (-2.0, 2.0):
+        beside = values
+        for _ in range(4):
+            beside = torch.nextafter(beside, torch.tensor(direction))
+            around.append(beside.clamp(-1, 1))
+    values = torch.cat(around)
+    values = torch.nn.functional.pad(values, (0, -len(values) % 31)).view(-1, 31)
+    flat = torch.nn.functional.pad(values, (0, 1), value=1.0).view(-1)  # absmax 1: the scaled weight is the weight
+    packed, absmax = codec.encode_blocks(flat, 32)
+    assert (absmax == 1).all()
+    codes = torch.stack([packed >> 4, packed & 15], dim=1).view(-1)
+    assert torch.equal(codes.long(), (flat[:, None] > bounds).sum(dim=1))
+
+
 @given(
     n=st.integers(1, 700),
     block_size=st.sampled_from((32, 64, 128, 512)),

@@ -9,11 +9,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import phicore
+from phicore.nf4 import codec
 from phicore.nf4.codebook import LEVELS, dynamic_map
 from phicore.nf4.tensor import BLOCK_SIZES, NF4Tensor
 
+CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = st.one_of(
     st.integers(1, 700).map(lambda n: (n,)),
@@ -92,6 +95,28 @@ def test_parts_equal_those_of_bitsandbytes(theirs, shape, dtype, layout, block_s
     assert ((q.absmax.int() - state.absmax.view(-1).int()).abs() <= 1)[meaningful].all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("block_size", "shape"), [(32, (3, 7, 787)), (64, (5, 3, 11, 301)), (4096, (1_053_001,))])
+def test_parts_equal_those_of_bitsandbytes_over_many_blocks(theirs, block_size, shape, dtype):
+    """Several blocks of scales and, for the largest, of work; rows that blocks straddle; odd counts."""
+    weight = weight_of(shape, dtype, seed=5)
+    q = phicore.nf4.quantize(weight, block_size)
+    packed, state = theirs.quantize_4bit(weight, blocksize=block_size, quant_type="nf4", compress_statistics=True)
+    assert len(q.nested_absmax) > 1
+    assert weight.numel() % 2
+    assert torch.equal(q.packed, packed.view(-1))
+    assert torch.equal(q.offset, state.offset)
+    assert torch.equal(q.nested_absmax, state.state2.absmax)
+    # Its codes come from a table of 65,536 bins; ours are the nearest, so never farther than its.
+    absmax = phicore.nf4.quantize(weight, block_size, double_quant=False).absmax
+    scaled = (absmax - q.offset) * (1 / q.nested_absmax).repeat_interleave(256)[: len(absmax)]
+    ours, bnb = (
+        (dynamic_map(CPU)[codes.view(-1).long()].double() - scaled.double()).abs() for codes in (q.absmax, state.absmax)
+    )
+    assert (ours <= bnb).all()
+    assert (ours <= (dynamic_map(CPU).double() - scaled.double()[:, None]).abs().min(dim=1).values + 2**-24).all()
+
+
 @given(
     shape=SHAPES,
     dtype=st.sampled_from(DTYPES),
@@ -131,6 +156,41 @@ def test_empty(shape, double_quant):
     decoded = q.dequantize()
     assert decoded.shape == shape
     assert decoded.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [16 * 4096, 16 * 4096 - 33])
+def test_no_temporary_is_larger_than_a_chunk(monkeypatch, dtype, n, double_quant):
+    """Whatever the size of a weight, only its parts, and on the way back the weight itself, are made in one piece."""
+    monkeypatch.setattr(codec, "CHUNK", 4096)
+    weight = torch.randn(n).to(dtype)
+    with Sizes() as sizes:
+        q = phicore.nf4.quantize(weight, 64, double_quant)
+    assert {s for s in sizes.seen(but=weight) if s > 4096 * 4} == {q.packed.nbytes}
+    with Sizes() as sizes:
+        decoded = q.dequantize()
+    assert {s for s in sizes.seen(but=q.packed) if s > 4096 * 4} == {decoded.nbytes}
+
+
+class Sizes(TorchDispatchMode):
+    """Records the storages that operations give back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                self.storages[storage.data_ptr()] = max(storage.nbytes(), self.storages.get(storage.data_ptr(), 0))
+        return result
+
+    def seen(self, but: Tensor) -> list[int]:
+        """Their bytes, without the one of a tensor that was there before."""
+        return [n for pointer, n in self.storages.items() if pointer != but.untyped_storage().data_ptr()]
 
 
 @pytest.mark.parametrize("n", [64, 70, 128, 129])
