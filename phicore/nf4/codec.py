@@ -103,12 +103,13 @@ def decode_blocks(packed: Tensor, absmax: Tensor, n: int, block_size: int, dtype
     for start in range(0, n, step):
         stop = min(start + step, n)
         codes = packed[start // 2 : (stop + 1) // 2].to(torch.int32)
-        weights = table.index_select(0, codes).view(torch.float32)  # [stop - start, rounded up to even]
         scale = absmax[start // block_size : -(-stop // block_size)]
         whole = (stop - start) // block_size * block_size
-        if dtype == torch.float32 and whole == stop - start == weights.numel():
-            torch.mul(weights.view(-1, block_size), scale[:, None], out=out[start:stop].view(-1, block_size))
+        if dtype == torch.float32 and whole == stop - start:  # looked up where it shall stand
+            torch.index_select(table, 0, codes, out=out[start:stop].view(torch.int64))
+            out[start:stop].view(-1, block_size).mul_(scale[:, None])
             continue
+        weights = table.index_select(0, codes).view(torch.float32)  # [stop - start, rounded up to even]
         weights[:whole].view(-1, block_size).mul_(scale[: whole // block_size, None])
         weights[whole:].mul_(scale[-1:])  # the short last block
         out[start:stop].copy_(weights[: stop - start])
