@@ -133,6 +133,16 @@ def test_a_state_that_is_no_object_is_refused(text: bytes) -> None:
         unpack_weight(tensors, "w")
 
 
+def test_a_state_that_is_far_too_long_is_not_parsed() -> None:
+    tensors = pack_weight(phicore.nf4.quantize(torch.randn(16, 64)))
+    spaces = torch.full((1000,), ord(" "), dtype=torch.uint8)
+    tensors[STATE] = torch.cat([tensors[STATE], spaces])
+    unpack_weight(tensors, "w")
+    tensors[STATE] = torch.cat([tensors[STATE], spaces.repeat(66)])
+    with pytest.raises(ValueError, match=r"must be uint8 JSON, is torch.uint8 \[67"):
+        unpack_weight(tensors, "w")
+
+
 FIELDS = ("quant_type", "blocksize", "dtype", "shape", "nested_blocksize", "nested_dtype", "nested_offset")
 
 

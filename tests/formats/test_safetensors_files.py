@@ -103,6 +103,7 @@ GOOD = json.dumps({"a": entry(0, 8)}).encode()
         ({"a": entry(0, 8), "b": entry(12, 20)}, 20, "tensor b leaves a gap behind a"),
         ({"a": entry(4, 12)}, 12, "tensor a leaves a gap behind the header"),
         ({"a": entry(0, 8, (3,))}, 8, r"tensor a has 8 bytes, but F32 \[3\] takes 12"),
+        ({"a": entry(0, 8, (1,))}, 8, r"tensor a has 8 bytes, but F32 \[1\] takes 4"),
         ({"a": entry(8, 0)}, 8, "tensor a has -8 bytes"),
         ({"a": entry(0, 8, (-2,))}, 8, r"tensor a has shape \[-2\]"),
         ({"a": entry(0, 8, (-1, -2))}, 8, r"tensor a has shape \[-1, -2\]"),
