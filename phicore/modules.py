@@ -60,17 +60,19 @@ def select(
     exclude_modules: Sequence[str],
     kinds: tuple[type[nn.Module], ...],
     closed: tuple[type[nn.Module], ...] = (),
+    all_linear: tuple[type[nn.Module], ...] | None = None,
 ) -> dict[str, nn.Module]:
     """The modules that target_modules means, by name, in the model's order.
 
     Args:
         model: the tree to search.
-        target_modules: "all-linear" (every layer of these kinds but the output head: what the model's
+        target_modules: "all-linear" (every linear layer but the output head: what the model's
             get_output_embeddings returns, and layers whose weight is tied to another module's); a regular expression
             that matches whole names; or a list of names or ".name" suffixes.
         exclude_modules: names or suffixes to leave out; a container's, with all that is in it.
         kinds: what can be replaced.
         closed: kinds of modules whose inside is left alone.
+        all_linear: those of the kinds that "all-linear" means; None for all.
 
     Raises:
         ValueError: a target or an exclusion that matches nothing, naming it and what is near; a target that is of
@@ -90,7 +92,7 @@ def select(
     candidates = dict(leaves(model, kinds, closed))
     if target_modules == ALL_LINEAR:
         heads = output_heads(model)
-        chosen = {name: module for name, module in candidates.items() if module not in heads}
+        chosen = {n: m for n, m in candidates.items() if m not in heads and isinstance(m, all_linear or kinds)}
         hidden = [name for name, module in every.items() if isinstance(module, nn.MultiheadAttention)]
         if hidden:
             warnings.warn(

@@ -2,7 +2,22 @@
 
 from phicore.adapters.attach import adapter_layers, attach, disabled, merge, unmerge
 from phicore.adapters.config import LoRAConfig
+from phicore.adapters.convolution import DoRAConvolution, LoRAConvolution
 from phicore.adapters.dora import DoRALinear
+from phicore.adapters.embedding import DoRAEmbedding, LoRAEmbedding
 from phicore.adapters.lora import LoRALinear
 
-__all__ = ["DoRALinear", "LoRAConfig", "LoRALinear", "adapter_layers", "attach", "disabled", "merge", "unmerge"]
+__all__ = [
+    "DoRAConvolution",
+    "DoRAEmbedding",
+    "DoRALinear",
+    "LoRAConfig",
+    "LoRAConvolution",
+    "LoRAEmbedding",
+    "LoRALinear",
+    "adapter_layers",
+    "attach",
+    "disabled",
+    "merge",
+    "unmerge",
+]

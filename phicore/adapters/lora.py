@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from phicore.adapters import base as base_layer
+from phicore.adapters.base import transposed_kinds
 from phicore.adapters.config import LoRAConfig, scaling
 
 
@@ -26,22 +27,32 @@ def low_rank_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) ->
         [..., out] in y's dtype.
     """
     u = nn.functional.linear(x, A.to(x.dtype))  # [..., in] @ [in, rank] -> [..., rank]
+    return add_product(y, u, B, scale)
+
+
+def add_product(y: Tensor, u: Tensor, B: Tensor, scale: float) -> Tensor:
+    """y + scale * u B^T with no temporary as large as y: [..., out], [..., rank], [out, rank] -> [..., out]."""
     flat = torch.addmm(y.reshape(-1, y.shape[-1]), u.reshape(-1, u.shape[-1]), B.to(u.dtype).t(), alpha=scale)
     return flat.view(y.shape)
 
 
-class LowRankLinear(nn.Module):
-    """What LoRA and DoRA layers share: a frozen base and a low-rank pair A, B beside it.
+class LowRankLayer(nn.Module):
+    """What all adapter layers share: a frozen base and a low-rank pair A, B beside it.
+
+    A subclass says what kinds of base it takes, the shapes of its pair, and how the two make a matrix of the base's
+    [out, in]; see `phicore.adapters.base` for what that matrix is.
 
     Attributes:
         base: the frozen layer.
-        lora_A: [rank, in].
-        lora_B: [out, rank].
+        lora_A, lora_B: the pair.
         rank, alpha, rslora, scaling: as in LoRAConfig.
         dropout: probability of zeroing an input of the low-rank path while training.
         adapter_name: which adapter of the model this layer belongs to.
         enabled: when False the layer is its base.
     """
+
+    accepts: str
+    """The kinds of base, in words."""
 
     def __init__(
         self,
@@ -55,13 +66,10 @@ class LowRankLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not hasattr(base, "in_features") or not hasattr(base, "out_features"):
-            raise TypeError(
-                f"{type(self).__name__} adapts nn.Linear, NF4Linear or another adapter, got {type(base).__name__}"
-            )
+        if not self.fits(base):
+            raise TypeError(f"{type(self).__name__} adapts {self.accepts}, got {type(base).__name__}")
         LoRAConfig(rank=rank, alpha=alpha, dropout=dropout, init=init)  # raises on what is out of range
         self.base = base.requires_grad_(False)
-        self.in_features, self.out_features = int(base.in_features), int(base.out_features)  # type: ignore[arg-type]
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
         self.rslora, self.init = rslora, init
         self.scaling = scaling(rank, alpha, rslora)
@@ -71,9 +79,24 @@ class LowRankLinear(nn.Module):
             "dtype": dtype or base_layer.compute_dtype(base),
             "device": base_layer.device(base),
         }
-        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, **where))
-        self.lora_B = nn.Parameter(torch.empty(self.out_features, rank, **where))
+        shape_A, shape_B = self.pair_shapes(base, rank)
+        self.lora_A = nn.Parameter(torch.empty(shape_A, **where))
+        self.lora_B = nn.Parameter(torch.empty(shape_B, **where))
         self.train(base.training)
+
+    @classmethod
+    def fits(cls, base: nn.Module) -> bool:
+        """Whether base is of a kind that this layer adapts."""
+        raise NotImplementedError
+
+    @classmethod
+    def pair_shapes(cls, base: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of lora_A and lora_B over a base.
+
+        Raises:
+            ValueError: the base cannot take this rank.
+        """
+        raise NotImplementedError
 
     def reset_parameters(self) -> None:
         """Starts A as `init` says and B at zero, so that the layer equals its base."""
@@ -98,36 +121,40 @@ class LowRankLinear(nn.Module):
         """The base's compute dtype."""
         return base_layer.compute_dtype(self.base)
 
+    @property
+    def innermost(self) -> Any:
+        """The layer under this adapter and those under it."""
+        return self.base.innermost if isinstance(self.base, LowRankLayer) else self.base
+
     def low_rank_input(self, x: Tensor) -> Tensor:
         """x after dropout. [..., in]."""
         return nn.functional.dropout(x, self.dropout, self.training) if self.dropout else x
 
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """A [rank, in] and B [out, rank] as they multiply to a matrix of the base's shape."""
+        return self.lora_A, self.lora_B
+
     def product(self) -> Tensor:
         """scaling * B A, [out, in], in float32 (float64 for a float64 layer)."""
         accumulate = base_layer.accumulate_dtype(self.dtype)
-        with base_layer.without_autocast(self.lora_A.device):
-            return self.scaling * (self.lora_B.to(accumulate) @ self.lora_A.to(accumulate))
+        A, B = self.matrices()
+        with base_layer.without_autocast(A.device):
+            return self.scaling * (B.to(accumulate) @ A.to(accumulate))
 
     def dense_base(self) -> Tensor:
         """The base's weight, [out, in], in float32 (float64 for a float64 layer)."""
         return base_layer.dense_weight(self.base, base_layer.accumulate_dtype(self.dtype))
 
-    def project_with_rows(self, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """For an adapter over this one: x and rows through this layer's weight. [..., out] and [r, out]."""
-        y = self.project(x)
-        with torch.no_grad():
-            return y, rows @ self.dense_weight(rows.dtype).t()
-
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
         """The weight that this layer amounts to, [out, in], computed in float32 and rounded once to dtype."""
         return self.merged_weight().to(dtype)
 
-    def project(self, x: Tensor) -> Tensor:
-        """x through this layer's weight, without the bias: [..., in] -> [..., out]."""
-        raise NotImplementedError
-
     def merged_weight(self) -> Tensor:
-        """The weight that this layer amounts to, [out, in], in float32 (float64 for a float64 layer)."""
+        """W + scaling * B A, [out, in], in float32 (float64 for a float64 layer)."""
+        return self.dense_base() + self.product() if self.enabled else self.dense_base()
+
+    def plain(self, weight: Tensor) -> nn.Module:
+        """A layer without adapters, of the innermost base's kind, with this weight [out, in]."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
@@ -137,11 +164,53 @@ class LowRankLinear(nn.Module):
         )
 
 
+class LowRankLinear(LowRankLayer):
+    """What LoRA and DoRA share over linear layers. lora_A is [rank, in], lora_B [out, rank]."""
+
+    accepts = "nn.Linear, NF4Linear, transformers' Conv1D or another adapter of these"
+
+    def __init__(self, base: nn.Module, rank: int = 16, alpha: float = 32.0, dropout: float = 0.0, **options: Any):
+        super().__init__(base, rank, alpha, dropout, **options)
+        self.in_features, self.out_features = base_layer.features(base)
+
+    @classmethod
+    def fits(cls, base: nn.Module) -> bool:
+        known = hasattr(base, "in_features") and hasattr(base, "out_features")
+        return known or isinstance(base, transposed_kinds())
+
+    @classmethod
+    def pair_shapes(cls, base: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        inner, out = base_layer.features(base)
+        return (rank, inner), (out, rank)
+
+    def project_with_rows(self, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """For an adapter over this one: x and rows through this layer's weight. [..., out] and [r, out]."""
+        y = self.project(x)
+        with torch.no_grad():
+            return y, rows @ self.dense_weight(rows.dtype).t()
+
+    def project(self, x: Tensor) -> Tensor:
+        """x through this layer's weight, without the bias: [..., in] -> [..., out]."""
+        raise NotImplementedError
+
+    def plain(self, weight: Tensor) -> nn.Module:
+        innermost = self.innermost
+        if isinstance(innermost, transposed_kinds()):
+            return base_layer.with_weight(innermost, weight.t().contiguous())
+        if isinstance(innermost, nn.Linear):
+            return base_layer.with_weight(innermost, weight)
+        layer = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")  # in place of a coded one
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        if self.bias is not None:
+            layer.bias = nn.Parameter(self.bias.detach(), requires_grad=False)
+        return layer
+
+
 class LoRALinear(LowRankLinear):
     """A linear layer with a LoRA adapter: y = base(x) + scaling * (dropout(x) A^T) B^T.
 
     Args:
-        base: nn.Linear, NF4Linear or another adapter; it is frozen.
+        base: nn.Linear, NF4Linear, transformers' Conv1D or another adapter of these; it is frozen.
         rank: inner dimension of the pair.
         alpha: numerator of the scaling.
         dropout: probability of zeroing an input of the low-rank path while training.
@@ -171,10 +240,6 @@ class LoRALinear(LowRankLinear):
         """x @ (W + scaling * B A)^T, without the bias."""
         y = base_layer.project(self.base, x)
         return self._update(y, x) if self.enabled else y
-
-    def merged_weight(self) -> Tensor:
-        """W + scaling * B A, [out, in], in float32 (float64 for a float64 layer)."""
-        return self.dense_base() + self.product() if self.enabled else self.dense_base()
 
     def _update(self, y: Tensor, x: Tensor) -> Tensor:
         return low_rank_update(y, self.low_rank_input(x), self.lora_A, self.lora_B, self.scaling)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import phicore
 from phicore.adapters import adapter_layers
@@ -462,23 +463,15 @@ def test_phi3_names_the_fused_projection(tiny, unchanged, target):
         phicore.attach(model, phicore.LoRAConfig(target_modules=["o_proj", "down_proj", target]))
 
 
-def test_gpt2_says_that_conv1d_is_not_supported(tiny, unchanged):
-    model = tiny("gpt2", tied=True)
-    with unchanged(model):
-        with pytest.raises(ValueError, match=r"c_attn, which is a Conv1D and cannot be adapted"):
-            phicore.attach(model, phicore.LoRAConfig(target_modules=["c_attn"]))
-        with pytest.raises(ValueError, match="leaves no module of GPT2LMHeadModel"):
-            phicore.attach(model, phicore.LoRAConfig())
-
-
 # ===== whole models =====
 
 
 @DORA
-@pytest.mark.parametrize("family", ["llama", "phi3", "bert"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "bert", "gpt2"])
 def test_transformers_models(tiny, randomize, family, dora):
     model = tiny(family)
-    names = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)} - {"lm_head"}
+    linear = (nn.Linear, Conv1D)
+    names = {n for n, m in model.named_modules() if isinstance(m, linear)} - {"lm_head"}
     original = copy.deepcopy(model)
     ids = torch.arange(1, 13).view(2, 6)
     base = model(ids).logits

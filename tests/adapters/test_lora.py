@@ -287,6 +287,9 @@ def test_what_is_not_linear_is_refused(unchanged, make):
     base = nn.Conv2d(3, 4, 1)
     with (
         unchanged(base),
-        pytest.raises(TypeError, match=r"adapts nn\.Linear, NF4Linear or another adapter, got Conv2d"),
+        pytest.raises(
+            TypeError,
+            match=r"adapts nn\.Linear, NF4Linear, transformers' Conv1D or another adapter of these, got Conv2d",
+        ),
     ):
         make(base)
