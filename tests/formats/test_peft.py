@@ -8,9 +8,11 @@ import sys
 import warnings
 from pathlib import Path
 
+import bitsandbytes
 import peft
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 
 import phicore
 from phicore.adapters import adapter_layers
+from phicore.formats.bitsandbytes import save_quantized
 from phicore.formats.peft import CONFIG, PREFIX, WEIGHTS
 
 IDS = torch.arange(1, 13).view(2, 6)
@@ -217,6 +220,37 @@ def test_over_nf4(tmp_path, tiny, randomize, dora):
         for path, layer in adapter_layers(model):
             dense.get_submodule(path).weight.copy_(layer.base.nf4.dequantize())
     torch.testing.assert_close(logits(load_in_peft(dense, tmp_path)), logits(model), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_over_nf4_in_peft_and_bitsandbytes(tmp_path, tiny, randomize, dora):
+    """The same NF4 base as bitsandbytes' Linear4bit under PEFT, the adapter going both ways.
+
+    Layer widths are multiples of 64, and PEFT's layers are in train mode: beyond that bitsandbytes' CPU code is not
+    exact.
+    """
+    sizes = {"hidden_size": 64, "intermediate_size": 128}
+    base = phicore.quantize_(tiny("llama", dtype=torch.float32, **sizes))
+    (tmp_path / "base").mkdir()
+    save_quantized(base, tmp_path / "base")
+
+    def bitsandbytes_base() -> nn.Module:
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+        assert isinstance(model.model.layers[0].self_attn.q_proj, bitsandbytes.nn.Linear4bit)
+        return model.train()
+
+    close = {"rtol": 1e-4, "atol": 1e-4}
+    model = randomize(phicore.attach(base, phicore.LoRAConfig(rank=4, alpha=7, dora=dora)))
+    phicore.save_adapter(model, tmp_path / "ours")
+    other = load_in_peft(bitsandbytes_base(), tmp_path / "ours").train()
+    torch.testing.assert_close(logits(other), logits(model), **close)
+
+    config = peft.LoraConfig(r=4, lora_alpha=7, target_modules="all-linear", use_dora=dora, task_type="CAUSAL_LM")
+    other = randomize(peft.get_peft_model(bitsandbytes_base(), config, autocast_adapter_dtype=False), seed=4)
+    other.save_pretrained(tmp_path / "theirs")
+    assert not torch.allclose(logits(model), logits(other), rtol=1e-2)
+    phicore.load_adapter(model, tmp_path / "theirs")
+    torch.testing.assert_close(logits(model), logits(other), **close)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
