@@ -84,7 +84,8 @@ class LowRankConvolution(LowRankLayer):
     def low_rank(self, x: Tensor) -> Tensor:
         """scaling * B(A(x)), shaped like the base's output."""
         layer = self.innermost
-        u = convolve(layer, self.low_rank_input(x), self.lora_A.to(x.dtype), 1)  # [N, rank, *length']
+        x = functional.dropout(x, self.active_dropout, self.training)
+        u = convolve(layer, x, self.lora_A.to(x.dtype), 1)  # [N, rank, *length']
         conv = _FUNCTIONS[self.lora_B.dim() - 2]
         return conv(u, self.scaling * self.lora_B.to(x.dtype), groups=layer.groups)
 

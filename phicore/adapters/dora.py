@@ -156,4 +156,4 @@ class DoRALinear(DoRALayer, LowRankLinear):
         """x V'^T [..., out] and m / ||V'|| [out], both in the base's output dtype."""
         z, wa = base_layer.project_with_rows(self.base, x, self.lora_A.detach().to(x.dtype))
         scale = self.scale(wa.t(), z.dtype)
-        return low_rank_update(z, self.low_rank_input(x), self.lora_A, self.lora_B, self.scaling), scale
+        return low_rank_update(z, x, self.lora_A, self.lora_B, self.scaling, self.active_dropout), scale

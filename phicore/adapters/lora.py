@@ -9,12 +9,15 @@ from torch import Tensor, nn
 from phicore.adapters import base as base_layer
 from phicore.adapters.base import transposed_kinds
 from phicore.adapters.config import LoRAConfig, scaling
+from phicore.adapters.dropout import dropped_projection
+from phicore.nf4.linear import autocast
 
 
-def low_rank_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """y + scale * (x A^T) B^T.
+def low_rank_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
+    """y + scale * (dropout(x) A^T) B^T.
 
-    Saves x and x A^T for the backward pass and makes no other temporary as large as y.
+    Saves x and dropout(x) A^T for the backward pass, with dropout one bit an element of x too, and makes no other
+    temporary as large as y.
 
     Args:
         y: [..., out].
@@ -22,11 +25,16 @@ def low_rank_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) ->
         A: [rank, in].
         B: [out, rank].
         scale: factor of the product.
+        dropout: probability of zeroing an element of x.
 
     Returns:
         [..., out] in y's dtype.
     """
-    u = nn.functional.linear(x, A.to(x.dtype))  # [..., in] @ [in, rank] -> [..., rank]
+    if dropout:
+        x = autocast(x)
+        u = dropped_projection(x, A.to(x.dtype), dropout)
+    else:
+        u = nn.functional.linear(x, A.to(x.dtype))  # [..., in] @ [in, rank] -> [..., rank]
     return add_product(y, u, B, scale)
 
 
@@ -126,9 +134,10 @@ class LowRankLayer(nn.Module):
         """The layer under this adapter and those under it."""
         return self.base.innermost if isinstance(self.base, LowRankLayer) else self.base
 
-    def low_rank_input(self, x: Tensor) -> Tensor:
-        """x after dropout. [..., in]."""
-        return nn.functional.dropout(x, self.dropout, self.training) if self.dropout else x
+    @property
+    def active_dropout(self) -> float:
+        """The probability of dropout now: zero outside training."""
+        return self.dropout if self.training else 0.0
 
     def matrices(self) -> tuple[Tensor, Tensor]:
         """A [rank, in] and B [out, rank] as they multiply to a matrix of the base's shape."""
@@ -242,4 +251,4 @@ class LoRALinear(LowRankLinear):
         return self._update(y, x) if self.enabled else y
 
     def _update(self, y: Tensor, x: Tensor) -> Tensor:
-        return low_rank_update(y, self.low_rank_input(x), self.lora_A, self.lora_B, self.scaling)
+        return low_rank_update(y, x, self.lora_A, self.lora_B, self.scaling, self.active_dropout)
