@@ -6,6 +6,7 @@ from phicore.adapters.convolution import DoRAConvolution, LoRAConvolution
 from phicore.adapters.dora import DoRALinear
 from phicore.adapters.embedding import DoRAEmbedding, LoRAEmbedding
 from phicore.adapters.lora import LoRALinear
+from phicore.adapters.lora_plus import lora_plus_groups
 
 __all__ = [
     "DoRAConvolution",
@@ -18,6 +19,7 @@ __all__ = [
     "adapter_layers",
     "attach",
     "disabled",
+    "lora_plus_groups",
     "merge",
     "unmerge",
 ]
