@@ -7,6 +7,7 @@ from phicore.adapters.dora import DoRALinear
 from phicore.adapters.embedding import DoRAEmbedding, LoRAEmbedding
 from phicore.adapters.lora import LoRALinear
 from phicore.adapters.lora_plus import lora_plus_groups
+from phicore.adapters.switch import activate, mixed
 
 __all__ = [
     "DoRAConvolution",
@@ -16,10 +17,12 @@ __all__ = [
     "LoRAConvolution",
     "LoRAEmbedding",
     "LoRALinear",
+    "activate",
     "adapter_layers",
     "attach",
     "disabled",
     "lora_plus_groups",
     "merge",
+    "mixed",
     "unmerge",
 ]

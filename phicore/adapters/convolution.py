@@ -87,7 +87,7 @@ class LowRankConvolution(LowRankLayer):
         x = functional.dropout(x, self.active_dropout, self.training)
         u = convolve(layer, x, self.lora_A.to(x.dtype), 1)  # [N, rank, *length']
         conv = _FUNCTIONS[self.lora_B.dim() - 2]
-        return conv(u, self.scaling * self.lora_B.to(x.dtype), groups=layer.groups)
+        return conv(u, self.factor * self.lora_B.to(x.dtype), groups=layer.groups)
 
     def per_channel(self, values: Tensor) -> Tensor:
         """[out] -> [out, 1, ...], which broadcasts over a convolution's output."""
@@ -124,12 +124,13 @@ class LoRAConvolution(LowRankConvolution):
         self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:  # [N, in, *length] -> [N, out, *length']
-        y = self.base(x)
-        return y + self.low_rank(x) if self.enabled else y
+        return self.updated(self.base(x), x, self._update)
 
     def project(self, x: Tensor) -> Tensor:
-        y = self.project_base(x)
-        return y + self.low_rank(x) if self.enabled else y
+        return self.updated(self.project_base(x), x, self._update)
+
+    def _update(self, y: Tensor, x: Tensor) -> Tensor:
+        return y + self.low_rank(x)
 
 
 class DoRAConvolution(DoRALayer, LowRankConvolution):

@@ -99,7 +99,7 @@ class DoRALayer(LowRankLayer):
     def _norm(self, WA: Tensor) -> Tensor:
         """||V'|| per row, [out], in base_norm_squared's dtype."""
         A, B = self.matrices()
-        norm_squared = factored_norm_squared(self.base_norm_squared, WA, A, B, self.scaling)
+        norm_squared = factored_norm_squared(self.base_norm_squared, WA, A, B, self.factor)
         cancelled = norm_squared < CANCELLATION[WA.dtype] * self.base_norm_squared  # [out]
 
         def dense() -> Tensor:
@@ -156,4 +156,4 @@ class DoRALinear(DoRALayer, LowRankLinear):
         """x V'^T [..., out] and m / ||V'|| [out], both in the base's output dtype."""
         z, wa = base_layer.project_with_rows(self.base, x, self.lora_A.detach().to(x.dtype))
         scale = self.scale(wa.t(), z.dtype)
-        return low_rank_update(z, x, self.lora_A, self.lora_B, self.scaling, self.active_dropout), scale
+        return low_rank_update(z, x, self.lora_A, self.lora_B, self.factor, self.active_dropout), scale

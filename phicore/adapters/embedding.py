@@ -39,13 +39,13 @@ class LowRankEmbedding(LowRankLayer):
     def pair_shapes(cls, base: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (rank, base.num_embeddings), (base.embedding_dim, rank)
 
-    def low_rank_lookup(self, tokens: Tensor, y: Tensor) -> Tensor:
-        """y + the base's output scale * scaling * (A^T)[tokens] B^T: int64 [...], [..., dim] -> [..., dim]."""
+    def low_rank_lookup(self, y: Tensor, tokens: Tensor) -> Tensor:
+        """y + the base's output scale * scaling * (A^T)[tokens] B^T: [..., dim], int64 [...] -> [..., dim]."""
         u = nn.functional.embedding(tokens, self.lora_A.t(), self.padding_idx)  # [..., rank]
         factor = getattr(self.innermost, "embed_scale", None)
         if factor is not None:
             u = u * factor
-        return add_product(y, u.to(y.dtype), self.lora_B, self.scaling)
+        return add_product(y, u.to(y.dtype), self.lora_B, self.factor)
 
     def plain(self, weight: Tensor) -> nn.Module:
         return base_layer.with_weight(self.innermost, weight.t().contiguous())
@@ -74,8 +74,7 @@ class LoRAEmbedding(LowRankEmbedding):
         self.reset_parameters()
 
     def forward(self, tokens: Tensor) -> Tensor:  # int64 [...] -> [..., dim]
-        y = self.base(tokens)
-        return self.low_rank_lookup(tokens, y) if self.enabled else y
+        return self.updated(self.base(tokens), tokens, self.low_rank_lookup)
 
 
 class DoRAEmbedding(DoRALayer, LowRankEmbedding):
@@ -90,7 +89,7 @@ class DoRAEmbedding(DoRALayer, LowRankEmbedding):
         y = self.base(tokens)
         if not self.enabled:
             return y
-        v = self.low_rank_lookup(tokens, y)
+        v = self.low_rank_lookup(y, tokens)
         return v * self.scale(self._base_rows(), v.dtype)
 
     @torch.no_grad()

@@ -1,6 +1,8 @@
 """LoRA (Hu et al. 2021): y = base(x) + scaling * (x A^T) B^T."""
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,6 +46,14 @@ def add_product(y: Tensor, u: Tensor, B: Tensor, scale: float) -> Tensor:
     return flat.view(y.shape)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of a batch: their indices, int64 [k], and how many the batch has."""
+
+    index: Tensor
+    batch: int
+
+
 class LowRankLayer(nn.Module):
     """What all adapter layers share: a frozen base and a low-rank pair A, B beside it.
 
@@ -57,6 +67,8 @@ class LowRankLayer(nn.Module):
         dropout: probability of zeroing an input of the low-rank path while training.
         adapter_name: which adapter of the model this layer belongs to.
         enabled: when False the layer is its base.
+        strength: factor of the low-rank product beside scaling.
+        rows: the rows of a batch that the adapter answers for; None for all.
     """
 
     accepts: str
@@ -83,6 +95,8 @@ class LowRankLayer(nn.Module):
         self.scaling = scaling(rank, alpha, rslora)
         self.adapter_name = "default"
         self.enabled = True
+        self.strength = 1.0
+        self.rows: Rows | None = None
         where: dict[str, Any] = {
             "dtype": dtype or base_layer.compute_dtype(base),
             "device": base_layer.device(base),
@@ -135,6 +149,25 @@ class LowRankLayer(nn.Module):
         return self.base.innermost if isinstance(self.base, LowRankLayer) else self.base
 
     @property
+    def factor(self) -> float:
+        """What the low-rank product is multiplied by: scaling * strength."""
+        return self.scaling * self.strength
+
+    def updated(self, y: Tensor, x: Tensor, update: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """update(y, x), of the rows that this adapter answers for, with y's other rows beside them; y if disabled."""
+        if not self.enabled:
+            return y
+        if self.rows is None:
+            return update(y, x)
+        if x.shape[:1] != (self.rows.batch,):
+            raise ValueError(
+                f"an adapter was given a name for each of {self.rows.batch} rows, and a layer's input has shape "
+                f"{list(x.shape)}: its first dimension must be the batch"
+            )
+        index = self.rows.index
+        return y.index_copy(0, index, update(y.index_select(0, index), x.index_select(0, index)))
+
+    @property
     def active_dropout(self) -> float:
         """The probability of dropout now: zero outside training."""
         return self.dropout if self.training else 0.0
@@ -148,7 +181,7 @@ class LowRankLayer(nn.Module):
         accumulate = base_layer.accumulate_dtype(self.dtype)
         A, B = self.matrices()
         with base_layer.without_autocast(A.device):
-            return self.scaling * (B.to(accumulate) @ A.to(accumulate))
+            return self.factor * (B.to(accumulate) @ A.to(accumulate))
 
     def dense_base(self) -> Tensor:
         """The base's weight, [out, in], in float32 (float64 for a float64 layer)."""
@@ -242,13 +275,11 @@ class LoRALinear(LowRankLinear):
         self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
-        y = self.base(x)
-        return self._update(y, x) if self.enabled else y
+        return self.updated(self.base(x), x, self._update)
 
     def project(self, x: Tensor) -> Tensor:
         """x @ (W + scaling * B A)^T, without the bias."""
-        y = base_layer.project(self.base, x)
-        return self._update(y, x) if self.enabled else y
+        return self.updated(base_layer.project(self.base, x), x, self._update)
 
     def _update(self, y: Tensor, x: Tensor) -> Tensor:
-        return low_rank_update(y, x, self.lora_A, self.lora_B, self.scaling, self.active_dropout)
+        return low_rank_update(y, x, self.lora_A, self.lora_B, self.factor, self.active_dropout)
