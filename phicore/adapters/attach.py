@@ -80,7 +80,12 @@ def plan(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, nn.Module], di
     targets = {
         path: module
         for path, module in select(
-            model, config.target_modules, config.exclude_modules, ADAPTABLE, closed=(TrainedCopy,)
+            model,
+            config.target_modules,
+            config.exclude_modules,
+            ADAPTABLE,
+            closed=(TrainedCopy,),
+            fused_targets=config.fused_targets,
         ).items()
         if path not in saved and not path.startswith(whole)
     }
