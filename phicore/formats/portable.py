@@ -19,7 +19,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -86,7 +86,7 @@ class Reader:
     """A program that reads PEFT's format."""
 
     unread: Mapping[str, str] = field(default_factory=dict)
-    """What of REMEDIES it does not take -> what it does then. Empty: it reads all that PEFT writes."""
+    """Which of REMEDIES it does not take -> what it does then. Empty: it reads all that PEFT writes."""
 
     required: tuple[str, ...] = ()
     """Fields that adapter_config.json must have."""
@@ -271,7 +271,7 @@ def _other_settings(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def features(adapter: Adapter) -> dict[str, str]:
-    """What of REMEDIES an adapter has, and how it shows."""
+    """Which of REMEDIES an adapter has, and how it shows."""
     config, found = adapter.config, {}
     kinds: dict[str, list[str]] = {}
     ends = {end for layer in adapter.layers for end in (layer.A, layer.B)}
@@ -328,22 +328,24 @@ def check(directory: str | os.PathLike[str], target: Target, *, max_rank: int | 
         ValueError: no such target; a max_rank that it cannot be set to; as `read_adapter`.
         FileNotFoundError: a file is missing.
     """
-    reader = _reader(target, max_rank)
-    return list(_misfits(read_adapter(directory), reader, reader.max_rank if max_rank is None else max_rank).values())
+    return list(_misfits(read_adapter(directory), _reader(target, max_rank)).values())
 
 
 def _reader(target: Target, max_rank: int | None) -> Reader:
+    """The reader as it is set."""
     if target not in READERS:
         raise ValueError(f'no target "{target}"; there are: {", ".join(READERS)}')
     reader = READERS[target]
-    if max_rank is not None and max_rank not in reader.rank_settings:
+    if max_rank is None:
+        return reader
+    if max_rank not in reader.rank_settings:
         taken = ", ".join(map(str, reader.rank_settings)) or "none, since it takes any rank"
         raise ValueError(f"max_rank={max_rank}: {target} can be set to {taken}")
-    return reader
+    return replace(reader, max_rank=max_rank)
 
 
-def _misfits(adapter: Adapter, reader: Reader, max_rank: int | None) -> dict[str, Finding]:
-    """The findings, by what of REMEDIES they are about."""
+def _misfits(adapter: Adapter, reader: Reader) -> dict[str, Finding]:
+    """The findings, by the entry of REMEDIES that they are about."""
     misfits: dict[str, Finding] = {}
 
     def find(feature: str, what: str, why: str) -> None:
@@ -355,9 +357,9 @@ def _misfits(adapter: Adapter, reader: Reader, max_rank: int | None) -> dict[str
         if feature in reader.unread:
             find(feature, what, reader.unread[feature])
     rank = max(layer.rank for layer in adapter.layers)
-    if max_rank is not None and rank > max_rank:
+    if reader.max_rank is not None and rank > reader.max_rank:
         taken = ", ".join(map(str, reader.rank_settings))
-        find("rank", f"rank {rank}", f"it takes at most {max_rank} unless it is set to a higher one of {taken}")
+        find("rank", f"rank {rank}", f"it takes at most {reader.max_rank} unless it is set to a higher one of {taken}")
     if reader.pads_ranks and rank != _padded(rank):
         why = "it pads ranks to 8 or a multiple of 16, and divides lora_alpha by the padded rank in some layers"
         find("padded rank", f"rank {rank}", why)
@@ -417,7 +419,7 @@ def export(
     """
     reader = _reader(target, max_rank)
     adapter = read_adapter(directory)
-    misfits = _misfits(adapter, reader, reader.max_rank if max_rank is None else max_rank)
+    misfits = _misfits(adapter, reader)
     if refused := [finding for finding in misfits.values() if not finding.mended]:
         raise ValueError(f"{directory} cannot be written for {target}. " + ". ".join(map(str, refused)))
     if Path(output).resolve() == Path(directory).resolve():
