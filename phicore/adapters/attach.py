@@ -107,6 +107,7 @@ def plan(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, nn.Module], di
             adaptable_kinds(),
             closed=(TrainedCopy,),
             all_linear=linear_kinds(),
+            fused_targets=config.fused_targets,
         ).items()
         if path not in saved and not path.startswith(whole)
     }

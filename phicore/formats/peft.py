@@ -57,6 +57,8 @@ READ = {
     "alpha_pattern", "modules_to_save", "bias", "fan_in_fan_out",
 }  # fmt: skip
 
+PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # those that leave the base's weights as they are
+
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str = "default") -> None:
     """Writes an adapter in PEFT's format; each file appears whole or not at all, the weights first.
@@ -95,7 +97,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str 
     """
     directory = Path(directory)
     raw = _read_config(directory)
-    tensors = _read_tensors(directory / WEIGHTS)
+    tensors = read_tensors(directory / WEIGHTS)
     present = name in {layer.adapter_name for _, layer in adapter_layers(model)}
     if any(merged_layers(model)):
         raise ValueError("the model's adapters are merged; unmerge it before loading one")
@@ -238,7 +240,13 @@ def _shortest_targets(model: nn.Module, paths: list[str]) -> list[str]:
     return last if meant == set(paths) else sorted(paths)
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
+def read_raw_config(directory: Path) -> dict[str, Any]:
+    """adapter_config.json of a LoRA adapter as it stands, less the fields that are null; types are checked.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: not JSON, another kind of adapter, values of a wrong type.
+    """
     path = directory / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{directory} holds no {CONFIG}; an adapter directory has {CONFIG} and {WEIGHTS}")
@@ -249,17 +257,27 @@ def _read_config(directory: Path) -> dict[str, Any]:
     if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":
         given = raw.get("peft_type") if isinstance(raw, dict) else type(raw).__name__
         raise ValueError(f'{path}: peft_type must be "LORA", got {given!r}')
+    wrong = [key for key, right in _RIGHT.items() if raw.get(key) is not None and not right(raw[key])]
+    if wrong:
+        raise ValueError(f"{path}: values of a wrong type: " + ", ".join(f"{k}={raw[k]!r}" for k in wrong))
+    return {key: value for key, value in raw.items() if value is not None}
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    raw, path = read_raw_config(directory), directory / CONFIG
     if raw.get("bias", "none") != "none":
         raise ValueError(f'{path}: bias={raw["bias"]!r} is not supported; only "none" is')
+    if (start := raw.get("init_lora_weights", True)) not in PLAIN_STARTS:
+        raise ValueError(
+            f"{path}: init_lora_weights={start!r} changed the base's weights too, which only peft repeats; convert the "
+            f"adapter to a plain LoRA with peft (save_pretrained with path_initial_model_for_weight_conversion)"
+        )
     unknown = sorted(key for key, value in raw.items() if value and key not in NEUTRAL | READ)
     if unknown:
         raise ValueError(
             f"{path}: settings that this library does not support: " + ", ".join(f"{k}={raw[k]!r}" for k in unknown)
         )
-    wrong = [key for key, right in _RIGHT.items() if raw.get(key) is not None and not right(raw[key])]
-    if wrong:
-        raise ValueError(f"{path}: values of a wrong type: " + ", ".join(f"{k}={raw[k]!r}" for k in wrong))
-    return {key: value for key, value in raw.items() if value is not None}
+    return raw
 
 
 def _is_whole(value: Any) -> bool:
@@ -297,7 +315,13 @@ _RIGHT: dict[str, Callable[[Any], bool]] = {
 }
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file by key.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is not whole.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} holds no {path.name}; adapters saved by pickle (.bin) are not read")
     try:

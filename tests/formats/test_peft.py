@@ -524,6 +524,8 @@ def test_not_a_lora_configuration(spoiled, refused, text):
         ({"layers_to_transform": [0]}, r"does not support: layers_to_transform=\[0\]"),
         ({"layer_replication": [[0, 1]]}, "does not support: layer_replication"),
         ({"use_qalora": True, "lora_bias": True}, "does not support: lora_bias=True, use_qalora=True"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changed the base's weights too"),
+        ({"init_lora_weights": "olora_niter"}, "init_lora_weights='olora_niter' changed the base's weights too"),
         ({"a_setting_of_tomorrow": "x"}, "does not support: a_setting_of_tomorrow='x'"),
     ],
 )
@@ -560,7 +562,7 @@ def test_values_of_a_wrong_type_are_named(spoiled, refused, field, value):
 
 
 def test_settings_that_say_nothing_are_passed_over(spoiled, toy):
-    edit(spoiled, peft_version="99", megatron_core="megatron.core", init_lora_weights="pissa", inference_mode=False)
+    edit(spoiled, peft_version="99", megatron_core="megatron.core", init_lora_weights="eva", inference_mode=False)
     edit(spoiled, lora_bias=False, trainable_token_indices=None, layers_to_transform=[], a_setting_of_tomorrow=None)
     phicore.load_adapter(toy(), spoiled)
 
