@@ -3,7 +3,7 @@
 import difflib
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 
 from torch import nn
 
@@ -60,21 +60,27 @@ def select(
     exclude_modules: Sequence[str],
     kinds: tuple[type[nn.Module], ...],
     closed: tuple[type[nn.Module], ...] = (),
+    all_linear: tuple[type[nn.Module], ...] | None = None,
+    fused_targets: str | None = None,
 ) -> dict[str, nn.Module]:
     """The modules that target_modules means, by name, in the model's order.
 
     Args:
         model: the tree to search.
-        target_modules: "all-linear" (every layer of these kinds but the output head: what the model's
+        target_modules: "all-linear" (every linear layer but the output head: what the model's
             get_output_embeddings returns, and layers whose weight is tied to another module's); a regular expression
             that matches whole names; or a list of names or ".name" suffixes.
         exclude_modules: names or suffixes to leave out; a container's, with all that is in it.
         kinds: what can be replaced.
         closed: kinds of modules whose inside is left alone.
+        all_linear: those of the kinds that "all-linear" means; None for all.
+        fused_targets: what targets do that mean a projection (q_proj) which the model holds fused with others
+            (qkv_proj): "raise", or "map" to the whole fused module, with a warning that says so. None raises too, for
+            callers that do not offer the choice.
 
     Raises:
-        ValueError: a target or an exclusion that matches nothing, naming it and what is near; a target that is of
-            another kind, or no regular expression.
+        ValueError: a target or an exclusion that matches nothing, naming it and what is near; a target that means a
+            part of a fused projection, unless it is mapped; a target that is of another kind, or no regular expression.
     """
     if isinstance(exclude_modules, str) or not target_modules:
         raise ValueError(
@@ -88,9 +94,10 @@ def select(
         if not any(matches(name, [excluded]) for name in every):
             raise ValueError(no_match(f'exclude_modules entry "{excluded}"', excluded, every))
     candidates = dict(leaves(model, kinds, closed))
+    fused: dict[str, list[str]] = {}  # a target that means a part of a fused layer -> the whole layers
     if target_modules == ALL_LINEAR:
         heads = output_heads(model)
-        chosen = {name: module for name, module in candidates.items() if module not in heads}
+        chosen = {n: m for n, m in candidates.items() if m not in heads and isinstance(m, all_linear or kinds)}
         hidden = [name for name, module in every.items() if isinstance(module, nn.MultiheadAttention)]
         if hidden:
             warnings.warn(
@@ -103,9 +110,11 @@ def select(
             [target_modules] if isinstance(target_modules, str) else [[t] for t in target_modules]
         )
         for entry in entries:
-            if any(matches(name, entry) for name in candidates):
-                continue
             shown = entry if isinstance(entry, str) else entry[0]
+            if wholes := fused_wholes(entry, candidates, every):
+                fused[shown] = wholes
+            if wholes or any(matches(name, entry) for name in candidates):
+                continue
             others = [name for name in every if matches(name, entry)]
             if others:
                 kind = type(every[others[0]]).__name__
@@ -115,7 +124,13 @@ def select(
                     f"layers that can: {accepted}, outside nn.MultiheadAttention"
                 )
             raise ValueError(no_match(f'target "{shown}"', shown, candidates))
-        chosen = {name: module for name, module in candidates.items() if matches(name, target_modules)}
+        mapped = {whole for wholes in fused.values() for whole in wholes}
+        if fused:
+            told = _fused_message(type(model).__name__, fused)
+            if fused_targets != "map":
+                raise ValueError(f"{told}; name those" + (' or set fused_targets="map"' if fused_targets else ""))
+            warnings.warn(f"{told}, which are taken whole in their place", stacklevel=4)  # attach's caller
+        chosen = {n: module for n, module in candidates.items() if n in mapped or matches(n, target_modules)}
     left_out = {name for name in every if matches(name, exclude_modules)}
     inside = tuple(f"{name}." for name in left_out)
     chosen = {n: module for n, module in chosen.items() if n not in left_out and not n.startswith(inside)}
@@ -125,6 +140,26 @@ def select(
             f"{type(model).__name__} (it has {len(candidates)} layers that could be chosen)"
         )
     return chosen
+
+
+def fused_wholes(target: str | Sequence[str], candidates: Iterable[str], every: Container[str]) -> list[str]:
+    """The fused layers of which a target means a part, by name.
+
+    A model that has layers.0.qkv_proj has no layers.0.q_proj, but a target that would match one means a part of it.
+    """
+    wholes = []
+    for name in candidates:
+        parent, dot, last = name.rpartition(".")
+        parts = (f"{parent}{dot}{part}" for part, whole in FUSED.items() if whole == f'"{last}"')
+        if not matches(name, target) and any(part not in every and matches(part, target) for part in parts):
+            wholes.append(name)
+    return wholes
+
+
+def _fused_message(model: str, fused: dict[str, list[str]]) -> str:
+    targets = ", ".join(f'"{target}"' for target in fused)
+    wholes = sorted({name.rsplit(".", 1)[-1] for names in fused.values() for name in names})
+    return f"{model} fuses what target_modules names by {targets} into " + " and ".join(f'"{name}"' for name in wholes)
 
 
 def no_match(what: str, name: str, among: Sequence[str] | dict[str, nn.Module]) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -98,6 +99,22 @@ class Toy(nn.Module):
         return self.head(self.norm(x))
 
 
+class ConvToy(nn.Module):
+    """Token ids [B, T] -> .logits [B, T', 7], through an embedding and convolutions of one and two dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(48, 8)
+        self.conv1 = nn.Conv1d(8, 12, 3, padding=1)
+        self.conv2 = nn.Conv2d(1, 4, (3, 2), stride=(2, 1), padding=1, bias=False)
+        self.head = nn.Linear(24, 7)
+
+    def forward(self, input_ids: Tensor) -> Any:
+        x = torch.tanh(self.conv1(self.embed(input_ids).mT))  # [B, 12, T]
+        x = torch.tanh(self.conv2(x.unsqueeze(1)))  # [B, 4, 6, T']
+        return SimpleNamespace(logits=self.head(x.flatten(1, 2).mT))
+
+
 @pytest.fixture(scope="session")
 def toy() -> Callable[..., nn.Module]:
     """Builds a Toy with weights of a seed: toy(shared=False, dtype=torch.float64, seed=0)."""
@@ -112,7 +129,7 @@ def toy() -> Callable[..., nn.Module]:
 
 @pytest.fixture(scope="session")
 def tiny() -> Callable[..., nn.Module]:
-    """Builds a transformers model of hidden size 32 and 2 layers: tiny("llama", tied=False, dtype=torch.float64)."""
+    """Builds a transformers model of hidden size 32 and 2 layers, or a ConvToy: tiny("llama", tied=False)."""
     import transformers  # here, so that tests without a model start fast
 
     sizes = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 2}
@@ -124,6 +141,10 @@ def tiny() -> Callable[..., nn.Module]:
         family: str, *, tied: bool = False, dtype: torch.dtype = torch.float64, seed: int = 0, **more: Any
     ) -> nn.Module:
         options = {**sizes, **heads, **no_ids, "tie_word_embeddings": tied, **more}
+        if family == "conv":
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                return ConvToy().to(dtype).eval()
         if family == "llama":
             config, kind = transformers.LlamaConfig(**options, **fewer), transformers.LlamaForCausalLM
         elif family == "phi3":

@@ -1,7 +1,10 @@
 """Every code block of the documents runs: Python as it stands, shell commands by what they name."""
 
+import doctest
+import importlib
 import json
 import os
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -9,7 +12,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+import phicore
 from phicore.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -50,6 +55,21 @@ def demo_run(workplace: Path) -> Path:
     run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert run.returncode == 0, run.stdout + run.stderr
     return output
+
+
+def docstring_examples() -> list[doctest.DocTest]:
+    names = [info.name for info in pkgutil.walk_packages(phicore.__path__, "phicore.") if "__main__" not in info.name]
+    modules = [importlib.import_module(name) for name in names]
+    found = [test for module in modules for test in doctest.DocTestFinder().find(module) if test.examples]
+    return sorted(found, key=lambda test: test.name)
+
+
+@pytest.mark.parametrize("test", docstring_examples(), ids=lambda test: test.name)
+def test_docstring_examples_run(test: doctest.DocTest, tmp_path: Path) -> None:
+    """A reader has imported torch, nn and phicore's names."""
+    names = {name: getattr(phicore, name) for name in phicore.__all__}
+    test.globs = {"torch": torch, "nn": torch.nn, "directory": str(tmp_path), **names, **test.globs}
+    assert doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test).failed == 0
 
 
 @pytest.mark.parametrize(("where", "code"), blocks("python"), ids=[where for where, _ in blocks("python")])

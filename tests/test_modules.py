@@ -143,6 +143,41 @@ def test_fused_projections_are_named(name, there, expected):
     assert expected in no_match(f'target "{name}"', name, there)
 
 
+def fused_model() -> nn.Module:
+    """One block that fuses its projections, one that does not, and one that has a part beside the whole."""
+    names = (["qkv_proj", "o_proj"], ["q_proj", "k_proj", "v_proj", "o_proj"], ["qkv_proj", "q_proj", "o_proj"])
+    return nn.ModuleList(nn.ModuleDict({name: nn.Linear(4, 4) for name in block}) for block in names)
+
+
+@pytest.mark.parametrize(
+    ("target", "fused"),
+    [
+        (["q_proj"], ["0.qkv_proj"]),
+        (["k_proj"], ["0.qkv_proj", "2.qkv_proj"]),
+        (["0.v_proj"], ["0.qkv_proj"]),
+        (["0.k_proj", "o_proj"], ["0.qkv_proj"]),
+        (r"\d\.(q|o)_proj", ["0.qkv_proj"]),
+        (r".*\.[qkvo]_proj", ["0.qkv_proj", "2.qkv_proj"]),
+    ],
+)
+def test_targets_that_mean_a_part_of_a_fused_layer_raise_or_are_mapped(target, fused):
+    model = fused_model()
+    for choice, hint in ((None, "name those$"), ("raise", 'name those or set fused_targets="map"')):
+        with pytest.raises(ValueError, match=f'ModuleList fuses what .* into "qkv_proj"; {hint}'):
+            select(model, target, [], LINEAR, fused_targets=choice)
+    with pytest.warns(UserWarning, match='fuses what .* into "qkv_proj", which are taken whole') as told:
+        chosen = select(model, target, [], LINEAR, fused_targets="map")
+    assert len(told) == 1
+    assert list(chosen) == [n for n, _ in leaves(model, LINEAR) if n in fused or matches(n, target)]
+
+
+@pytest.mark.parametrize("target", [["o_proj"], ["qkv_proj"], "all-linear", r".*_proj", r"1\..*", ["1.q_proj"]])
+def test_targets_that_miss_no_part_are_taken_as_they_are(target, recwarn):
+    chosen = {choice: select(fused_model(), target, [], LINEAR, fused_targets=choice) for choice in ("raise", "map")}
+    assert list(chosen["raise"]) == list(chosen["map"])
+    assert not recwarn
+
+
 def test_replace_puts_a_module_at_any_depth(toy):
     model = toy()
     new = nn.Identity()

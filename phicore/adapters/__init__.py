@@ -2,7 +2,27 @@
 
 from phicore.adapters.attach import adapter_layers, attach, disabled, merge, unmerge
 from phicore.adapters.config import LoRAConfig
+from phicore.adapters.convolution import DoRAConvolution, LoRAConvolution
 from phicore.adapters.dora import DoRALinear
+from phicore.adapters.embedding import DoRAEmbedding, LoRAEmbedding
 from phicore.adapters.lora import LoRALinear
+from phicore.adapters.lora_plus import lora_plus_groups
+from phicore.adapters.switch import activate, mixed
 
-__all__ = ["DoRALinear", "LoRAConfig", "LoRALinear", "adapter_layers", "attach", "disabled", "merge", "unmerge"]
+__all__ = [
+    "DoRAConvolution",
+    "DoRAEmbedding",
+    "DoRALinear",
+    "LoRAConfig",
+    "LoRAConvolution",
+    "LoRAEmbedding",
+    "LoRALinear",
+    "activate",
+    "adapter_layers",
+    "attach",
+    "disabled",
+    "lora_plus_groups",
+    "merge",
+    "mixed",
+    "unmerge",
+]

@@ -9,15 +9,36 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from phicore.adapters.base import transposed_kinds
 from phicore.adapters.config import LoRAConfig
+from phicore.adapters.convolution import CONVOLUTIONS, DoRAConvolution, LoRAConvolution, LowRankConvolution
 from phicore.adapters.dora import DoRALinear
-from phicore.adapters.lora import LoRALinear, LowRankLinear
+from phicore.adapters.embedding import DoRAEmbedding, LoRAEmbedding, LowRankEmbedding
+from phicore.adapters.lora import LoRALinear, LowRankLayer, LowRankLinear
 from phicore.modules import matches, no_match, replace, select
 from phicore.nf4.linear import NF4Linear
 from phicore.nf4.tensor import quantize
 
-ADAPTABLE = (nn.Linear, NF4Linear, LowRankLinear)
 T = TypeVar("T")
+
+
+def linear_kinds() -> tuple[type[nn.Module], ...]:
+    """What "all-linear" can mean."""
+    return (nn.Linear, NF4Linear, LowRankLinear, *transposed_kinds())
+
+
+def adaptable_kinds() -> tuple[type[nn.Module], ...]:
+    """What a target can name."""
+    return (*linear_kinds(), nn.Embedding, LowRankEmbedding, *CONVOLUTIONS, LowRankConvolution)
+
+
+def layer_class(base: nn.Module, dora: bool) -> type[LowRankLayer]:
+    """The adapter layer for a base of one of the adaptable kinds."""
+    if LowRankEmbedding.fits(base):
+        return DoRAEmbedding if dora else LoRAEmbedding
+    if LowRankConvolution.fits(base):
+        return DoRAConvolution if dora else LoRAConvolution
+    return DoRALinear if dora else LoRALinear
 
 
 class TrainedCopy(nn.Module):
@@ -48,7 +69,7 @@ class TrainedCopy(nn.Module):
             return getattr(super().__getattr__("trained"), name)
 
 
-AdapterLayer = LowRankLinear | TrainedCopy
+AdapterLayer = LowRankLayer | TrainedCopy
 
 
 def pattern_value(pattern: Mapping[str, T], name: str, default: T) -> T:
@@ -80,7 +101,13 @@ def plan(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, nn.Module], di
     targets = {
         path: module
         for path, module in select(
-            model, config.target_modules, config.exclude_modules, ADAPTABLE, closed=(TrainedCopy,)
+            model,
+            config.target_modules,
+            config.exclude_modules,
+            adaptable_kinds(),
+            closed=(TrainedCopy,),
+            all_linear=linear_kinds(),
+            fused_targets=config.fused_targets,
         ).items()
         if path not in saved and not path.startswith(whole)
     }
@@ -94,8 +121,10 @@ def plan(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, nn.Module], di
             if not any(pattern_value({key: True}, name, False) for name in targets):
                 raise ValueError(no_match(f'{what} key "{key}"', key, targets))
     for name, module in targets.items():
-        if isinstance(module, nn.Linear) and not module.weight.is_floating_point():
-            raise TypeError(f"{name} has {module.weight.dtype} weights; adapters need a floating-point or NF4 layer")
+        weight: Any = None if isinstance(module, NF4Linear | LowRankLayer) else module.weight
+        if weight is not None and not weight.is_floating_point():
+            raise TypeError(f"{name} has {weight.dtype} weights; adapters need a floating-point or NF4 layer")
+        layer_class(module, config.dora).pair_shapes(module, pattern_value(config.rank_pattern, name, config.rank))
     return targets, saved
 
 
@@ -105,7 +134,8 @@ def attach(model: nn.Module, config: LoRAConfig, name: str = "default") -> nn.Mo
     Over a model that has adapters already, the new one adapts their sum, and it alone trains.
 
     Args:
-        model: any module; its nn.Linear and NF4Linear layers can be adapted.
+        model: any module; its linear layers (nn.Linear, NF4Linear, transformers' Conv1D) can be adapted, and its
+            nn.Embedding and nn.Conv1d, 2d and 3d where target_modules names them.
         config: which layers and how.
         name: of the adapter, for saving and switching.
 
@@ -126,8 +156,7 @@ def attach(model: nn.Module, config: LoRAConfig, name: str = "default") -> nn.Mo
     for path, module in targets.items():
         if module in layers:  # a layer that stands in two places gets one adapter
             continue
-        make = DoRALinear if config.dora else LoRALinear
-        layer = make(
+        layer = layer_class(module, config.dora)(
             module,
             pattern_value(config.rank_pattern, path, config.rank),
             pattern_value(config.alpha_pattern, path, config.alpha),
@@ -210,7 +239,7 @@ def merge(model: nn.Module, *, requantize: bool = False) -> dict[str, float]:
     made: dict[AdapterLayer, tuple[nn.Module, float]] = {}
     for layer in outermost.values():
         if layer not in made:
-            made[layer] = (layer.trained, 0.0) if isinstance(layer, TrainedCopy) else _merged_linear(layer, requantize)
+            made[layer] = (layer.trained, 0.0) if isinstance(layer, TrainedCopy) else _merged_layer(layer, requantize)
     for path, layer in outermost.items():
         merged, _ = made[layer]
         merged.__dict__["merged_from"] = layer  # past nn.Module's registry: not a submodule, not in state dicts
@@ -218,25 +247,18 @@ def merge(model: nn.Module, *, requantize: bool = False) -> dict[str, float]:
     return {path: made[layer][1] for path, layer in outermost.items()}
 
 
-def _merged_linear(layer: LowRankLinear, requantize: bool) -> tuple[nn.Module, float]:
+def _merged_layer(layer: LowRankLayer, requantize: bool) -> tuple[nn.Module, float]:
     exact = layer.merged_weight()  # [out, in]
-    innermost = layer.base
-    while isinstance(innermost, LowRankLinear):
-        innermost = innermost.base
-    bias = layer.bias
-    merged: nn.Module
+    innermost = layer.innermost
     if requantize and isinstance(innermost, NF4Linear):
         code = quantize(exact, innermost.block_size, innermost.double_quant)
-        merged = NF4Linear.from_nf4(code, bias)
-        merged.dtype = innermost.dtype
+        coded = NF4Linear.from_nf4(code, layer.bias)
+        coded.dtype = innermost.dtype
+        merged: nn.Module = coded
         stored: Tensor = code.dequantize(exact.dtype)
     else:
         weight = exact.to(layer.dtype)
-        merged = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-        merged.weight = nn.Parameter(weight, requires_grad=False)
-        if bias is not None:
-            merged.bias = nn.Parameter(bias.detach(), requires_grad=False)
-        stored = weight.to(exact.dtype)
+        merged, stored = layer.plain(weight), weight.to(exact.dtype)
     norm = torch.linalg.vector_norm(exact)
     error = torch.linalg.vector_norm(stored - exact) / norm if norm > 0 else torch.linalg.vector_norm(stored)
     return merged.train(layer.training), float(error)

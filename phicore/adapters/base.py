@@ -1,10 +1,16 @@
 """What an adapter asks of its base layer.
 
-A base is any module with `in_features` and `out_features` that maps [..., in] to [..., out]. An adapter calls it, and
-beyond that only these functions, so that it works alike over nn.Linear, NF4Linear or another adapter. A base with a
-method of the same name answers by it; a plain linear layer, by its weight and bias.
+An adapter calls its base, and beyond that only these functions, so that it works alike over nn.Linear, NF4Linear,
+transformers' Conv1D or another adapter; over an embedding; over a convolution. A base with a method of the same name
+answers by it; a plain layer, by its weight.
+
+Whatever the layer, its weight is thought of as a matrix [out, in] with one row an output feature: a linear layer's W;
+an embedding's table transposed, since an embedding is a linear layer of one-hot rows; a convolution's kernels, one row
+[in_channels * kernel] an output channel.
 """
 
+import copy
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias
 
@@ -14,10 +20,26 @@ from torch import Tensor, nn
 Base: TypeAlias = Any  # an nn.Module as described above; nn.Module's own typing would hide its attributes
 
 
+def transposed_kinds() -> tuple[type[nn.Module], ...]:
+    """Linear layers that hold their weight as [in, out]: transformers' Conv1D, if transformers has been imported."""
+    module = sys.modules.get("transformers.pytorch_utils")
+    return (module.Conv1D,) if module is not None else ()
+
+
+def features(base: Base) -> tuple[int, int]:
+    """(in, out) of a linear layer."""
+    if isinstance(base, transposed_kinds()):
+        return int(base.weight.shape[0]), int(base.weight.shape[1])  # type: ignore[index]
+    return int(base.in_features), int(base.out_features)
+
+
 def project(base: Base, x: Tensor) -> Tensor:
     """x @ W^T, without the bias: [..., in] -> [..., out]."""
     method = getattr(base, "project", None)
-    return method(x) if method is not None else nn.functional.linear(x, base.weight)
+    if method is not None:
+        return method(x)
+    weight = base.weight if isinstance(base, nn.Linear) else base.weight.t()  # Conv1D holds it as [in, out]
+    return nn.functional.linear(x, weight)
 
 
 def project_with_rows(base: Base, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,9 +61,21 @@ def project_with_rows(base: Base, x: Tensor, rows: Tensor) -> tuple[Tensor, Tens
 
 
 def dense_weight(base: Base, dtype: torch.dtype) -> Tensor:
-    """W [out, in] as a dense tensor in dtype."""
+    """W [out, in] of a linear layer or an embedding as a dense tensor in dtype."""
     method = getattr(base, "dense_weight", None)
-    return method(dtype) if method is not None else base.weight.to(dtype)
+    if method is not None:
+        return method(dtype)
+    weight = base.weight if isinstance(base, nn.Linear) else base.weight.t()
+    return weight.to(dtype)
+
+
+def with_weight(base: Base, weight: Tensor) -> Base:
+    """A layer like base, hooks and all, with another frozen weight; everything else is shared with base."""
+    layer = copy.copy(base)
+    for registry in ("_parameters", "_buffers", "_modules"):
+        layer.__dict__[registry] = dict(base.__dict__[registry])
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
 
 
 def compute_dtype(base: Base) -> torch.dtype:

@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
 from phicore.modules import check_expression
 
 INITS = ("kaiming", "gaussian")
+FUSED_TARGETS = ("raise", "map")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -26,6 +28,10 @@ class LoRAConfig:
 
     exclude_modules: Sequence[str] = field(default_factory=list)
     """Names or suffixes of layers, or of containers with all that is in them, to leave out."""
+
+    fused_targets: Literal["raise", "map"] = "raise"
+    """What to do with target_modules that name a projection (q_proj) which the model fuses with others (qkv_proj of
+    Phi-3): "raise" an error, or "map" them to the whole fused layer, with a warning."""
 
     dropout: float = 0.0
     """Probability of zeroing an input of the low-rank path while training."""
@@ -68,6 +74,8 @@ class LoRAConfig:
             raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout!r}")
         if self.init not in INITS:
             raise ValueError(f"init must be one of {', '.join(INITS)}, got {self.init!r}")
+        if self.fused_targets not in FUSED_TARGETS:
+            raise ValueError(f"fused_targets must be one of {', '.join(FUSED_TARGETS)}, got {self.fused_targets!r}")
 
 
 def scaling(rank: int, alpha: float, rslora: bool) -> float:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from phicore.adapters import base as base_layer
-from phicore.adapters.lora import LowRankLinear, low_rank_update
+from phicore.adapters.lora import LowRankLayer, LowRankLinear, low_rank_update
 
 
 def factored_norm_squared(base_norm_squared: Tensor, WA: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
@@ -42,14 +42,11 @@ def row_scale(magnitude: Tensor, norm: Tensor) -> Tensor:
 CANCELLATION = {torch.float64: 1e-4, torch.float32: 1e-2, torch.bfloat16: 0.25, torch.float16: 0.05}
 
 
-class DoRALinear(LowRankLinear):
-    """A linear layer with a DoRA adapter: y = (m / ||V'||) * (x V'^T) + bias, V' = W + scaling * B A.
+class DoRALayer(LowRankLayer):
+    """What DoRA layers share: a magnitude for each row of the base's [out, in] and the norms of V' = W + scaling * B A.
 
     The norm follows A and B in the forward pass and is a constant in the backward pass (section 4.3 of the paper). It
-    comes from the factored form, so a step costs about what LoRA's costs. Dropout touches the low-rank path only;
-    the bias is not scaled.
-
-    Args and errors: as LoRALinear.
+    comes from the factored form, so a step costs about what LoRA's costs.
 
     Attributes:
         magnitude: m, [out]; starts at ||W|| (at ||V'|| for an init whose B is not zero).
@@ -59,11 +56,10 @@ class DoRALinear(LowRankLinear):
 
     def __init__(self, base: nn.Module, rank: int = 16, alpha: float = 32.0, dropout: float = 0.0, **options: Any):
         super().__init__(base, rank, alpha, dropout, **options)
-        self.magnitude = nn.Parameter(
-            torch.empty(self.out_features, dtype=self.lora_A.dtype, device=self.lora_A.device)
-        )
+        out = self.lora_B.shape[0]
+        self.magnitude = nn.Parameter(torch.empty(out, dtype=self.lora_A.dtype, device=self.lora_A.device))
         accumulate = base_layer.accumulate_dtype(self.dtype)
-        norm_squared = torch.empty(self.out_features, dtype=accumulate, device=self.lora_A.device)
+        norm_squared = torch.empty(out, dtype=accumulate, device=self.lora_A.device)
         self.register_buffer("base_norm_squared", norm_squared, persistent=False)
         self.register_load_state_dict_post_hook(_refresh_after_load)
         self.reset_parameters()
@@ -83,6 +79,64 @@ class DoRALinear(LowRankLinear):
             weight = self.dense_base()
             self.base_norm_squared = (weight * weight).sum(1)
 
+    def merged_weight(self) -> Tensor:
+        """W', [out, in], in float32 (float64 for a float64 layer)."""
+        if not self.enabled:
+            return self.dense_base()
+        direction = self._direction()
+        norm = torch.linalg.vector_norm(direction, dim=1)
+        return row_scale(self.magnitude.to(norm.dtype), norm).unsqueeze(1) * direction
+
+    def scale(self, WA: Tensor, dtype: torch.dtype) -> Tensor:
+        """m / ||V'||, [out] in dtype, with m differentiable; WA is W A^T [out, rank] as the base computed it."""
+        norm = self._norm(WA)
+        return row_scale(self.magnitude.to(norm.dtype), norm).to(dtype)
+
+    def _direction(self) -> Tensor:
+        return self.dense_base() + self.product()  # V', [out, in]
+
+    @torch.no_grad()
+    def _norm(self, WA: Tensor) -> Tensor:
+        """||V'|| per row, [out], in base_norm_squared's dtype."""
+        A, B = self.matrices()
+        norm_squared = factored_norm_squared(self.base_norm_squared, WA, A, B, self.factor)
+        cancelled = norm_squared < CANCELLATION[WA.dtype] * self.base_norm_squared  # [out]
+
+        def dense() -> Tensor:
+            return torch.where(cancelled, self._direction().to(norm_squared.dtype).square().sum(1), norm_squared)
+
+        def factored() -> Tensor:
+            return norm_squared.clone()
+
+        if torch.compiler.is_compiling():  # a branch on data inside one graph
+            return torch.cond(cancelled.any(), dense, factored, ()).sqrt()
+        return (dense() if cancelled.any() else norm_squared).sqrt()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "DoRALayer":
+        dtype = self.dtype
+        super()._apply(fn, recurse)
+        if self.dtype != dtype:  # a cast rounds W, and must not round the sums
+            self.refresh_base_norm()
+        return self
+
+
+def _refresh_after_load(layer: DoRALayer, _keys: Any) -> None:
+    layer.refresh_base_norm()
+
+
+class DoRALinear(DoRALayer, LowRankLinear):
+    """A linear layer with a DoRA adapter: y = (m / ||V'||) * (x V'^T) + bias, V' = W + scaling * B A.
+
+    The norm follows A and B in the forward pass and is a constant in the backward pass (section 4.3 of the paper). It
+    comes from the factored form, so a step costs about what LoRA's costs. Dropout touches the low-rank path only;
+    the bias is not scaled.
+
+    Args and errors: as LoRALinear.
+
+    Attributes:
+        magnitude: m, [out]; starts at ||W|| (at ||V'|| for an init whose B is not zero).
+    """
+
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
         if not self.enabled:
             return self.base(x)
@@ -98,48 +152,8 @@ class DoRALinear(LowRankLinear):
         v, scale = self._project(x)
         return v * scale
 
-    def merged_weight(self) -> Tensor:
-        """W', [out, in], in float32 (float64 for a float64 layer)."""
-        if not self.enabled:
-            return self.dense_base()
-        direction = self._direction()
-        norm = torch.linalg.vector_norm(direction, dim=1)
-        return row_scale(self.magnitude.to(norm.dtype), norm).unsqueeze(1) * direction
-
-    def _direction(self) -> Tensor:
-        return self.dense_base() + self.product()  # V', [out, in]
-
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x V'^T [..., out] and m / ||V'|| [out], both in the base's output dtype."""
         z, wa = base_layer.project_with_rows(self.base, x, self.lora_A.detach().to(x.dtype))
-        norm = self._norm(wa.t())
-        scale = row_scale(self.magnitude.to(norm.dtype), norm).to(z.dtype)
-        return low_rank_update(z, self.low_rank_input(x), self.lora_A, self.lora_B, self.scaling), scale
-
-    @torch.no_grad()
-    def _norm(self, WA: Tensor) -> Tensor:
-        """||V'|| per row, [out], in base_norm_squared's dtype; WA is W A^T [out, rank] as the base computed it."""
-        A, B = self.lora_A, self.lora_B
-        norm_squared = factored_norm_squared(self.base_norm_squared, WA, A, B, self.scaling)
-        cancelled = norm_squared < CANCELLATION[WA.dtype] * self.base_norm_squared  # [out]
-
-        def dense() -> Tensor:
-            return torch.where(cancelled, self._direction().to(norm_squared.dtype).square().sum(1), norm_squared)
-
-        def factored() -> Tensor:
-            return norm_squared.clone()
-
-        if torch.compiler.is_compiling():  # a branch on data inside one graph
-            return torch.cond(cancelled.any(), dense, factored, ()).sqrt()
-        return (dense() if cancelled.any() else norm_squared).sqrt()
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "DoRALinear":
-        dtype = self.dtype
-        super()._apply(fn, recurse)
-        if self.dtype != dtype:  # a cast rounds W, and must not round the sums
-            self.refresh_base_norm()
-        return self
-
-
-def _refresh_after_load(layer: DoRALinear, _keys: Any) -> None:
-    layer.refresh_base_norm()
+        scale = self.scale(wa.t(), z.dtype)
+        return low_rank_update(z, x, self.lora_A, self.lora_B, self.factor, self.active_dropout), scale

@@ -1,19 +1,25 @@
 """LoRA (Hu et al. 2021): y = base(x) + scaling * (x A^T) B^T."""
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from phicore.adapters import base as base_layer
+from phicore.adapters.base import transposed_kinds
 from phicore.adapters.config import LoRAConfig, scaling
+from phicore.adapters.dropout import dropped_projection
+from phicore.nf4.linear import autocast
 
 
-def low_rank_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """y + scale * (x A^T) B^T.
+def low_rank_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
+    """y + scale * (dropout(x) A^T) B^T.
 
-    Saves x and x A^T for the backward pass and makes no other temporary as large as y.
+    Saves x and dropout(x) A^T for the backward pass, with dropout one bit an element of x too, and makes no other
+    temporary as large as y.
 
     Args:
         y: [..., out].
@@ -21,27 +27,52 @@ def low_rank_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) ->
         A: [rank, in].
         B: [out, rank].
         scale: factor of the product.
+        dropout: probability of zeroing an element of x.
 
     Returns:
         [..., out] in y's dtype.
     """
-    u = nn.functional.linear(x, A.to(x.dtype))  # [..., in] @ [in, rank] -> [..., rank]
+    if dropout:
+        x = autocast(x)
+        u = dropped_projection(x, A.to(x.dtype), dropout)
+    else:
+        u = nn.functional.linear(x, A.to(x.dtype))  # [..., in] @ [in, rank] -> [..., rank]
+    return add_product(y, u, B, scale)
+
+
+def add_product(y: Tensor, u: Tensor, B: Tensor, scale: float) -> Tensor:
+    """y + scale * u B^T with no temporary as large as y: [..., out], [..., rank], [out, rank] -> [..., out]."""
     flat = torch.addmm(y.reshape(-1, y.shape[-1]), u.reshape(-1, u.shape[-1]), B.to(u.dtype).t(), alpha=scale)
     return flat.view(y.shape)
 
 
-class LowRankLinear(nn.Module):
-    """What LoRA and DoRA layers share: a frozen base and a low-rank pair A, B beside it.
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of a batch: their indices, int64 [k], and how many the batch has."""
+
+    index: Tensor
+    batch: int
+
+
+class LowRankLayer(nn.Module):
+    """What all adapter layers share: a frozen base and a low-rank pair A, B beside it.
+
+    A subclass says what kinds of base it takes, the shapes of its pair, and how the two make a matrix of the base's
+    [out, in]; see `phicore.adapters.base` for what that matrix is.
 
     Attributes:
         base: the frozen layer.
-        lora_A: [rank, in].
-        lora_B: [out, rank].
+        lora_A, lora_B: the pair.
         rank, alpha, rslora, scaling: as in LoRAConfig.
         dropout: probability of zeroing an input of the low-rank path while training.
         adapter_name: which adapter of the model this layer belongs to.
         enabled: when False the layer is its base.
+        strength: factor of the low-rank product beside scaling.
+        rows: the rows of a batch that the adapter answers for; None for all.
     """
+
+    accepts: str
+    """The kinds of base, in words."""
 
     def __init__(
         self,
@@ -55,25 +86,39 @@ class LowRankLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not hasattr(base, "in_features") or not hasattr(base, "out_features"):
-            raise TypeError(
-                f"{type(self).__name__} adapts nn.Linear, NF4Linear or another adapter, got {type(base).__name__}"
-            )
+        if not self.fits(base):
+            raise TypeError(f"{type(self).__name__} adapts {self.accepts}, got {type(base).__name__}")
         LoRAConfig(rank=rank, alpha=alpha, dropout=dropout, init=init)  # raises on what is out of range
         self.base = base.requires_grad_(False)
-        self.in_features, self.out_features = int(base.in_features), int(base.out_features)  # type: ignore[arg-type]
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
         self.rslora, self.init = rslora, init
         self.scaling = scaling(rank, alpha, rslora)
         self.adapter_name = "default"
         self.enabled = True
+        self.strength = 1.0
+        self.rows: Rows | None = None
         where: dict[str, Any] = {
             "dtype": dtype or base_layer.compute_dtype(base),
             "device": base_layer.device(base),
         }
-        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, **where))
-        self.lora_B = nn.Parameter(torch.empty(self.out_features, rank, **where))
+        shape_A, shape_B = self.pair_shapes(base, rank)
+        self.lora_A = nn.Parameter(torch.empty(shape_A, **where))
+        self.lora_B = nn.Parameter(torch.empty(shape_B, **where))
         self.train(base.training)
+
+    @classmethod
+    def fits(cls, base: nn.Module) -> bool:
+        """Whether base is of a kind that this layer adapts."""
+        raise NotImplementedError
+
+    @classmethod
+    def pair_shapes(cls, base: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of lora_A and lora_B over a base.
+
+        Raises:
+            ValueError: the base cannot take this rank.
+        """
+        raise NotImplementedError
 
     def reset_parameters(self) -> None:
         """Starts A as `init` says and B at zero, so that the layer equals its base."""
@@ -98,36 +143,60 @@ class LowRankLinear(nn.Module):
         """The base's compute dtype."""
         return base_layer.compute_dtype(self.base)
 
-    def low_rank_input(self, x: Tensor) -> Tensor:
-        """x after dropout. [..., in]."""
-        return nn.functional.dropout(x, self.dropout, self.training) if self.dropout else x
+    @property
+    def innermost(self) -> Any:
+        """The layer under this adapter and those under it."""
+        return self.base.innermost if isinstance(self.base, LowRankLayer) else self.base
+
+    @property
+    def factor(self) -> float:
+        """What the low-rank product is multiplied by: scaling * strength."""
+        return self.scaling * self.strength
+
+    def updated(self, y: Tensor, x: Tensor, update: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """update(y, x), of the rows that this adapter answers for, with y's other rows beside them; y if disabled."""
+        if not self.enabled:
+            return y
+        if self.rows is None:
+            return update(y, x)
+        if x.shape[:1] != (self.rows.batch,):
+            raise ValueError(
+                f"an adapter was given a name for each of {self.rows.batch} rows, and a layer's input has shape "
+                f"{list(x.shape)}: its first dimension must be the batch"
+            )
+        index = self.rows.index
+        return y.index_copy(0, index, update(y.index_select(0, index), x.index_select(0, index)))
+
+    @property
+    def active_dropout(self) -> float:
+        """The probability of dropout now: zero outside training."""
+        return self.dropout if self.training else 0.0
+
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """A [rank, in] and B [out, rank] as they multiply to a matrix of the base's shape."""
+        return self.lora_A, self.lora_B
 
     def product(self) -> Tensor:
         """scaling * B A, [out, in], in float32 (float64 for a float64 layer)."""
         accumulate = base_layer.accumulate_dtype(self.dtype)
-        with base_layer.without_autocast(self.lora_A.device):
-            return self.scaling * (self.lora_B.to(accumulate) @ self.lora_A.to(accumulate))
+        A, B = self.matrices()
+        with base_layer.without_autocast(A.device):
+            return self.factor * (B.to(accumulate) @ A.to(accumulate))
 
     def dense_base(self) -> Tensor:
         """The base's weight, [out, in], in float32 (float64 for a float64 layer)."""
         return base_layer.dense_weight(self.base, base_layer.accumulate_dtype(self.dtype))
 
-    def project_with_rows(self, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """For an adapter over this one: x and rows through this layer's weight. [..., out] and [r, out]."""
-        y = self.project(x)
-        with torch.no_grad():
-            return y, rows @ self.dense_weight(rows.dtype).t()
-
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
         """The weight that this layer amounts to, [out, in], computed in float32 and rounded once to dtype."""
         return self.merged_weight().to(dtype)
 
-    def project(self, x: Tensor) -> Tensor:
-        """x through this layer's weight, without the bias: [..., in] -> [..., out]."""
-        raise NotImplementedError
-
     def merged_weight(self) -> Tensor:
-        """The weight that this layer amounts to, [out, in], in float32 (float64 for a float64 layer)."""
+        """W + scaling * B A, [out, in], in float32 (float64 for a float64 layer)."""
+        return self.dense_base() + self.product() if self.enabled else self.dense_base()
+
+    def plain(self, weight: Tensor) -> nn.Module:
+        """A layer without adapters, of the innermost base's kind, with this weight [out, in]."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
@@ -137,11 +206,53 @@ class LowRankLinear(nn.Module):
         )
 
 
+class LowRankLinear(LowRankLayer):
+    """What LoRA and DoRA share over linear layers. lora_A is [rank, in], lora_B [out, rank]."""
+
+    accepts = "nn.Linear, NF4Linear, transformers' Conv1D or another adapter of these"
+
+    def __init__(self, base: nn.Module, rank: int = 16, alpha: float = 32.0, dropout: float = 0.0, **options: Any):
+        super().__init__(base, rank, alpha, dropout, **options)
+        self.in_features, self.out_features = base_layer.features(base)
+
+    @classmethod
+    def fits(cls, base: nn.Module) -> bool:
+        known = hasattr(base, "in_features") and hasattr(base, "out_features")
+        return known or isinstance(base, transposed_kinds())
+
+    @classmethod
+    def pair_shapes(cls, base: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        inner, out = base_layer.features(base)
+        return (rank, inner), (out, rank)
+
+    def project_with_rows(self, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """For an adapter over this one: x and rows through this layer's weight. [..., out] and [r, out]."""
+        y = self.project(x)
+        with torch.no_grad():
+            return y, rows @ self.dense_weight(rows.dtype).t()
+
+    def project(self, x: Tensor) -> Tensor:
+        """x through this layer's weight, without the bias: [..., in] -> [..., out]."""
+        raise NotImplementedError
+
+    def plain(self, weight: Tensor) -> nn.Module:
+        innermost = self.innermost
+        if isinstance(innermost, transposed_kinds()):
+            return base_layer.with_weight(innermost, weight.t().contiguous())
+        if isinstance(innermost, nn.Linear):
+            return base_layer.with_weight(innermost, weight)
+        layer = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")  # in place of a coded one
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        if self.bias is not None:
+            layer.bias = nn.Parameter(self.bias.detach(), requires_grad=False)
+        return layer
+
+
 class LoRALinear(LowRankLinear):
     """A linear layer with a LoRA adapter: y = base(x) + scaling * (dropout(x) A^T) B^T.
 
     Args:
-        base: nn.Linear, NF4Linear or another adapter; it is frozen.
+        base: nn.Linear, NF4Linear, transformers' Conv1D or another adapter of these; it is frozen.
         rank: inner dimension of the pair.
         alpha: numerator of the scaling.
         dropout: probability of zeroing an input of the low-rank path while training.
@@ -164,17 +275,11 @@ class LoRALinear(LowRankLinear):
         self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
-        y = self.base(x)
-        return self._update(y, x) if self.enabled else y
+        return self.updated(self.base(x), x, self._update)
 
     def project(self, x: Tensor) -> Tensor:
         """x @ (W + scaling * B A)^T, without the bias."""
-        y = base_layer.project(self.base, x)
-        return self._update(y, x) if self.enabled else y
-
-    def merged_weight(self) -> Tensor:
-        """W + scaling * B A, [out, in], in float32 (float64 for a float64 layer)."""
-        return self.dense_base() + self.product() if self.enabled else self.dense_base()
+        return self.updated(base_layer.project(self.base, x), x, self._update)
 
     def _update(self, y: Tensor, x: Tensor) -> Tensor:
-        return low_rank_update(y, self.low_rank_input(x), self.lora_A, self.lora_B, self.scaling)
+        return low_rank_update(y, x, self.lora_A, self.lora_B, self.factor, self.active_dropout)

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
+    "check": "say what a server (vllm, tgi, llama.cpp, kaito, transformers) would not read rightly of an adapter",
+    "export": "write an adapter that such a server reads rightly, or say what it does not take",
     "finetune": "fine-tune a model on JSONL data with LoRA, DoRA, QLoRA, QDoRA or whole",
     "generate": "answer a prompt with a model and, if given, an adapter",
     "merge": "fold an adapter into a model and write a directory that transformers loads",

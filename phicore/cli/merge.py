@@ -29,8 +29,12 @@ class MergeOptions:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Parses, merges and writes."""
-    options = parse(MergeOptions, arguments, "merge", "Fold an adapter into a 16- or 32-bit model directory.")
+    """Parses and merges."""
+    merge(parse(MergeOptions, arguments, "merge", "Fold an adapter into a 16- or 32-bit model directory."))
+
+
+def merge(options: MergeOptions) -> None:
+    """Loads, merges and writes."""
     from phicore.formats.huggingface import load_model, save_model
 
     with stage(f"loading {options.model}"):

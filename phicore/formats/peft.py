@@ -1,8 +1,10 @@
 """The adapter format of PEFT: adapter_model.safetensors and adapter_config.json.
 
 A key is "base_model.model." + the module's name + ".lora_A.weight" [rank, in], ".lora_B.weight" [out, rank],
-".lora_magnitude_vector" [out] (DoRA), or, for a module trained whole, the name of one of its own tensors. The adapter's
-name is not in the file.
+".lora_magnitude_vector" [out] (DoRA); of an embedding ".lora_embedding_A" [rank, num], ".lora_embedding_B" [dim, rank];
+of a convolution ".lora_A.weight" [rank, in, *kernel], ".lora_B.weight" [out, rank / groups, 1, ...] and a magnitude
+[1, out, 1, ...]; or, for a module trained whole, the name of one of its own tensors. The adapter's name is not in the
+file.
 """
 
 import json
@@ -19,18 +21,23 @@ from torch import Tensor, nn
 
 from phicore import atomic
 from phicore.adapters.attach import (
-    ADAPTABLE,
     AdapterLayer,
     TrainedCopy,
+    adaptable_kinds,
     adapter_layers,
     attach,
+    layer_class,
+    linear_kinds,
     merged_layers,
     pattern_value,
     plan,
 )
+from phicore.adapters.base import transposed_kinds
 from phicore.adapters.config import LoRAConfig
-from phicore.adapters.dora import DoRALinear
-from phicore.adapters.lora import LowRankLinear
+from phicore.adapters.convolution import LowRankConvolution
+from phicore.adapters.dora import DoRALayer
+from phicore.adapters.embedding import LowRankEmbedding
+from phicore.adapters.lora import LowRankLayer, LowRankLinear
 from phicore.formats.safetensors_files import NO_PICKLE, TensorFile, read_json
 from phicore.modules import ALL_LINEAR, leaves, matches, output_heads
 
@@ -47,8 +54,10 @@ NEUTRAL = {
 }  # fmt: skip
 READ = {
     "peft_type", "r", "lora_alpha", "target_modules", "exclude_modules", "use_dora", "use_rslora", "rank_pattern",
-    "alpha_pattern", "modules_to_save", "bias",
+    "alpha_pattern", "modules_to_save", "bias", "fan_in_fan_out",
 }  # fmt: skip
+
+PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # those that leave the base's weights as they are
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str = "default") -> None:
@@ -88,7 +97,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str 
     """
     directory = Path(directory)
     raw = _read_config(directory)
-    tensors = _read_tensors(directory / WEIGHTS)
+    tensors = read_tensors(directory / WEIGHTS)
     present = name in {layer.adapter_name for _, layer in adapter_layers(model)}
     if any(merged_layers(model)):
         raise ValueError("the model's adapters are merged; unmerge it before loading one")
@@ -101,6 +110,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str 
     else:
         config = _lora_config(model, raw, tensors)
         expected = _expected_tensors(model, config)
+    _drop_tables(model, tensors, directory)
     _check_keys(expected, tensors, directory)
     if config is not None:
         attach(model, config, name)
@@ -108,7 +118,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str 
         for key, parameter in adapter_tensors(model, name).items():
             parameter.copy_(tensors[key])
     for _, layer in adapter_layers(model):
-        if isinstance(layer, DoRALinear) and isinstance(layer.base, LowRankLinear):
+        if isinstance(layer, DoRALayer) and isinstance(layer.base, LowRankLayer):
             layer.refresh_base_norm()  # the adapter under it may be the one that was loaded
     return model
 
@@ -130,13 +140,24 @@ def adapter_tensors(model: nn.Module, name: str = "default") -> dict[str, Tensor
 def _layer_tensors(path: str, layer: AdapterLayer) -> dict[str, Tensor]:
     if isinstance(layer, TrainedCopy):
         return {f"{PREFIX}{path}.{key}": tensor for key, tensor in layer.trained.state_dict(keep_vars=True).items()}
-    tensors: dict[str, Tensor] = {
-        f"{PREFIX}{path}.lora_A.weight": layer.lora_A,
-        f"{PREFIX}{path}.lora_B.weight": layer.lora_B,
-    }
-    if isinstance(layer, DoRALinear):
-        tensors[f"{PREFIX}{path}.lora_magnitude_vector"] = layer.magnitude
+    key_A, key_B, magnitude = _endings(type(layer))
+    tensors: dict[str, Tensor] = {PREFIX + path + key_A: layer.lora_A, PREFIX + path + key_B: layer.lora_B}
+    if isinstance(layer, DoRALayer):
+        shape = _magnitude_shape(type(layer), layer.lora_B.shape)
+        tensors[PREFIX + path + magnitude] = layer.magnitude.view(shape)  # a view: writing to it writes to the layer
     return tensors
+
+
+def _endings(kind: type[LowRankLayer]) -> tuple[str, str, str]:
+    """What stands behind a module's name in the keys of A, B and the magnitude."""
+    if issubclass(kind, LowRankEmbedding):
+        return ".lora_embedding_A", ".lora_embedding_B", ".lora_magnitude_vector"
+    return ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
+
+
+def _magnitude_shape(kind: type[LowRankLayer], shape_B: tuple[int, ...]) -> tuple[int, ...]:
+    """[out], or [1, out, 1, ...] of a convolution."""
+    return (1, shape_B[0], *shape_B[2:]) if issubclass(kind, LowRankConvolution) else (shape_B[0],)
 
 
 def _differences(model: nn.Module, raw: dict[str, Any], name: str) -> list[str]:
@@ -146,7 +167,7 @@ def _differences(model: nn.Module, raw: dict[str, Any], name: str) -> list[str]:
     """
     unlike: dict[str, str] = {}
     for path, layer in adapter_layers(model, name):
-        if isinstance(layer, LowRankLinear):
+        if isinstance(layer, LowRankLayer):
             for key, there, here in (
                 ("r", pattern_value(raw.get("rank_pattern") or {}, path, raw.get("r", DEFAULT_RANK)), layer.rank),
                 (
@@ -154,7 +175,7 @@ def _differences(model: nn.Module, raw: dict[str, Any], name: str) -> list[str]:
                     pattern_value(raw.get("alpha_pattern") or {}, path, raw.get("lora_alpha", DEFAULT_ALPHA)),
                     layer.alpha,
                 ),
-                ("use_dora", bool(raw.get("use_dora")), isinstance(layer, DoRALinear)),
+                ("use_dora", bool(raw.get("use_dora")), isinstance(layer, DoRALayer)),
                 ("use_rslora", bool(raw.get("use_rslora")), layer.rslora),
             ):
                 if there != here:
@@ -164,12 +185,13 @@ def _differences(model: nn.Module, raw: dict[str, Any], name: str) -> list[str]:
 
 def adapter_config(model: nn.Module, name: str = "default") -> dict[str, Any]:
     """adapter_config.json for an attached adapter: the fields that readers need and those that differ from default."""
-    layers = [(path, layer) for path, layer in adapter_layers(model, name) if isinstance(layer, LowRankLinear)]
+    layers = [(path, layer) for path, layer in adapter_layers(model, name) if isinstance(layer, LowRankLayer)]
     saved = [path for path, layer in adapter_layers(model, name) if isinstance(layer, TrainedCopy)]
     ranks = Counter(layer.rank for _, layer in layers)
     alphas = Counter(layer.alpha for _, layer in layers)
     rank, alpha = ranks.most_common(1)[0][0], alphas.most_common(1)[0][0]
     first = layers[0][1]
+    linear = [layer.innermost for _, layer in layers if isinstance(layer, LowRankLinear)]
     base_config = getattr(model, "config", None)
     config = {
         "peft_type": "LORA",
@@ -179,12 +201,14 @@ def adapter_config(model: nn.Module, name: str = "default") -> dict[str, Any]:
         "lora_alpha": _integer_if_whole(alpha),
         "lora_dropout": first.dropout,
         "target_modules": _shortest_targets(model, [path for path, _ in layers]),
-        "use_dora": isinstance(first, DoRALinear),
+        "use_dora": isinstance(first, DoRALayer),
         "use_rslora": first.rslora,
         "rank_pattern": {re.escape(p): layer.rank for p, layer in layers if layer.rank != rank},
         "alpha_pattern": {re.escape(p): _integer_if_whole(layer.alpha) for p, layer in layers if layer.alpha != alpha},
         "modules_to_save": sorted(saved) or None,
         "bias": "none",
+        # PEFT warns where this is not what the layers are; it has one value for all of them.
+        "fan_in_fan_out": bool(linear) and isinstance(linear[0], transposed_kinds()),
         "inference_mode": True,
     }
     return config
@@ -216,24 +240,40 @@ def _shortest_targets(model: nn.Module, paths: list[str]) -> list[str]:
     return last if meant == set(paths) else sorted(paths)
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
+def read_raw_config(directory: Path) -> dict[str, Any]:
+    """adapter_config.json of a LoRA adapter as it stands, less the fields that are null; types are checked.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: not JSON, another kind of adapter, values of a wrong type or size.
+    """
     path = directory / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{directory} holds no {CONFIG}; an adapter directory has {CONFIG} and {WEIGHTS}")
     raw = read_json(path)
     if raw.get("peft_type") != "LORA":
         raise ValueError(f'{path}: peft_type must be "LORA", got {raw.get("peft_type")!r}')
+    wrong = [key for key, right in _RIGHT.items() if raw.get(key) is not None and not right(raw[key])]
+    if wrong:
+        raise ValueError(f"{path}: values of a wrong type or size: " + ", ".join(f"{k}={raw[k]!r}" for k in wrong))
+    return {key: value for key, value in raw.items() if value is not None}
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    raw, path = read_raw_config(directory), directory / CONFIG
     if raw.get("bias", "none") != "none":
         raise ValueError(f'{path}: bias={raw["bias"]!r} is not supported; only "none" is')
+    if (start := raw.get("init_lora_weights", True)) not in PLAIN_STARTS:
+        raise ValueError(
+            f"{path}: init_lora_weights={start!r} changed the base's weights too, which only peft repeats; convert the "
+            f"adapter to a plain LoRA with peft (save_pretrained with path_initial_model_for_weight_conversion)"
+        )
     unknown = sorted(key for key, value in raw.items() if value and key not in NEUTRAL | READ)
     if unknown:
         raise ValueError(
             f"{path}: settings that this library does not support: " + ", ".join(f"{k}={raw[k]!r}" for k in unknown)
         )
-    wrong = [key for key, right in _RIGHT.items() if raw.get(key) is not None and not right(raw[key])]
-    if wrong:
-        raise ValueError(f"{path}: values of a wrong type or size: " + ", ".join(f"{k}={raw[k]!r}" for k in wrong))
-    return {key: value for key, value in raw.items() if value is not None}
+    return raw
 
 
 def _is_whole(value: Any) -> bool:
@@ -271,7 +311,13 @@ _RIGHT: dict[str, Callable[[Any], bool]] = {
 }
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file by key.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is not whole.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} holds no {path.name}; {NO_PICKLE}")
     file = TensorFile(path)
@@ -283,9 +329,9 @@ def _lora_config(model: nn.Module, raw: dict[str, Any], tensors: dict[str, Tenso
 
     PEFT passes over targets that match nothing, so target_modules alone does not say what was adapted.
     """
-    endings = r"\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)$"
+    endings = r"\.(lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)$"
     adapted = sorted({re.sub(endings, "", key[len(PREFIX) :]) for key in tensors if re.search(endings, key)})
-    candidates = dict(leaves(model, ADAPTABLE))
+    candidates = dict(leaves(model, adaptable_kinds()))
     meant = set(adapted) | _meant(model, raw, candidates)
     known = sorted(path for path in meant if path in candidates)
     if not known:
@@ -322,7 +368,7 @@ def _meant(model: nn.Module, raw: dict[str, Any], candidates: dict[str, nn.Modul
     targets, excluded = raw.get("target_modules") or [], raw.get("exclude_modules") or []
     if targets == ALL_LINEAR:
         heads = output_heads(model)
-        meant = {path for path, module in candidates.items() if module not in heads}
+        meant = {p for p, m in candidates.items() if m not in heads and isinstance(m, linear_kinds())}
     else:
         meant = {path for path in candidates if matches(path, targets)}
     return {path for path in meant if not matches(path, excluded)}
@@ -341,16 +387,35 @@ def _expected_tensors(model: nn.Module, config: LoRAConfig) -> dict[str, Tensor]
         if path in saved:
             tensors |= {f"{PREFIX}{path}.{key}": t.to("meta") for key, t in module.state_dict().items()}
             continue
-        rank = pattern_value(config.rank_pattern, path, config.rank)
-        shapes: dict[str, tuple[Any, ...]] = {
-            "lora_A.weight": (rank, module.in_features),
-            "lora_B.weight": (module.out_features, rank),
-        }
+        kind = layer_class(module, config.dora)
+        key_A, key_B, magnitude = _endings(kind)
+        shape_A, shape_B = kind.pair_shapes(module, pattern_value(config.rank_pattern, path, config.rank))
+        shapes = {key_A: shape_A, key_B: shape_B}
         if config.dora:
-            shapes["lora_magnitude_vector"] = (module.out_features,)
+            shapes[magnitude] = _magnitude_shape(kind, shape_B)
         for ending, shape in shapes.items():
-            tensors[f"{PREFIX}{path}.{ending}"] = torch.empty(shape, dtype=dtype, device="meta")
+            tensors[PREFIX + path + ending] = torch.empty(shape, dtype=dtype, device="meta")
     return tensors
+
+
+def _drop_tables(model: nn.Module, tensors: dict[str, Tensor], directory: Path) -> None:
+    """Takes out the tables that PEFT saves beside the adapter of an embedding, which are the base's.
+
+    Raises:
+        ValueError: a table that is not the model's.
+    """
+    ending = ".base_layer.weight"
+    for key in [key for key in tensors if key.startswith(PREFIX) and key.endswith(ending)]:
+        path = key[len(PREFIX) : -len(ending)]
+        module: Any = dict(model.named_modules(remove_duplicate=False)).get(path)
+        if isinstance(module, nn.Embedding | LowRankEmbedding):
+            here: Tensor = (module.innermost if isinstance(module, LowRankEmbedding) else module).weight
+            if here.shape != tensors[key].shape or not torch.equal(tensors[key].to(here), here):
+                raise ValueError(
+                    f"{directory}: {key} is another table than the model's embedding {path}: the adapter was trained "
+                    f"over another base. Load that base model, or put this table into the model first"
+                )
+            del tensors[key]
 
 
 def _check_keys(expected: dict[str, Tensor], tensors: dict[str, Tensor], directory: Path) -> None:

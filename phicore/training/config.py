@@ -22,6 +22,9 @@ class TrainConfig:
     learning_rate: float = 2e-4
     """Peak learning rate of AdamW."""
 
+    lora_plus_ratio: float = 1.0
+    """LoRA+: the learning rate of every lora_B, as a multiple of learning_rate."""
+
     warmup_steps: int = 10
     """Steps over which the learning rate rises linearly from zero."""
 
@@ -77,8 +80,9 @@ class TrainConfig:
         for name in ("warmup_steps", "min_learning_rate", "weight_decay", "max_norm", "eval_every", "save_every"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be below 0, got {getattr(self, name)!r}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate!r}")
+        for name in ("learning_rate", "lora_plus_ratio"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)!r}")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other: one goes on with a run, one starts it anew")
 

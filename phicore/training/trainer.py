@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.data import default_collate
 
+from phicore.adapters.lora_plus import lora_plus_groups
 from phicore.training import checkpoint
 from phicore.training.config import TrainConfig, fixed_settings
 from phicore.training.data import collate, step_indices
@@ -116,11 +117,11 @@ class Trainer:
             raise ValueError(f"eval_every is {config.eval_every}, but there is no eval_data to evaluate on")
         self.device = next(iter(self.parameters.values())).device
         self.optimizer = torch.optim.AdamW(
-            self.parameters.values(),
-            lr=config.learning_rate,
+            lora_plus_groups(self.parameters.items(), config.learning_rate, config.lora_plus_ratio),
             betas=(config.beta1, config.beta2),
             weight_decay=config.weight_decay,
         )
+        self._peaks = [group["lr"] for group in self.optimizer.param_groups]
         self._lengths = _lengths(train_data) if config.group_by_length else None
         self.output = Path(config.output)
         self.checkpoints = self.output / "checkpoints"
@@ -216,8 +217,8 @@ class Trainer:
             gradient.mul_(clip / count)
         # ===== Phase 3: the update =====
         rate = learning_rate(self.step, config)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
+            group["lr"] = rate * (peak / config.learning_rate)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1

@@ -1,10 +1,12 @@
 """attach, merge, unmerge and disabled: what they make of a model, and that a failure changes nothing."""
 
 import copy
+import json
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import phicore
 from phicore.adapters import adapter_layers
@@ -163,6 +165,70 @@ def test_a_second_adapter_adapts_the_sum_and_it_alone_trains(toy, randomize, dor
     phicore.merge(model)
     torch.testing.assert_close(model(x), both)
     assert torch.equal(phicore.unmerge(model)(x), both)
+
+
+# ===== fused projections =====
+
+LLAMA_STYLE = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "o_proj", "down_proj"]
+# what is named -> what of Phi-3 is adapted
+FUSED = pytest.mark.parametrize(
+    ("targets", "adapted"),
+    [
+        (LLAMA_STYLE, {"qkv_proj", "gate_up_proj", "o_proj", "down_proj"}),
+        (["q_proj", "v_proj", "o_proj"], {"qkv_proj", "o_proj"}),  # only some of q, k, v
+        (["self_attn.k_proj"], {"qkv_proj"}),
+        (["up_proj", "qkv_proj"], {"qkv_proj", "gate_up_proj"}),
+        (r".*\.(q|k|v|o)_proj", {"qkv_proj", "o_proj"}),  # as an expression, which o_proj alone would satisfy
+        (r".*\.(gate|down)_proj", {"gate_up_proj", "down_proj"}),
+    ],
+)
+
+
+@FUSED
+def test_targets_of_a_llama_raise_on_phi3_and_change_nothing(tiny, unchanged, targets, adapted):
+    model = tiny("phi3")
+    with unchanged(model), pytest.raises(ValueError, match=r'Phi3ForCausalLM fuses .* fused_targets="map"') as told:
+        phicore.attach(model, phicore.LoRAConfig(target_modules=targets, **CONFIG))
+    for whole in adapted & {"qkv_proj", "gate_up_proj"} - set(targets):
+        assert f'"{whole}"' in str(told.value)
+
+
+@FUSED
+def test_targets_of_a_llama_are_mapped_on_phi3_and_said_once(tiny, tmp_path, targets, adapted):
+    config = phicore.LoRAConfig(target_modules=targets, fused_targets="map", **CONFIG)
+    with pytest.warns(UserWarning, match="Phi3ForCausalLM fuses") as told:
+        model = phicore.attach(tiny("phi3"), config)
+    assert len(told) == 1
+    assert told[0].filename == __file__
+    layers = [path for path, _ in adapter_layers(model)]
+    assert {path.rsplit(".", 1)[-1] for path in layers} == adapted
+    assert len(layers) == 2 * len(adapted)  # in both blocks
+    phicore.save_adapter(model, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == sorted(adapted)
+
+
+def test_mapping_leaves_a_llama_alone(tiny, recwarn):
+    config = phicore.LoRAConfig(target_modules=LLAMA_STYLE, fused_targets="map", **CONFIG)
+    layers = adapter_layers(phicore.attach(tiny("llama"), config))
+    assert {path.rsplit(".", 1)[-1] for path, _ in layers} == set(LLAMA_STYLE)
+    assert not [w for w in recwarn if "fuses" in str(w.message)]
+
+
+@pytest.mark.filterwarnings("ignore:Phi3ForCausalLM fuses")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_modules": ["layers.7.q_proj"]}, 'use "qkv_proj"'),
+        ({"rank_pattern": {"q_proj": 2}}, 'rank_pattern key "q_proj".*; .*qkv_proj'),
+        ({"exclude_modules": ["v_proj"]}, 'exclude_modules entry "v_proj"; this model fuses it: use "qkv_proj"'),
+        ({"modules_to_save": ["v_proj"]}, 'modules_to_save entry "v_proj"; this model fuses it: use "qkv_proj"'),
+    ],
+)
+def test_only_targets_are_mapped(tiny, unchanged, options, message):
+    model = tiny("phi3")
+    config = phicore.LoRAConfig(fused_targets="map", **({"target_modules": ["q_proj"]} | options))
+    with unchanged(model), pytest.raises(ValueError, match=message):
+        phicore.attach(model, config)
 
 
 # ===== modules_to_save =====
@@ -454,31 +520,15 @@ def test_integer_weights_are_refused(toy, unchanged):
         phicore.attach(model, phicore.LoRAConfig())
 
 
-@pytest.mark.parametrize("target", ["q_proj", "v_proj", "gate_proj", "up_proj"])
-def test_phi3_names_the_fused_projection(tiny, unchanged, target):
-    model = tiny("phi3")
-    fused = "gate_up_proj" if target in ("gate_proj", "up_proj") else "qkv_proj"
-    with unchanged(model), pytest.raises(ValueError, match=f'target "{target}"; this model fuses it: use "{fused}"'):
-        phicore.attach(model, phicore.LoRAConfig(target_modules=["o_proj", "down_proj", target]))
-
-
-def test_gpt2_says_that_conv1d_is_not_supported(tiny, unchanged):
-    model = tiny("gpt2", tied=True)
-    with unchanged(model):
-        with pytest.raises(ValueError, match=r"c_attn, which is a Conv1D and cannot be adapted"):
-            phicore.attach(model, phicore.LoRAConfig(target_modules=["c_attn"]))
-        with pytest.raises(ValueError, match="leaves no module of GPT2LMHeadModel"):
-            phicore.attach(model, phicore.LoRAConfig())
-
-
 # ===== whole models =====
 
 
 @DORA
-@pytest.mark.parametrize("family", ["llama", "phi3", "bert"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "bert", "gpt2"])
 def test_transformers_models(tiny, randomize, family, dora):
     model = tiny(family)
-    names = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)} - {"lm_head"}
+    linear = (nn.Linear, Conv1D)
+    names = {n for n, m in model.named_modules() if isinstance(m, linear)} - {"lm_head"}
     original = copy.deepcopy(model)
     ids = torch.arange(1, 13).view(2, 6)
     base = model(ids).logits

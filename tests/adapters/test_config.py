@@ -21,6 +21,7 @@ from phicore.adapters.config import scaling
         ({"dropout": 1}, "dropout must be at least 0 and below 1, got 1"),
         ({"dropout": float("nan")}, "dropout must be at least 0 and below 1, got nan"),
         ({"init": "pissa"}, "init must be one of kaiming, gaussian, got 'pissa'"),
+        ({"fused_targets": "split"}, "fused_targets must be one of raise, map, got 'split'"),
     ],
 )
 def test_values_out_of_range_are_refused(options, message):

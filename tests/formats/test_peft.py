@@ -8,9 +8,11 @@ import sys
 import warnings
 from pathlib import Path
 
+import bitsandbytes
 import peft
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 
 import phicore
 from phicore.adapters import adapter_layers
+from phicore.formats.bitsandbytes import save_quantized
 from phicore.formats.peft import CONFIG, PREFIX, WEIGHTS
 
 IDS = torch.arange(1, 13).view(2, 6)
@@ -68,6 +71,42 @@ SETTINGS = {
         {"target_modules": ["query", "value", "intermediate.dense"], "modules_to_save": ["classifier"]},
         {"target_modules": ["query", "value", "intermediate.dense"], "modules_to_save": ["classifier"]},
     ),
+    "gpt2": ("gpt2", {"target_modules": "all-linear"}, {"target_modules": "all-linear", "fan_in_fan_out": True}),
+    "gpt2 dora": (
+        "gpt2",
+        {"target_modules": ["c_attn", "c_fc"], "dora": True},
+        {"target_modules": ["c_attn", "c_fc"], "use_dora": True, "fan_in_fan_out": True},
+    ),
+    "embedding": (
+        "llama",
+        {"target_modules": ["embed_tokens", "v_proj"]},
+        {"target_modules": ["embed_tokens", "v_proj"]},
+    ),
+    "embedding dora": (
+        "bert",
+        {
+            "target_modules": ["word_embeddings", "key"],
+            "dora": True,
+            "rslora": True,
+            "modules_to_save": ["classifier"],
+        },
+        {
+            "target_modules": ["word_embeddings", "key"],
+            "use_dora": True,
+            "use_rslora": True,
+            "modules_to_save": ["classifier"],
+        },
+    ),
+    "convolutions": (
+        "conv",
+        {"target_modules": ["conv1", "conv2", "head"], "rank_pattern": {"conv2": 2}},
+        {"target_modules": ["conv1", "conv2", "head"], "rank_pattern": {"conv2": 2}},
+    ),
+    "convolutions dora": (
+        "conv",
+        {"target_modules": ["embed", "conv1", "conv2"], "dora": True},
+        {"target_modules": ["embed", "conv1", "conv2"], "use_dora": True},
+    ),
 }
 EACH = pytest.mark.parametrize("setting", SETTINGS)
 
@@ -82,7 +121,7 @@ def ours(tiny, randomize, setting: str, **more) -> nn.Module:
 def theirs(tiny, randomize, setting: str):
     """A model with a PEFT adapter whose every tensor is off its start."""
     family, _, options = SETTINGS[setting]
-    task = "SEQ_CLS" if family == "bert" else "CAUSAL_LM"
+    task = {"bert": "SEQ_CLS", "conv": None}.get(family, "CAUSAL_LM")
     config = peft.LoraConfig(r=4, lora_alpha=7, task_type=task, **options)
     model = peft.get_peft_model(tiny(family), config, autocast_adapter_dtype=False)
     return randomize(model).eval()
@@ -119,7 +158,7 @@ def test_peft_reads_what_we_write(tmp_path, tiny, randomize, setting):
 @EACH
 def test_we_read_what_peft_writes(tmp_path, tiny, randomize, setting):
     other = theirs(tiny, randomize, setting)
-    other.save_pretrained(tmp_path)
+    other.save_pretrained(tmp_path, save_embedding_layers=False)
     model = phicore.load_adapter(tiny(SETTINGS[setting][0]), tmp_path)
     torch.testing.assert_close(logits(model), logits(other), rtol=1e-6, atol=1e-6)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -137,7 +176,7 @@ def test_we_read_what_peft_writes(tmp_path, tiny, randomize, setting):
 @EACH
 def test_the_files_are_those_of_peft(tmp_path, tiny, randomize, setting):
     """The same keys, shapes and metadata, and no field of the configuration that PEFT has not."""
-    theirs(tiny, randomize, setting).save_pretrained(tmp_path / "theirs")
+    theirs(tiny, randomize, setting).save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
     phicore.save_adapter(ours(tiny, randomize, setting), tmp_path / "ours")
     tensors = {who: load_file(tmp_path / who / WEIGHTS) for who in ("ours", "theirs")}
     assert {k: v.shape for k, v in tensors["ours"].items()} == {k: v.shape for k, v in tensors["theirs"].items()}
@@ -181,6 +220,37 @@ def test_over_nf4(tmp_path, tiny, randomize, dora):
         for path, layer in adapter_layers(model):
             dense.get_submodule(path).weight.copy_(layer.base.nf4.dequantize())
     torch.testing.assert_close(logits(load_in_peft(dense, tmp_path)), logits(model), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_over_nf4_in_peft_and_bitsandbytes(tmp_path, tiny, randomize, dora):
+    """The same NF4 base as bitsandbytes' Linear4bit under PEFT, the adapter going both ways.
+
+    Layer widths are multiples of 64, and PEFT's layers are in train mode: beyond that bitsandbytes' CPU code is not
+    exact.
+    """
+    sizes = {"hidden_size": 64, "intermediate_size": 128}
+    base = phicore.quantize_(tiny("llama", dtype=torch.float32, **sizes))
+    (tmp_path / "base").mkdir()
+    save_quantized(base, tmp_path / "base")
+
+    def bitsandbytes_base() -> nn.Module:
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+        assert isinstance(model.model.layers[0].self_attn.q_proj, bitsandbytes.nn.Linear4bit)
+        return model.train()
+
+    close = {"rtol": 1e-4, "atol": 1e-4}
+    model = randomize(phicore.attach(base, phicore.LoRAConfig(rank=4, alpha=7, dora=dora)))
+    phicore.save_adapter(model, tmp_path / "ours")
+    other = load_in_peft(bitsandbytes_base(), tmp_path / "ours").train()
+    torch.testing.assert_close(logits(other), logits(model), **close)
+
+    config = peft.LoraConfig(r=4, lora_alpha=7, target_modules="all-linear", use_dora=dora, task_type="CAUSAL_LM")
+    other = randomize(peft.get_peft_model(bitsandbytes_base(), config, autocast_adapter_dtype=False), seed=4)
+    other.save_pretrained(tmp_path / "theirs")
+    assert not torch.allclose(logits(model), logits(other), rtol=1e-2)
+    phicore.load_adapter(model, tmp_path / "theirs")
+    torch.testing.assert_close(logits(model), logits(other), **close)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -302,12 +372,21 @@ def test_names_with_regex_signs(tmp_path, randomize):
     }  # fmt: skip
 
 
-def test_gpt2_is_refused_with_the_reason(tmp_path, tiny, unchanged, randomize):
-    config = peft.LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
-    randomize(peft.get_peft_model(tiny("gpt2", tied=True), config)).save_pretrained(tmp_path)
-    model = tiny("gpt2", tied=True)
-    with unchanged(model), pytest.raises(ValueError, match="fan_in_fan_out=True"):
-        phicore.load_adapter(model, tmp_path)
+def test_a_table_that_peft_saved_beside_its_adapter(tmp_path, tiny, randomize, unchanged):
+    """PEFT adds an adapted embedding's own table to the file: it is passed over if it is the model's, or named."""
+    other = theirs(tiny, randomize, "embedding")
+    with pytest.warns(UserWarning, match="save_embedding_layers"):
+        other.save_pretrained(tmp_path)
+    key = f"{PREFIX}model.embed_tokens.base_layer.weight"
+    assert key in load_file(tmp_path / WEIGHTS)
+    model = phicore.load_adapter(tiny("llama"), tmp_path)
+    torch.testing.assert_close(logits(model), logits(other), rtol=1e-6, atol=1e-6)
+
+    phicore.load_adapter(model, tmp_path)  # into the attached adapter, too
+    edit_tensors(tmp_path, lambda tensors: {**tensors, key: tensors[key] + 1})
+    for spared in (tiny("llama"), model):
+        with unchanged(spared), pytest.raises(ValueError, match=r"embed_tokens\.base_layer\.weight .*another table"):
+            phicore.load_adapter(spared, tmp_path)
 
 
 # ===== files that are not right =====
@@ -466,10 +545,11 @@ def test_not_a_lora_configuration(spoiled, refused, text):
         ({"bias": "lora_only"}, "bias='lora_only' is not supported"),
         ({"lora_bias": True}, "does not support: lora_bias=True"),
         ({"trainable_token_indices": [1, 2]}, r"does not support: trainable_token_indices=\[1, 2\]"),
-        ({"fan_in_fan_out": True}, "does not support: fan_in_fan_out=True"),
         ({"layers_to_transform": [0]}, r"does not support: layers_to_transform=\[0\]"),
         ({"layer_replication": [[0, 1]]}, "does not support: layer_replication"),
         ({"use_qalora": True, "lora_bias": True}, "does not support: lora_bias=True, use_qalora=True"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changed the base's weights too"),
+        ({"init_lora_weights": "olora_niter"}, "init_lora_weights='olora_niter' changed the base's weights too"),
         ({"a_setting_of_tomorrow": "x"}, "does not support: a_setting_of_tomorrow='x'"),
     ],
 )
@@ -511,7 +591,7 @@ def test_values_of_a_wrong_type_are_named(spoiled, refused, field, value):
 
 
 def test_settings_that_say_nothing_are_passed_over(spoiled, toy):
-    edit(spoiled, peft_version="99", megatron_core="megatron.core", init_lora_weights="pissa", inference_mode=False)
+    edit(spoiled, peft_version="99", megatron_core="megatron.core", init_lora_weights="eva", inference_mode=False)
     edit(spoiled, lora_bias=False, trainable_token_indices=None, layers_to_transform=[], a_setting_of_tomorrow=None)
     phicore.load_adapter(toy(), spoiled)
 

@@ -86,6 +86,29 @@ def test_the_chat_templates_end_of_turn_stops(model: Any, style: Any, end: str) 
     assert tokenizer.eos_token_id in stop_ids(model, tokenizer)
 
 
+def inputs_of(model: Any) -> list[Tensor]:
+    """The input_ids of each forward pass from now on."""
+    seen: list[Tensor] = []
+    model.register_forward_pre_hook(lambda _, __, inputs: seen.append(inputs["input_ids"]), with_kwargs=True)
+    return seen
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])
+def test_rows_that_have_ended_leave_the_batch(tiny: Callable[..., nn.Module], tokenizer: Any, family: str) -> None:
+    model = wide(tiny, family)
+    prompts = [f"{chr(97 + i)}{prompt}" for i in range(4) for prompt in PROMPTS]
+    free = [tokenizer(text)["input_ids"] for text in generate(model, tokenizer, prompts, 16, 20)]
+    model.generation_config.eos_token_id = sorted({row[3] for row in free[:10] if len(row) > 3})
+    alone = [generate(model, tokenizer, [prompt], 16, 1)[0] for prompt in prompts]
+    assert len({len(tokenizer(text)["input_ids"]) for text in alone}) > 3
+    seen = inputs_of(model)
+    assert generate(model, tokenizer, prompts, 16, 20) == alone
+    sizes = [len(ids) for ids in seen]
+    assert sizes[0] == 20
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(set(sizes)) > 2
+
+
 @pytest.mark.parametrize(
     ("template", "prompt", "given", "bos"),
     [
@@ -97,20 +120,11 @@ def test_the_chat_templates_end_of_turn_stops(model: Any, style: Any, end: str) 
         (False, "a", False, 0),
     ],
 )
-def test_no_second_bos(
-    model: Any, template: bool, prompt: str, given: bool | None, bos: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_second_bos(model: Any, template: bool, prompt: str, given: bool | None, bos: int) -> None:
     tokenizer = chat_tokenizer("phi3", add_bos=True)
     if not template:
         tokenizer.chat_template = None
-    seen: list[Tensor] = []
-    original = model.generate
-
-    def spy(**inputs: Any) -> Tensor:
-        seen.append(inputs["input_ids"])
-        return original(**inputs)
-
-    monkeypatch.setattr(model, "generate", spy)
+    seen = inputs_of(model)
     generate(model, tokenizer, [prompt], 2, 1, add_special_tokens=given)
     assert (seen[0] == tokenizer.bos_token_id).sum() == bos
 
@@ -129,13 +143,13 @@ def test_sampling_settings_are_not_used_and_everything_is_restored(model: Any, t
     assert tokenizer.padding_side == "right"
 
 
-def test_everything_is_restored_after_an_error(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_everything_is_restored_after_an_error(model: Any, tokenizer: Any) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("out of memory")
 
     model.train()
     settings = model.generation_config
-    monkeypatch.setattr(model, "generate", fail)
+    model.register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         generate(model, tokenizer, ["a"], 2, 1)
     assert model.training

@@ -1,0 +1,99 @@
+"""LoRA and DoRA over an embedding, seen as a linear layer of one-hot rows: W [out, in] is the table transposed."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from phicore.adapters import base as base_layer
+from phicore.adapters.dora import DoRALayer
+from phicore.adapters.lora import LowRankLayer, add_product
+
+
+class LowRankEmbedding(LowRankLayer):
+    """What LoRA and DoRA share over embeddings.
+
+    lora_A is [rank, num_embeddings], lora_B [embedding_dim, rank]. There is no dropout: a token is no float. The row
+    of padding_idx gets no gradient, as in the base; a scale that the base puts on its output (Gemma's embed_scale) is
+    put on the adapter's too.
+    """
+
+    accepts = "nn.Embedding or another adapter of one"
+
+    def __init__(self, base: nn.Module, rank: int = 16, alpha: float = 32.0, dropout: float = 0.0, **options: Any):
+        super().__init__(base, rank, alpha, dropout, **options)
+        table: Any = self.innermost
+        if table.max_norm is not None:
+            raise ValueError(
+                f"an embedding with max_norm={table.max_norm} rewrites its own table in each forward pass and cannot "
+                f"be frozen; set max_norm=None, or leave it out of target_modules"
+            )
+        self.num_embeddings, self.embedding_dim = table.num_embeddings, table.embedding_dim
+        self.padding_idx = table.padding_idx
+
+    @classmethod
+    def fits(cls, base: nn.Module) -> bool:
+        return isinstance(base, (nn.Embedding, LowRankEmbedding))
+
+    @classmethod
+    def pair_shapes(cls, base: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (rank, base.num_embeddings), (base.embedding_dim, rank)
+
+    def low_rank_lookup(self, y: Tensor, tokens: Tensor) -> Tensor:
+        """y + the base's output scale * scaling * (A^T)[tokens] B^T: [..., dim], int64 [...] -> [..., dim]."""
+        u = nn.functional.embedding(tokens, self.lora_A.t(), self.padding_idx)  # [..., rank]
+        factor = getattr(self.innermost, "embed_scale", None)
+        if factor is not None:
+            u = u * factor
+        return add_product(y, u.to(y.dtype), self.lora_B, self.factor)
+
+    def plain(self, weight: Tensor) -> nn.Module:
+        return base_layer.with_weight(self.innermost, weight.t().contiguous())
+
+
+class LoRAEmbedding(LowRankEmbedding):
+    """An embedding with a LoRA adapter: y = base(t) + scaling * (A^T)[t] B^T.
+
+    Args:
+        base: nn.Embedding or another adapter of one; it is frozen.
+        rank, alpha, rslora, init, dtype: as LoRALinear.
+        dropout: has no effect.
+
+    Raises:
+        TypeError: base is no embedding.
+        ValueError: rank, alpha or init out of range, or a base with max_norm.
+
+    Example:
+        >>> layer = LoRAEmbedding(nn.Embedding(100, 32), rank=4, alpha=8)
+        >>> layer(torch.tensor([3, 5])).shape
+        torch.Size([2, 32])
+    """
+
+    def __init__(self, base: nn.Module, rank: int = 16, alpha: float = 32.0, dropout: float = 0.0, **options: Any):
+        super().__init__(base, rank, alpha, dropout, **options)
+        self.reset_parameters()
+
+    def forward(self, tokens: Tensor) -> Tensor:  # int64 [...] -> [..., dim]
+        return self.updated(self.base(tokens), tokens, self.low_rank_lookup)
+
+
+class DoRAEmbedding(DoRALayer, LowRankEmbedding):
+    """An embedding with a DoRA adapter: y = (m / ||V'||) * (V'^T)[t], V' = W + scaling * B A [dim, num_embeddings].
+
+    One magnitude and one norm an embedding dimension, taken over the whole vocabulary, as PEFT has it.
+
+    Args and errors: as LoRAEmbedding.
+    """
+
+    def forward(self, tokens: Tensor) -> Tensor:  # int64 [...] -> [..., dim]
+        y = self.base(tokens)
+        if not self.enabled:
+            return y
+        v = self.low_rank_lookup(y, tokens)
+        return v * self.scale(self._base_rows(), v.dtype)
+
+    @torch.no_grad()
+    def _base_rows(self) -> Tensor:
+        """W A^T, [dim, rank], in W's dtype."""
+        W = base_layer.dense_weight(self.base, self.dtype)  # [dim, num]
+        return W @ self.lora_A.detach().to(W.dtype).t()
