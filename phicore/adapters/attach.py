@@ -4,7 +4,7 @@ import copy
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -124,6 +124,13 @@ def plan(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, nn.Module], di
         weight: Any = None if isinstance(module, NF4Linear | LowRankLayer) else module.weight
         if weight is not None and not weight.is_floating_point():
             raise TypeError(f"{name} has {weight.dtype} weights; adapters need a floating-point or NF4 layer")
+        if config.init == "loftq" and not isinstance(module, nn.Linear):
+            raise ValueError(
+                f'init "loftq" codes dense nn.Linear layers to NF4 itself, and {name} is a {type(module).__name__}; '
+                f"attach before quantizing, and to nn.Linear layers only"
+            )
+        if config.init in ("pissa", "olora") and not isinstance(module, linear_kinds()):
+            raise ValueError(f'init "{config.init}" is for linear layers, and {name} is a {type(module).__name__}')
         layer_class(module, config.dora).pair_shapes(module, pattern_value(config.rank_pattern, name, config.rank))
     return targets, saved
 
@@ -131,7 +138,8 @@ def plan(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, nn.Module], di
 def attach(model: nn.Module, config: LoRAConfig, name: str = "default") -> nn.Module:
     """Freezes a model and puts adapter layers in it, in place.
 
-    Over a model that has adapters already, the new one adapts their sum, and it alone trains.
+    Over a model that has adapters already, the new one adapts their sum, and it alone trains. With init "loftq" the
+    base of each adapted layer becomes its NF4 code.
 
     Args:
         model: any module; its linear layers (nn.Linear, NF4Linear, transformers' Conv1D) can be adapted, and its
@@ -156,8 +164,11 @@ def attach(model: nn.Module, config: LoRAConfig, name: str = "default") -> nn.Mo
     for path, module in targets.items():
         if module in layers:  # a layer that stands in two places gets one adapter
             continue
+        dense, base = module, module
+        if config.init == "loftq":
+            base = NF4Linear.from_linear(cast(nn.Linear, dense))
         layer = layer_class(module, config.dora)(
-            module,
+            base,
             pattern_value(config.rank_pattern, path, config.rank),
             pattern_value(config.alpha_pattern, path, config.alpha),
             config.dropout,
@@ -165,6 +176,9 @@ def attach(model: nn.Module, config: LoRAConfig, name: str = "default") -> nn.Mo
             init=config.init,
             dtype=config.adapter_dtype,
         )
+        if config.init == "loftq":
+            exact = cast(LowRankLinear, layer).dense_base()
+            cast(LowRankLinear, layer).correct(cast(nn.Linear, dense).weight.detach().to(exact.dtype) - exact)
         layer.adapter_name = name
         layers[module] = layer
     copies = {module: TrainedCopy(module, name) for module in saved.values()}

@@ -8,7 +8,7 @@ import torch
 
 from phicore.modules import check_expression
 
-INITS = ("kaiming", "gaussian")
+INITS = ("kaiming", "gaussian", "pissa", "olora", "loftq")
 FUSED_TARGETS = ("raise", "map")
 
 
@@ -43,7 +43,10 @@ class LoRAConfig:
     """Rank-stabilised scaling, alpha / sqrt(rank)."""
 
     init: str = "kaiming"
-    """Start of A: "kaiming" (uniform, a = sqrt(5)) or "gaussian" (normal, std 1 / rank). B starts at zero."""
+    """Start of A and B. "kaiming" (A uniform, a = sqrt(5)) and "gaussian" (A normal, std 1 / rank) have B at zero. Over
+    linear layers also "pissa" (the largest singular vectors of W) and "olora" (the first of its QR decomposition),
+    whose product is taken off again so that the model starts as its base, and "loftq", which codes dense layers to NF4
+    and starts at the best correction of that."""
 
     rank_pattern: dict[str, int] = field(default_factory=dict)
     """Other ranks for some layers: regular expression that ends a layer's name -> rank."""

@@ -69,6 +69,11 @@ class DoRALayer(LowRankLayer):
         """Starts A and B as LoRA does and m at the norms, so that the layer equals its base."""
         super().reset_parameters()
         self.refresh_base_norm()
+        self.reset_magnitude()
+
+    @torch.no_grad()
+    def reset_magnitude(self) -> None:
+        """Sets m to ||V'||."""
         if not self.magnitude.is_meta:
             self.magnitude.copy_(torch.linalg.vector_norm(self._direction(), dim=1))
 
@@ -145,6 +150,10 @@ class DoRALinear(DoRALayer, LowRankLinear):
             return v * scale
         return torch.addcmul(self.bias.to(v.dtype), v, scale)
 
+    def correct(self, residual: Tensor) -> None:
+        super().correct(residual)
+        self.reset_magnitude()
+
     def project(self, x: Tensor) -> Tensor:
         """x @ W'^T, without the bias."""
         if not self.enabled:
@@ -154,6 +163,7 @@ class DoRALinear(DoRALayer, LowRankLinear):
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x V'^T [..., out] and m / ||V'|| [out], both in the base's output dtype."""
-        z, wa = base_layer.project_with_rows(self.base, x, self.lora_A.detach().to(x.dtype))
+        A, B = self.matrices()
+        z, wa = base_layer.project_with_rows(self.base, x, A.detach().to(x.dtype))
         scale = self.scale(wa.t(), z.dtype)
-        return low_rank_update(z, x, self.lora_A, self.lora_B, self.factor, self.active_dropout), scale
+        return low_rank_update(z, x, A, B, self.factor, self.active_dropout), scale

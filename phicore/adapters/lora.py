@@ -46,6 +46,26 @@ def add_product(y: Tensor, u: Tensor, B: Tensor, scale: float) -> Tensor:
     return flat.view(y.shape)
 
 
+def top_singular(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """B [out, rank] and A [rank, in] whose product is the best approximation of a matrix by its rank: the largest
+    singular vectors, with the roots of their values in both (Meng et al. 2024, "PiSSA", equations 2 and 3)."""
+    U, S, V = torch.linalg.svd(matrix, full_matrices=False)
+    return _widened(U[:, :rank] * S[:rank].sqrt(), S[:rank, None].sqrt() * V[:rank], rank)
+
+
+def first_of_qr(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """B [out, rank] with orthonormal columns and A [rank, in]: the first of a matrix's QR decomposition (Buyukakyuz
+    2024, "OLoRA", section 3)."""
+    Q, R = torch.linalg.qr(matrix)
+    return _widened(Q[:, :rank], R[:rank], rank)
+
+
+def _widened(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """With zeros up to the rank, where the matrix has a smaller one."""
+    missing = rank - A.shape[0]
+    return (nn.functional.pad(B, (0, missing)), nn.functional.pad(A, (0, 0, 0, missing))) if missing else (B, A)
+
+
 @dataclass(frozen=True)
 class Rows:
     """Some rows of a batch: their indices, int64 [k], and how many the batch has."""
@@ -121,11 +141,17 @@ class LowRankLayer(nn.Module):
         raise NotImplementedError
 
     def reset_parameters(self) -> None:
-        """Starts A as `init` says and B at zero, so that the layer equals its base."""
+        """Starts A and B as `init` says, so that the layer equals its base.
+
+        Raises:
+            ValueError: an init that this kind of layer does not know.
+        """
         if self.init == "kaiming":
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        else:
+        elif self.init == "gaussian":
             nn.init.normal_(self.lora_A, std=1 / self.rank)
+        else:
+            raise ValueError(f'init "{self.init}" is for linear layers, not for {type(self.base).__name__}')
         nn.init.zeros_(self.lora_B)
 
     @property
@@ -207,13 +233,53 @@ class LowRankLayer(nn.Module):
 
 
 class LowRankLinear(LowRankLayer):
-    """What LoRA and DoRA share over linear layers. lora_A is [rank, in], lora_B [out, rank]."""
+    """What LoRA and DoRA share over linear layers. lora_A is [rank, in], lora_B [out, rank].
+
+    Attributes:
+        start_A, start_B: buffers; the A and B of a start whose product is not zero (pissa, olora), None for others. The
+            layer computes W + scaling * (B A - start_B start_A), so that it starts at W and W stays as it is. A file
+            holds that as a plain pair of twice the rank.
+    """
 
     accepts = "nn.Linear, NF4Linear, transformers' Conv1D or another adapter of these"
 
     def __init__(self, base: nn.Module, rank: int = 16, alpha: float = 32.0, dropout: float = 0.0, **options: Any):
         super().__init__(base, rank, alpha, dropout, **options)
         self.in_features, self.out_features = base_layer.features(base)
+        self.start_A: Tensor | None
+        self.start_B: Tensor | None
+        shifted = self.init in ("pissa", "olora")
+        self.register_buffer("start_A", torch.empty_like(self.lora_A) if shifted else None)
+        self.register_buffer("start_B", torch.empty_like(self.lora_B) if shifted else None)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        if self.init in ("kaiming", "gaussian"):
+            super().reset_parameters()
+            return
+        if self.lora_A.is_meta:
+            return
+        if self.init == "loftq":  # whoever knows the dense weight calls `correct`
+            nn.init.zeros_(self.lora_A)
+            nn.init.zeros_(self.lora_B)
+            return
+        B, A = (top_singular if self.init == "pissa" else first_of_qr)(self.dense_base(), self.rank)
+        for parameter, start, value in ((self.lora_A, self.start_A, A), (self.lora_B, self.start_B, B)):
+            parameter.copy_(value / self.scaling**0.5)
+            assert start is not None
+            start.copy_(parameter)
+
+    @torch.no_grad()
+    def correct(self, residual: Tensor) -> None:
+        """Sets A and B so that scaling * B A is the best approximation of residual [out, in] by their rank (LoftQ)."""
+        B, A = top_singular(residual, self.rank)
+        self.lora_A.copy_(A / self.scaling**0.5)
+        self.lora_B.copy_(B / self.scaling**0.5)
+
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        if self.start_A is None or self.start_B is None:
+            return self.lora_A, self.lora_B
+        return torch.cat([self.lora_A, self.start_A]), torch.cat([self.lora_B, -self.start_B], dim=1)
 
     @classmethod
     def fits(cls, base: nn.Module) -> bool:
@@ -257,7 +323,7 @@ class LoRALinear(LowRankLinear):
         alpha: numerator of the scaling.
         dropout: probability of zeroing an input of the low-rank path while training.
         rslora: scale by alpha / sqrt(rank).
-        init: start of A, "kaiming" or "gaussian".
+        init: start of A and B, see LoRAConfig; with "loftq" both are zero until `correct` is called.
         dtype: of A and B; None takes the base's compute dtype.
 
     Raises:
@@ -282,4 +348,4 @@ class LoRALinear(LowRankLinear):
         return self.updated(base_layer.project(self.base, x), x, self._update)
 
     def _update(self, y: Tensor, x: Tensor) -> Tensor:
-        return low_rank_update(y, x, self.lora_A, self.lora_B, self.factor, self.active_dropout)
+        return low_rank_update(y, x, *self.matrices(), self.factor, self.active_dropout)

@@ -121,17 +121,25 @@ def finetune(options: FinetuneOptions) -> dict[str, Any]:
     eval_data = options.eval_data and _load(options.eval_data, tokenizer, options.sequence_length, options.eval_limit)
 
     base_bytes_before = _bytes(model)
-    if options.method in ("qlora", "qdora"):
+    coded, loftq = options.method in ("qlora", "qdora"), options.adapter.init == "loftq"
+    if loftq and not coded:
+        raise ValueError(
+            f"--adapter.init loftq codes the base to NF4; use --method qlora or qdora, not {options.method}"
+        )
+    if coded and not loftq:  # loftq codes what it adapts when it is attached
         with stage("quantizing linear layers to NF4"):
             phicore.quantize_(model, block_size=options.block_size, double_quant=options.double_quant)
-    base_bytes_after = _bytes(model)
-    say(f"model: {gigabytes(base_bytes_before)} before, {gigabytes(base_bytes_after)} after")
     torch.manual_seed(options.train.seed)
     if options.method == "full":
         model.requires_grad_(True)
     else:
         phicore.attach(model, options.adapter.config(options.method))
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained_parameters = [p for p in model.parameters() if p.requires_grad]
+    trainable = sum(p.numel() for p in trained_parameters)
+    base_bytes_after = _bytes(model)
+    if options.method != "full":
+        base_bytes_after -= sum(p.nbytes for p in trained_parameters)
+    say(f"model: {gigabytes(base_bytes_before)} before, {gigabytes(base_bytes_after)} after")
     say(f"{options.method}: {trainable:,} trainable parameters")
 
     identity = _identity(options, dtype)

@@ -8,6 +8,7 @@ file.
 """
 
 import json
+import math
 import os
 import re
 from collections import Counter
@@ -124,7 +125,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str 
 
 
 def adapter_tensors(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
-    """The adapter's own tensors (not copies) by their keys in PEFT's file.
+    """The adapter's own tensors (not copies) by their keys in PEFT's file; of a start that is taken off again (pissa,
+    olora), the plain pairs that the layers amount to.
 
     Raises:
         ValueError: the model has no such adapter, or is merged.
@@ -141,11 +143,28 @@ def _layer_tensors(path: str, layer: AdapterLayer) -> dict[str, Tensor]:
     if isinstance(layer, TrainedCopy):
         return {f"{PREFIX}{path}.{key}": tensor for key, tensor in layer.trained.state_dict(keep_vars=True).items()}
     key_A, key_B, magnitude = _endings(type(layer))
-    tensors: dict[str, Tensor] = {PREFIX + path + key_A: layer.lora_A, PREFIX + path + key_B: layer.lora_B}
+    A, B = layer.matrices() if _start_is_taken_off(layer) else (layer.lora_A, layer.lora_B)
+    tensors: dict[str, Tensor] = {PREFIX + path + key_A: A, PREFIX + path + key_B: B}
     if isinstance(layer, DoRALayer):
         shape = _magnitude_shape(type(layer), layer.lora_B.shape)
         tensors[PREFIX + path + magnitude] = layer.magnitude.view(shape)  # a view: writing to it writes to the layer
     return tensors
+
+
+def _start_is_taken_off(layer: LowRankLayer) -> bool:
+    """Whether the layer computes W + scaling * (B A - its start): a plain pair of twice the rank, for a reader."""
+    return isinstance(layer, LowRankLinear) and layer.start_A is not None
+
+
+def _rank_in_file(layer: LowRankLayer) -> int:
+    return 2 * layer.rank if _start_is_taken_off(layer) else layer.rank
+
+
+def _alpha_in_file(layer: LowRankLayer) -> float:
+    """What gives the layer's scaling with the rank in the file."""
+    if not _start_is_taken_off(layer):
+        return layer.alpha
+    return layer.alpha * (math.sqrt(2) if layer.rslora else 2)
 
 
 def _endings(kind: type[LowRankLayer]) -> tuple[str, str, str]:
@@ -170,6 +189,7 @@ def _differences(model: nn.Module, raw: dict[str, Any], name: str) -> list[str]:
         if isinstance(layer, LowRankLayer):
             for key, there, here in (
                 ("r", pattern_value(raw.get("rank_pattern") or {}, path, raw.get("r", DEFAULT_RANK)), layer.rank),
+                ("start", "plain", layer.init if _start_is_taken_off(layer) else "plain"),
                 (
                     "lora_alpha",
                     pattern_value(raw.get("alpha_pattern") or {}, path, raw.get("lora_alpha", DEFAULT_ALPHA)),
@@ -187,8 +207,8 @@ def adapter_config(model: nn.Module, name: str = "default") -> dict[str, Any]:
     """adapter_config.json for an attached adapter: the fields that readers need and those that differ from default."""
     layers = [(path, layer) for path, layer in adapter_layers(model, name) if isinstance(layer, LowRankLayer)]
     saved = [path for path, layer in adapter_layers(model, name) if isinstance(layer, TrainedCopy)]
-    ranks = Counter(layer.rank for _, layer in layers)
-    alphas = Counter(layer.alpha for _, layer in layers)
+    ranks = Counter(_rank_in_file(layer) for _, layer in layers)
+    alphas = Counter(_alpha_in_file(layer) for _, layer in layers)
     rank, alpha = ranks.most_common(1)[0][0], alphas.most_common(1)[0][0]
     first = layers[0][1]
     linear = [layer.innermost for _, layer in layers if isinstance(layer, LowRankLinear)]
@@ -203,8 +223,10 @@ def adapter_config(model: nn.Module, name: str = "default") -> dict[str, Any]:
         "target_modules": _shortest_targets(model, [path for path, _ in layers]),
         "use_dora": isinstance(first, DoRALayer),
         "use_rslora": first.rslora,
-        "rank_pattern": {re.escape(p): layer.rank for p, layer in layers if layer.rank != rank},
-        "alpha_pattern": {re.escape(p): _integer_if_whole(layer.alpha) for p, layer in layers if layer.alpha != alpha},
+        "rank_pattern": {re.escape(p): r for p, layer in layers if (r := _rank_in_file(layer)) != rank},
+        "alpha_pattern": {
+            re.escape(p): _integer_if_whole(a) for p, layer in layers if (a := _alpha_in_file(layer)) != alpha
+        },
         "modules_to_save": sorted(saved) or None,
         "bias": "none",
         # PEFT warns where this is not what the layers are; it has one value for all of them.

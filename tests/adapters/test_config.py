@@ -20,7 +20,7 @@ from phicore.adapters.config import scaling
         ({"alpha_pattern": {"q": 0.0}}, r"alpha_pattern\['q'\] must be above 0, got 0.0"),
         ({"dropout": 1}, "dropout must be at least 0 and below 1, got 1"),
         ({"dropout": float("nan")}, "dropout must be at least 0 and below 1, got nan"),
-        ({"init": "pissa"}, "init must be one of kaiming, gaussian, got 'pissa'"),
+        ({"init": "eva"}, "init must be one of kaiming, gaussian, pissa, olora, loftq, got 'eva'"),
         ({"fused_targets": "split"}, "fused_targets must be one of raise, map, got 'split'"),
     ],
 )

@@ -280,7 +280,7 @@ def test_compiled_in_one_graph_equals_eager(layer_of, randomize, kind):
         ({"alpha": float("nan")}, "alpha must be above 0, got nan"),
         ({"dropout": 1.0}, "dropout must be at least 0 and below 1, got 1.0"),
         ({"dropout": -0.1}, "dropout must be at least 0 and below 1, got -0.1"),
-        ({"init": "zeros"}, "init must be one of kaiming, gaussian, got 'zeros'"),
+        ({"init": "zeros"}, "init must be one of kaiming, gaussian, pissa, olora, loftq, got 'zeros'"),
     ],
 )
 @pytest.mark.parametrize("make", [phicore.LoRALinear, phicore.DoRALinear])
