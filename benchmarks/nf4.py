@@ -50,7 +50,8 @@ def bitsandbytes_calls(weight: torch.Tensor, double_quant: bool) -> tuple[Call, 
 
 
 def torchao_calls(weight: torch.Tensor, double_quant: bool) -> tuple[Call, Callable[[Any], Any]]:
-    from torchao.dtypes.nf4tensor import to_nf4  # always double-quantised, and another format
+    # Always double-quantised, and another format: levels of four digits, scales in linear int8.
+    from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4
 
     return lambda: to_nf4(weight, BLOCK_SIZE), lambda q: q.get_original_weight()
 
@@ -95,7 +96,7 @@ def status(field: str) -> int:
 def extra_memory(library: str, what: str, dtype: str, double_quant: bool, rows: int, columns: int) -> int:
     """Bytes by which resident memory rises at most during a call, above what was resident before it."""
     torch.set_num_threads(1)
-    for size in ((64, 64), (rows, columns)):
+    for size in ((512, 512), (rows, columns)):
         weight = torch.randn(size).to(DTYPES[dtype])
         encode, decode = LIBRARIES[library](weight, double_quant)
         coded = encode()
@@ -131,11 +132,10 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     peers = ["bitsandbytes"]
     try:
-        import torchao  # noqa: F401
-
+        torchao_calls(torch.zeros(64, 64), True)
         peers.append("torchao")
-    except ImportError:
-        pass
+    except ImportError as error:
+        print(f"without torchao: {error}")
     print(f"{options.rows * options.columns / 1e6:.1f}M weights, {torch.get_num_threads()} thread(s)")
     print(f"{'':46} {'phicore':>9} {'other':>9} {'other/phicore':>13}  phicore/phicore (noise, 10 % to 90 %)")
     for dtype in DTYPES:
