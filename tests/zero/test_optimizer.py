@@ -57,8 +57,9 @@ def fifty_steps(stage: int) -> float:
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_fifty_steps_equal_one_process(each_world, stage):
-    assert max(each_world(fifty_steps, stage)) < 1e-6
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_fifty_steps_equal_one_process(ranks, world_size, stage):
+    assert max(ranks(world_size)(fifty_steps, stage)) < 1e-6
 
 
 def each_optimizer() -> dict[str, float]:
