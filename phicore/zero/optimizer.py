@@ -93,7 +93,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._shapes: dict[str, torch.Size] = {}
         self._frozen: dict[str, tuple[int, Tensor]] = {}  # group and parameter
         self._inner: torch.optim.Optimizer | None = None
-        groups = self._agree_on_groups(list(params), options)
+        own = {"stage": stage, "reduction": reduction, "bucket_bytes": bucket_bytes}
+        groups = self._agree_on_groups(list(params), {**own, **options})
         self._device = _device_of(groups)
         check_elementwise(optimizer_class, options, self._device)
         self._ready = False

@@ -63,6 +63,8 @@ def read_shards(
     Raises:
         ValueError: they are of another format, of other parameters, or of other groups.
     """
+    if not shards:
+        raise ValueError("expected at least one state, got none")
     source = Source()
     for shard in shards:
         if shard.get("format") != FORMAT:

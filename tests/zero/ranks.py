@@ -34,11 +34,14 @@ class Ranks:
             self.pipes.append(here)
 
     def __call__(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        for pipe in self.pipes:
-            pipe.send((function, arguments))
-        answers: list[tuple[bool, Any]] = []
-        for pipe in self.pipes:
-            answers.append(pipe.recv() if pipe.poll(2 * TIMEOUT) else (False, f"no answer in {2 * TIMEOUT} s"))
+        answers = []
+        try:
+            for pipe in self.pipes:
+                pipe.send((function, arguments))
+            for pipe in self.pipes:
+                answers.append(pipe.recv() if pipe.poll(2 * TIMEOUT) else (False, f"no answer in {2 * TIMEOUT} s"))
+        except (OSError, EOFError) as error:
+            answers.append((False, f"died: {error!r}"))
         failures = [f"rank {rank}: {text}" for rank, (well, text) in enumerate(answers) if not well]
         if failures:
             self.stop()  # the group is in no known state; the next test starts another
@@ -66,13 +69,13 @@ def _serve(pipe: Connection, rank: int, world_size: int, store: str) -> None:
         timeout=datetime.timedelta(seconds=TIMEOUT),
     )
     while True:
+        answer: tuple[bool, Any]
         try:
             function, arguments = pipe.recv()
+            torch.manual_seed(0)
+            answer = (True, function(*arguments))
         except EOFError:
             return
-        torch.manual_seed(0)
-        try:
-            answer = (True, function(*arguments))
         except Exception:
             answer = (False, traceback.format_exc())
         gc.collect()
