@@ -83,13 +83,17 @@ def total_size(plan: Plan, step: int, world_size: int) -> int:
 
 
 def train_alone(
-    plan: Plan, steps: int, make: Callable[[nn.Module], torch.optim.Optimizer], **options: Any
+    plan: Plan,
+    steps: int,
+    make: Callable[[nn.Module], torch.optim.Optimizer],
+    build: Callable[[], nn.Module] = Net,
+    **options: Any,
 ) -> dict[str, Tensor]:
     """Weights after one process has taken all ranks' batches with a plain optimizer: what the ranks must reach."""
     world_size = dist.get_world_size()
     result: list[dict[str, Tensor]] = [{}]
     if dist.get_rank() == 0:  # the others wait for it, instead of doing the same on the same cores
-        model = Net()
+        model = build()
         optimizer = make(model)
         for step in range(steps):
             optimizer.zero_grad()
@@ -127,14 +131,13 @@ def train_here(
     plan: Plan,
     steps: int,
     make: Callable[[nn.Module], torch.optim.Optimizer],
-    first_step: int = 0,
-    model: nn.Module | None = None,
+    build: Callable[[], nn.Module] = Net,
     **options: Any,
 ) -> dict[str, Tensor]:
     """Weights after this rank has trained with the others; the optimizer sums over ranks."""
-    model = model or Net()
+    model = build()
     optimizer = make(model)
-    for step in range(first_step, steps):
+    for step in range(steps):
         backward(model, plan, step, dist.get_rank(), dist.get_world_size())
         finish_step(model, optimizer, step, **options)
     return weights(model)

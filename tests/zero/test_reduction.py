@@ -1,6 +1,5 @@
 """Parameters that some ranks do not use, accumulation, and freezing: the right result, and no rank that waits."""
 
-from collections.abc import Callable
 from contextlib import nullcontext
 
 import pytest
@@ -49,7 +48,9 @@ def branches(step: int, rank: int, world_size: int) -> list[Micro]:
         return [(x, y, "right")]  # left.weight is used all the same: it is tied to last.weight
     if step == 3:
         return [(x, y, "none")] * 2
-    return [(x, y, "left" if rank == place == 1 else "none") for place in range(3)]
+    if step == 4:
+        return [(x, y, "left" if rank == place == 1 else "none") for place in range(3)]
+    return [(x, y, "both" if rank == 0 else "left")] * 2
 
 
 STEPS = 6
@@ -178,30 +179,37 @@ def test_a_parameter_unfrozen_on_one_rank_moves_on_all(ranks):
 
 
 class Checkpointed(Net):
-    def __init__(self, reentrant: bool) -> None:
-        super().__init__()
-        self.reentrant = reentrant
+    """Recomputes all but one path, which shares its weights with the recomputed ones."""
+
+    reentrant = False
 
     def forward(self, x: Tensor, branches: str = "both") -> Tensor:
-        run: Callable[[Tensor], Tensor] = super().forward
-        return checkpoint(run, x.requires_grad_(), use_reentrant=self.reentrant)
+        inside = checkpoint(super().forward, x.requires_grad_(), use_reentrant=self.reentrant)
+        return inside + self.head(torch.tanh(self.first(x)))  # last, so that its backward pass comes first
 
 
-def recomputed(stage: int, reentrant: bool) -> float:
-    here = train_here(unequal_parts, 3, lambda model: zero(model, stage), model=Checkpointed(reentrant))
-    return farthest(here, train_alone(unequal_parts, 3, plain))
+class Reentrant(Checkpointed):
+    """Its backward passes run within a backward pass, and come back to parameters that have had their gradient."""
+
+    reentrant = True
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
+def recomputed(stage: int, build: type[Checkpointed], bucket_bytes: int) -> float:
+    here = train_here(unequal_parts, 3, lambda model: zero(model, stage, bucket_bytes), build)
+    return farthest(here, train_alone(unequal_parts, 3, plain, build))
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 10**9])
+@pytest.mark.parametrize("build", [Checkpointed, Reentrant])
 @pytest.mark.parametrize("stage", [1, 2])
-def test_recomputed_activations(ranks, stage, reentrant):
-    assert max(ranks(3)(recomputed, stage, reentrant)) < 1e-6
+def test_recomputed_activations(ranks, stage, build, bucket_bytes):
+    assert max(ranks(3)(recomputed, stage, build, bucket_bytes)) < 1e-6
 
 
-def zeroed() -> float:
+def zeroed(bucket_bytes: int) -> float:
     """Gradients that zero_grad drops, whole or halfway, leave nothing behind."""
     model = Net()
-    optimizer = zero(model)
+    optimizer = zero(model, bucket_bytes=bucket_bytes)
     rank, world = dist.get_rank(), dist.get_world_size()
     for step in range(2):
         loss_sum(model, *batch(50)).backward()
@@ -224,5 +232,6 @@ class Fail:
             raise RuntimeError("halfway")
 
 
-def test_zero_grad_leaves_nothing_behind(each_world):
-    assert max(each_world(zeroed)) < 1e-6
+@pytest.mark.parametrize("bucket_bytes", [1, 10**9])
+def test_zero_grad_leaves_nothing_behind(ranks, bucket_bytes):
+    assert max(ranks(3)(zeroed, bucket_bytes)) < 1e-6

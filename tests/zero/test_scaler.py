@@ -16,11 +16,18 @@ def train(overflow_on: int | None, unscale: bool) -> tuple[list[float], list[flo
     optimizer = phicore.ZeroOptimizer(model.named_parameters(), torch.optim.AdamW, lr=1e-2, bucket_bytes=4000)
     scaler = GradScaler(device="cpu", init_scale=64.0, growth_interval=1000)
     scales, moved, norm = [], [], 0.0
+    overflow = False
+
+    def spoil(grad: torch.Tensor) -> torch.Tensor:
+        """Makes one element infinite, which one rank owns."""
+        return grad.index_put((torch.tensor(0), torch.tensor(0)), torch.tensor(torch.inf).half()) if overflow else grad
+
+    model.head.weight.register_hook(spoil)
     for step in range(3):
         before = weights(model)
         x, y, _ = equal_parts(step, rank, world)[0]
-        factor = 1e9 if step == 1 and rank == overflow_on else 1.0
-        scaler.scale(loss_sum(model, x, y) * factor).backward()
+        overflow = step == 1 and rank == overflow_on
+        scaler.scale(loss_sum(model, x, y)).backward()
         if unscale:
             scaler.unscale_(optimizer)
             norm = float(optimizer.clip_grad_norm_(1e9))
