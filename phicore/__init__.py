@@ -5,6 +5,7 @@ from phicore.adapters import DoRALinear, LoRAConfig, LoRALinear, attach, disable
 from phicore.formats.peft import load_adapter, save_adapter
 from phicore.nf4 import NF4Linear, quantize_
 from phicore.training import TrainConfig, Trainer
+from phicore.zero import ZeroOptimizer
 
 __all__ = [
     "DoRALinear",
@@ -13,6 +14,7 @@ __all__ = [
     "NF4Linear",
     "TrainConfig",
     "Trainer",
+    "ZeroOptimizer",
     "attach",
     "disabled",
     "load_adapter",

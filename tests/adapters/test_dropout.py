@@ -5,7 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
+import phicore
 from phicore.adapters.dropout import LEVELS, draw, drop_levels, dropped_projection, pack, unpack
 
 CPU = torch.device("cpu")
@@ -98,3 +100,22 @@ def test_one_graph():
     assert A.grad is not None
     assert x.grad is not None
     assert (x.grad == 0).any()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("make", [phicore.LoRALinear, phicore.DoRALinear])
+def test_recomputing_a_block_draws_the_same_mask(randomize, reentrant, make):
+    base = phicore.NF4Linear.from_linear(nn.Linear(37, 23)).double()
+    layer = randomize(make(base, rank=4, alpha=7.0, dropout=0.4), seed=3)
+    x = torch.randn(5, 37, dtype=torch.float64, requires_grad=True)
+    trained = [p for p in layer.parameters() if p.requires_grad]
+    results = []
+    for recompute in (False, True):
+        torch.manual_seed(1)
+        layer.zero_grad()
+        x.grad = None
+        y = checkpoint(layer, x, use_reentrant=reentrant) if recompute else layer(x)
+        y.square().sum().backward()
+        results.append([y.detach(), x.grad, *(p.grad.clone() for p in trained)])
+    for plain, recomputed in zip(*results, strict=True):
+        torch.testing.assert_close(recomputed, plain)

@@ -1,0 +1,79 @@
+"""Parameter groups as users give them: what is accepted, and the description that ranks compare."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from phicore.zero.layout import Named
+from phicore.zero.reduction import is_watched
+from phicore.zero.state import settings
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def named_groups(params: list[Any], known: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Parameter groups with a list of (name, parameter) each; of a tied parameter's names, the first.
+
+    Raises:
+        TypeError, ValueError: see ZeroOptimizer.
+    """
+    if not params:
+        raise ValueError("ZeroOptimizer got no parameters")
+    groups = [dict(group) for group in (params if isinstance(params[0], dict) else [{"params": params}])]
+    owners: dict[int, tuple[int, str]] = {}  # of a parameter: its group and name
+    memory: dict[int, str] = {}
+    names = set(known)
+    for index, group in enumerate(groups):
+        named: list[Named] = []
+        for entry in list(group["params"]):
+            if not (isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str)):
+                raise TypeError(
+                    f"expected (name, parameter), got {type(entry).__name__}; pass model.named_parameters() in place "
+                    f"of model.parameters(): state is saved by name"
+                )
+            name, parameter = entry
+            owner = owners.setdefault(id(parameter), (index, name))
+            if owner == (index, name) and name not in names:
+                named.append((name, parameter))
+                names.add(name)
+            elif owner[0] != index or name in names:
+                raise ValueError(f"{name} is given twice (or under another name in another group)")
+            else:
+                continue  # tied: another name of a parameter that this group has
+            _check_parameter(name, parameter, memory)
+        group["params"] = named
+    return groups
+
+
+def _check_parameter(name: str, parameter: Tensor, memory: dict[int, str]) -> None:
+    if is_watched(parameter):
+        raise ValueError(f"{name} is in another ZeroOptimizer (or already in this one); drop that one first")
+    if not parameter.requires_grad:
+        return
+    if parameter.dtype not in DTYPES:
+        raise ValueError(f"{name} is {parameter.dtype}; trained parameters must be {', '.join(map(str, DTYPES))}")
+    if parameter.numel() and not parameter.is_meta:
+        other = memory.setdefault(parameter.data_ptr(), name)
+        if other != name:
+            raise ValueError(
+                f"{other} and {name} share memory but are two Parameters, which flat buckets would part; tie them by "
+                f"giving both modules one Parameter"
+            )
+
+
+def describe(groups: Sequence[Mapping[str, Any]], optimizer_class: type, options: Mapping[str, Any]) -> list[str]:
+    """What must be equal on all ranks, an item a line."""
+    lines = [f"{optimizer_class.__name__}({shown(options)})"]
+    for index, group in enumerate(groups):
+        lines.append(f"parameter group {index} with settings ({shown(settings(group))})")
+        for name, p in group["params"]:
+            kind = "trained" if p.requires_grad else "frozen"
+            lines.append(f"{name} ({kind}, {list(p.shape)}, {p.dtype}) in parameter group {index}")
+    return lines
+
+
+def shown(options: Mapping[str, Any]) -> str:
+    values = {key: value.tolist() if isinstance(value, Tensor) else value for key, value in options.items()}
+    return ", ".join(f"{key}={value!r}" for key, value in sorted(values.items()))

@@ -1,0 +1,412 @@
+"""ZeroOptimizer: any element-wise optimizer of torch, with its state split over the ranks."""
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from phicore.zero import layout, state
+from phicore.zero.agreement import check_same, copy_from_first_rank
+from phicore.zero.collectives import Collectives, choose_collectives
+from phicore.zero.consolidate import gather_states
+from phicore.zero.elementwise import check_elementwise
+from phicore.zero.groups import describe, named_groups
+from phicore.zero.layout import Bucket, Named
+from phicore.zero.reduction import GradientReducer
+
+
+class ZeroOptimizer(torch.optim.Optimizer):
+    """An element-wise torch optimizer whose state is split over ranks (ZeRO stages 1 and 2, Rajbhandari et al. 2019).
+
+    Use it in place of DistributedDataParallel and an optimizer: it reduces the gradients itself, while the backward
+    pass runs. With Psi trained elements on W ranks, each rank holds Psi/W elements of optimizer state, and of float32
+    masters where parameters are bfloat16 or float16, and sends 2 Psi (W-1)/W elements a step. Without a process group
+    it is the inner optimizer.
+
+    The two stages differ in where gradients stay until `step`:
+
+    - Stage 1: in `p.grad`, Psi elements. A second backward pass adds to them and reduces their sum again; put all but
+      the last one within `no_sync()` to reduce once.
+    - Stage 2: in the shards, Psi/W elements in float32 beside the few buckets on their way; `p.grad` is None after
+      the pass. With A passes before a step, each is reduced: (A+1) Psi (W-1)/W elements a step. With all but the last
+      within `no_sync()` it sends 2 Psi (W-1)/W again, and holds Psi elements, as stage 1 does.
+
+    `step` consumes the gradients. Parameters must get their gradients by backward passes in the same number on all
+    ranks; which of them a pass reaches may differ. A parameter that got none on any rank is not updated, as in torch.
+    Frozen parameters may be given: they are optimized from when they are unfrozen. At construction all parameters
+    given are set to rank 0's values. They become views into flat buckets; keep the Parameter objects.
+
+    `param_groups` hold this rank's pieces of the parameters, with settings that schedulers may change as usual.
+    To clip, use this class's `clip_grad_norm_`: torch's sees this rank's gradients, not the reduced ones.
+
+    Args:
+        params: model.named_parameters(), or dicts of {"params": named parameters, settings ...}.
+        optimizer_class: such as torch.optim.AdamW.
+        stage: 1 or 2.
+        reduction: "mean" over ranks, as DistributedDataParallel has it, or "sum".
+        process_group: the ranks; default all.
+        bucket_bytes: what a bucket holds at most, unless one parameter is larger. Results do not depend on it.
+        **options: of optimizer_class.
+
+    Raises:
+        TypeError: parameters without names.
+        ValueError: no parameters, or one that is given twice; a dtype other than float32, float64, bfloat16, float16;
+            an optimizer that is not element-wise; ranks that were given different parameters or settings. The latter
+            is raised on every rank.
+
+    Example:
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = ZeroOptimizer(model.named_parameters(), torch.optim.AdamW, stage=2, lr=1e-3)
+        >>> model(torch.ones(3, 4)).sum().backward()
+        >>> norm = optimizer.clip_grad_norm_(1.0)
+        >>> optimizer.step()
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Named] | Iterable[dict[str, Any]],
+        optimizer_class: type[torch.optim.Optimizer],
+        *,
+        stage: Literal[1, 2] = 2,
+        reduction: Literal["mean", "sum"] = "mean",
+        process_group: dist.ProcessGroup | None = None,
+        bucket_bytes: int = 25 * 2**20,
+        **options: Any,
+    ) -> None:
+        if stage not in (1, 2):
+            raise ValueError(f"stage must be 1 (split the state) or 2 (and the gradients), got {stage!r}")
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f'reduction must be "mean" or "sum", got {reduction!r}')
+        distributed = dist.is_available() and dist.is_initialized()
+        self.process_group, self.bucket_bytes = process_group, bucket_bytes
+        self.world_size = dist.get_world_size(process_group) if distributed else 1
+        self.rank = dist.get_rank(process_group) if distributed else 0
+        scale = 1.0 / self.world_size if reduction == "mean" else 1.0
+        self._reducer = GradientReducer(stage, scale, _collectives_by_device(process_group, self.world_size))
+        self._class = optimizer_class
+        self._names: list[list[str]] = []  # of each group, as given
+        self._shapes: dict[str, torch.Size] = {}
+        self._frozen: dict[str, tuple[int, Tensor]] = {}  # group and parameter
+        self._inner: torch.optim.Optimizer | None = None
+        own = {"stage": stage, "reduction": reduction, "bucket_bytes": bucket_bytes}
+        groups = self._agree_on_groups(list(params), {**own, **options})
+        self._device = _device_of(groups)
+        check_elementwise(optimizer_class, options, self._device)
+        self._ready = False
+        super().__init__(groups, options)  # calls add_param_group for each
+        self._ready = True
+        assert self._inner is not None
+        # The very objects of the inner optimizer: what schedulers and loss scalers write is what it reads.
+        self.param_groups, self.state, self.defaults = self._inner.param_groups, self._inner.state, self._inner.defaults
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds {"params": named parameters, settings ...}, on all ranks at the same point.
+
+        Raises:
+            TypeError, ValueError: as the constructor does; nothing has been added then.
+        """
+        if self._ready:
+            (param_group,) = self._agree_on_groups([param_group], {})
+        named = param_group["params"]
+        trained = [(name, p) for name, p in named if p.requires_grad]
+        frozen = [(name, p) for name, p in named if not p.requires_grad]
+        if self.world_size > 1:
+            copy_from_first_rank([p for _, p in frozen], self.process_group)
+        group = {**state.settings(param_group), "params": _pieces(self._make_buckets(trained))}
+        if self._inner is None:
+            self._inner = self._class([group], **self.defaults)
+        else:
+            self._inner.add_param_group(group)
+        self._frozen.update({name: (len(self._names), p) for name, p in frozen})
+        self._names.append([name for name, _ in named])
+        self._shapes.update({name: p.shape for name, p in named})
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Within it, backward passes accumulate in `p.grad` and reduce nothing; the next pass outside reduces all."""
+        self._reducer.syncing = False
+        try:
+            yield
+        finally:
+            self._reducer.syncing = True
+            self._reducer.round_due = self._reducer.changed = True
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drops all gradients.
+
+        Raises:
+            ValueError: set_to_none is False; a gradient of zero is not the absence of one to an optimizer.
+        """
+        if not set_to_none:
+            raise ValueError("ZeroOptimizer.zero_grad drops gradients; it cannot keep them as zeros")
+        self._reducer.drop()
+        for group in self.param_groups:
+            for piece in group["params"]:
+                piece.grad = None
+        for _, parameter in self._frozen.values():
+            parameter.grad = None
+
+    def finish_reduction(self) -> None:
+        """Waits until this rank has the reduced gradients of its pieces. `step` and `clip_grad_norm_` do it; all ranks
+        must call it at the same point."""
+        written = None if self._reducer.round_due else self._reducer.changed_after_reduction()
+        if written is not None:
+            raise RuntimeError(
+                f"the gradient of {written} was written to after it had been reduced, which would have no effect; to "
+                f"clip or scale use this optimizer's clip_grad_norm_ and scale_gradients_"
+            )
+        if not self._reducer.changed:
+            return
+        self._reducer.finish()
+        if self._exchange_flags():
+            self._exchange_flags()  # for those that have been unfrozen, which have buckets now
+        for bucket in self._reducer.buckets:
+            used = {slot.name for slot in bucket.slots if slot.used}
+            for piece in bucket.pieces:
+                assert bucket.grad is not None
+                piece.tensor.grad = bucket.grad[piece.place] if piece.name in used else None
+        self._reducer.changed = False
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
+        """Scales the reduced gradients so that their total norm is at most max_norm, as torch's clip_grad_norm_ does.
+
+        Returns:
+            The norm before clipping, a scalar, the same on every rank.
+
+        Raises:
+            RuntimeError: the norm is not finite and error_if_nonfinite is set; on every rank, before any scaling.
+        """
+        self.finish_reduction()
+        grads = self._gradients()
+        # In float64: the norm does not depend on how elements are dealt out to ranks.
+        norms = [torch.linalg.vector_norm(grad, norm_type, dtype=torch.float64) for grad in grads]
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        if norms:
+            total += torch.linalg.vector_norm(torch.stack(norms), norm_type)
+        if self.world_size > 1:
+            if math.isinf(norm_type):
+                dist.all_reduce(total, op=dist.ReduceOp.MAX, group=self.process_group)
+            else:
+                total.pow_(norm_type)
+                dist.all_reduce(total, group=self.process_group)
+                total.pow_(1.0 / norm_type)
+        total = total.float()
+        if error_if_nonfinite and not total.isfinite():
+            raise RuntimeError(f"the total norm of the gradients is {total.item()}, so they cannot be clipped")
+        if grads:
+            torch._foreach_mul_(grads, torch.clamp(max_norm / (total + 1e-6), max=1.0))
+        return total
+
+    @torch.no_grad()
+    def scale_gradients_(self, factor: float | Tensor) -> None:
+        """Multiplies the reduced gradients, as by 1 / (tokens in all batches of all ranks) with reduction="sum"."""
+        self.finish_reduction()
+        if grads := self._gradients():
+            torch._foreach_mul_(grads, factor)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Updates this rank's pieces, exchanges them with the other ranks, and drops the gradients.
+
+        Args:
+            closure: computes and differentiates the loss, once.
+
+        Returns:
+            The closure's loss.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        assert self._inner is not None
+        self.finish_reduction()
+        for bucket in self._reducer.buckets:
+            layout.refresh_masters(bucket)
+        self._inner.step()
+        gathers = []
+        for bucket in self._reducer.buckets:
+            if any(slot.used for slot in bucket.slots):  # the same on every rank since the flags were exchanged
+                layout.write_masters(bucket)
+                gathers.append(self._reducer.collectives(bucket.flat.device).gather(bucket.flat))
+        for finish in gathers:
+            finish()
+        self.zero_grad()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's part of the state by parameter name; see `phicore.zero.state`. Tensors are the live ones."""
+        pieces = [piece for bucket in self._reducer.buckets for piece in bucket.pieces]
+        return {
+            "format": state.FORMAT,
+            "rank": self.rank,
+            "world_size": self.world_size,
+            "shapes": {name: list(shape) for name, shape in self._shapes.items()},
+            "slices": {piece.name: [piece.start, piece.stop] for piece in pieces},
+            "state": self._state_by_name(),
+            "param_groups": [
+                {**state.settings(group), "params": list(names)}
+                for group, names in zip(self.param_groups, self._names, strict=True)
+            ],
+        }
+
+    def full_state_dict(self, *, first_rank_only: bool = False) -> dict[str, Any]:
+        """The whole state in torch.optim's format, on the CPU; all ranks must call it at the same point.
+
+        It loads into a plain optimizer_class over the same parameters in the same order, frozen ones included. Beside
+        its result a rank needs memory for one bucket. Masters of 16-bit parameters are under "masters" by name, which
+        plain optimizers pass over.
+
+        Args:
+            first_rank_only: the others return an empty dict.
+        """
+        whole = gather_states(
+            self._reducer.buckets,
+            self._state_by_name(),
+            self._reducer.collectives,
+            self.process_group,
+            self.world_size,
+            keep=self.rank == 0 or not first_rank_only,
+        )
+        if self.rank != 0 and first_rank_only:
+            return {}
+        order = [name for names in self._names for name in names]
+        index = {name: i for i, name in enumerate(order)}
+        masters = {name: whole[name].pop(state.MASTER) for name in order if state.MASTER in whole.get(name, {})}
+        return {
+            "state": {index[name]: whole[name] for name in order if whole.get(name)},
+            "param_groups": [
+                {**state.settings(group), "params": [index[name] for name in names], "param_names": list(names)}
+                for group, names in zip(self.param_groups, self._names, strict=True)
+            ],
+            **({"masters": masters} if masters else {}),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
+        """Loads a state of any world size. Parameters are loaded with the model, before or after.
+
+        Args:
+            state_dict: the `state_dict` of this rank, from a run on as many ranks; or those of all ranks of a run, in
+                a list; or a full state, of `full_state_dict` or of a plain torch optimizer.
+
+        Raises:
+            ValueError: it is of other parameters, shapes or groups, or lacks what this rank needs. Nothing has been
+                loaded then.
+        """
+        if isinstance(state_dict, Mapping) and "format" not in state_dict and "param_groups" in state_dict:
+            source = state.read_full(state_dict, self._shapes, self._names)
+        else:
+            shards = [state_dict] if isinstance(state_dict, Mapping) else list(state_dict)
+            source = state.read_shards(shards, self._shapes, self._names)
+        pieces = [(bucket, piece) for bucket in self._reducer.buckets for piece in bucket.pieces]
+        loaded = [(bucket, piece, state.cut(source, piece.name, piece.start, piece.stop)) for bucket, piece in pieces]
+        for group, settings in zip(self.param_groups, source.groups, strict=True):
+            group.update(settings)
+        by_tensor = {id(piece): group for group in self.param_groups for piece in group["params"]}
+        self.state.clear()
+        for bucket, piece, values in loaded:
+            master = values.pop(state.MASTER, None)
+            if bucket.has_masters:
+                weights = bucket.shard[piece.place]
+                piece.tensor.copy_(weights if master is None else master)
+            group = by_tensor[id(piece.tensor)]
+            if values:
+                self.state[piece.tensor] = {key: _as_state(v, piece.tensor, group) for key, v in values.items()}
+
+    # What a rank holds
+
+    def _state_by_name(self) -> dict[str, dict[str, Any]]:
+        found: dict[str, dict[str, Any]] = {}
+        for bucket in self._reducer.buckets:
+            for piece in bucket.pieces:
+                values = dict(self.state.get(piece.tensor, {}))
+                if bucket.has_masters:
+                    values[state.MASTER] = piece.tensor.detach()
+                if values:
+                    found[piece.name] = values
+        return found
+
+    def _gradients(self) -> list[Tensor]:
+        return [piece.grad for group in self.param_groups for piece in group["params"] if piece.grad is not None]
+
+    # What ranks agree on
+
+    def _agree_on_groups(self, params: list[Any], options: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Groups of (name, parameter); an error on one rank becomes one on all."""
+        groups: list[dict[str, Any]] = []
+        lines: list[str] = []
+        problem: Exception | None = None
+        try:
+            groups = named_groups(params, known={**self._shapes})
+            lines = describe(groups, self._class, options)
+        except (TypeError, ValueError) as error:
+            problem = error
+        if self.world_size > 1:
+            check_same(lines, None if problem is None else str(problem), self.process_group)
+        if problem is not None:
+            raise problem
+        return groups
+
+    def _exchange_flags(self) -> bool:
+        """Makes slot.used mean "on any rank", and gives buckets to parameters that were unfrozen on any rank. True if
+        there were such."""
+        slots = [slot for bucket in self._reducer.buckets for slot in bucket.slots]
+        frozen = list(self._frozen.items())
+        flags = [slot.used for slot in slots] + [parameter.requires_grad for _, (_, parameter) in frozen]
+        if self.world_size > 1:
+            shared = torch.tensor(flags, dtype=torch.uint8, device=self._device)
+            dist.all_reduce(shared, op=dist.ReduceOp.MAX, group=self.process_group)
+            flags = [bool(flag) for flag in shared.tolist()]
+        for slot, used in zip(slots, flags, strict=False):
+            slot.used = used
+        unfrozen = [entry for entry, flag in zip(frozen, flags[len(slots) :], strict=True) if flag]
+        by_group: dict[int, list[Named]] = {}
+        for name, (group, parameter) in unfrozen:
+            by_group.setdefault(group, []).append((name, parameter))
+            del self._frozen[name]
+        for group, named in by_group.items():
+            buckets = self._make_buckets(named)
+            self._reducer.reduce_now(buckets)
+            self.param_groups[group]["params"].extend(_pieces(buckets))
+        return bool(unfrozen)
+
+    def _make_buckets(self, named: Sequence[Named]) -> list[Bucket]:
+        buckets = []
+        for members in layout.pack(named, self.bucket_bytes):
+            bucket = layout.build_bucket(members, self.rank, self.world_size)
+            if self.world_size > 1:
+                copy_from_first_rank([bucket.flat], self.process_group)
+            layout.cut_pieces(bucket, self.rank)
+            buckets.append(bucket)
+        self._reducer.add(buckets)
+        return buckets
+
+
+def _pieces(buckets: Iterable[Bucket]) -> list[Tensor]:
+    return [piece.tensor for bucket in buckets for piece in bucket.pieces]
+
+
+def _collectives_by_device(group: dist.ProcessGroup | None, world_size: int) -> Callable[[torch.device], Collectives]:
+    return functools.cache(lambda device: choose_collectives(group, world_size, device))
+
+
+def _device_of(groups: Sequence[Mapping[str, Any]]) -> torch.device:
+    """Where ranks exchange what is not a parameter: the first parameter's device, or the CPU for one without memory."""
+    device = next((p.device for group in groups for _, p in group["params"]), torch.device("cpu"))
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def _as_state(value: Any, piece: Tensor, group: Mapping[str, Any]) -> Any:
+    """A loaded state on the device and in the dtype that torch's optimizers keep it."""
+    if not isinstance(value, Tensor):
+        return value
+    if state.is_sliced(value, piece.numel()):
+        return value.to(piece.device, piece.dtype if value.is_floating_point() else value.dtype, copy=True)
+    # Counters are on the CPU unless the update runs without it.
+    return value.to(piece.device if group.get("capturable") or group.get("fused") else "cpu", copy=True)

@@ -1,0 +1,196 @@
+"""Gradients on their way from the backward pass to the shards.
+
+One synchronised backward pass is one round: every rank reduces every bucket once, in the same order. A bucket starts
+as soon as its parameters and the buckets before it have their gradients, while the backward pass goes on; what is left
+at the pass's end, for parameters that it did not reach on this rank, starts then with zeros in their place. So ranks
+stay in step whichever parameters each of them uses.
+"""
+
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import Variable
+from torch.utils.hooks import RemovableHandle
+
+from phicore.zero.collectives import Collectives
+from phicore.zero.layout import Bucket, Slot
+
+MAX_IN_FLIGHT = 4  # buckets being reduced at once: enough to overlap, and all that stage 2 holds beside its shards
+
+
+class _Hook:
+    """Tells the reducer of a parameter's gradient. Holds it weakly: a dropped optimizer must not reduce any more."""
+
+    def __init__(self, reducer: "GradientReducer", bucket: Bucket, slot: Slot) -> None:
+        self.reducer, self.bucket, self.slot = weakref.ref(reducer), bucket, slot
+
+    def __call__(self, parameter: Tensor) -> None:
+        reducer = self.reducer()
+        if reducer is not None:
+            reducer.on_gradient(self.bucket, self.slot)
+
+
+def is_watched(parameter: Tensor) -> bool:
+    """Whether a reducer that is alive takes this parameter's gradients."""
+    hooks = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
+    return any(isinstance(hook, _Hook) and hook.reducer() is not None for hook in hooks.values())
+
+
+class GradientReducer:
+    """Reduces gradients to shards, `bucket.grad`.
+
+    Stage 1 keeps `p.grad`, and a shard is the reduction of all that has accumulated there. Stage 2 takes `p.grad` away
+    as it comes, and adds each round's reduction to the shard.
+
+    Args:
+        stage: 1 or 2.
+        scale: factor for the sum over ranks.
+        collectives: for a device.
+    """
+
+    def __init__(self, stage: int, scale: float, collectives: Callable[[torch.device], Collectives]) -> None:
+        self.stage, self.scale, self.collectives = stage, scale, collectives
+        self.buckets: list[Bucket] = []  # in the order in which they are reduced
+        self.syncing = True
+        self.round_due = True  # this rank may hold gradients that no round has carried
+        self.changed = True  # shards are not what the optimizer saw last
+        self._next = 0  # bucket of the open round
+        self._open = False
+        self._backward: int | None = None  # the pass whose end closes the open round
+        self._in_flight: deque[tuple[Bucket, Callable[[], Tensor]]] = deque()
+        self._hooks: list[RemovableHandle] = []
+        self._places: dict[Bucket, float] = {}  # where in a backward pass a bucket is ready, from 0 to 1
+
+    def add(self, buckets: Sequence[Bucket]) -> None:
+        """Reduces the gradients of a parameter group's new buckets from now on."""
+        if self._open:
+            self.close_round()
+        for index, bucket in enumerate(buckets):
+            # A backward pass goes through all groups side by side.
+            self._places[bucket] = (index + 0.5) / len(buckets)
+            for slot in bucket.slots:
+                if slot.parameter.requires_grad:  # torch takes no hook for others; they wait for the end of the round
+                    hook = _Hook(self, bucket, slot)
+                    self._hooks.append(slot.parameter.register_post_accumulate_grad_hook(hook))
+        self.buckets = sorted(self._places, key=self._places.__getitem__)
+
+    def on_gradient(self, bucket: Bucket, slot: Slot) -> None:
+        """Takes a gradient that the backward pass has just put in place."""
+        slot.used = self.changed = True
+        if not self.syncing:
+            return
+        if bucket.buffer is None and self._open and self.buckets.index(bucket) < self._next:
+            self.close_round()  # a nested backward pass (reentrant checkpointing) comes back to a bucket that has left
+        self._open = True
+        if self._backward != (task := torch._C._current_graph_task_id()):
+            self._backward = task
+            Variable._execution_engine.queue_callback(self._end_of_backward)
+        self._fill(bucket, slot)
+        while self._next < len(self.buckets) and self.buckets[self._next].is_filled:
+            self._start_next()
+
+    def _end_of_backward(self) -> None:
+        self._backward = None
+        if self._open:
+            self.close_round()
+
+    def _fill(self, bucket: Bucket, slot: Slot) -> None:
+        grad = slot.parameter.grad
+        assert grad is not None
+        if grad.layout != torch.strided:
+            raise TypeError(f"{slot.name} has a {grad.layout} gradient; ZeroOptimizer reduces dense ones only")
+        if bucket.buffer is None:
+            bucket.buffer = torch.empty_like(bucket.flat)
+        place = bucket.buffer[slot.offset : slot.offset + grad.numel()].view(grad.shape)
+        if slot in bucket.filled and self.stage == 2:
+            place += grad
+        else:
+            place.copy_(grad)
+        bucket.filled.add(slot)
+        if self.stage == 2:
+            slot.parameter.grad = None
+        else:
+            slot.reduced = _identity(grad)
+
+    def _start_next(self) -> None:
+        self._next += 1
+        self._start(self.buckets[self._next - 1])
+
+    @torch.no_grad()
+    def reduce_now(self, buckets: Sequence[Bucket]) -> None:
+        """Reduces what lies in `p.grad` of buckets that have just been added."""
+        for bucket in buckets:
+            self._start(bucket)
+        self.wait()
+
+    def _start(self, bucket: Bucket) -> None:
+        if bucket.buffer is None:
+            bucket.buffer = torch.empty_like(bucket.flat)
+        for slot in bucket.slots:
+            if slot in bucket.filled:
+                continue
+            if slot.parameter.grad is not None:  # from a pass within no_sync, or set by hand
+                slot.used = True
+                self._fill(bucket, slot)
+            else:
+                bucket.buffer[slot.offset : slot.offset + slot.parameter.numel()] = 0
+        self._in_flight.append((bucket, self.collectives(bucket.flat.device).reduce(bucket.buffer, bucket.wide)))
+        bucket.buffer = None
+        bucket.filled.clear()
+        while len(self._in_flight) > MAX_IN_FLIGHT:
+            self._finish_oldest()
+
+    def _finish_oldest(self) -> None:
+        bucket, finish = self._in_flight.popleft()
+        total = finish().mul_(self.scale)
+        if self.stage == 2 and bucket.grad is not None:
+            bucket.grad += total
+        else:
+            bucket.grad = total
+
+    @torch.no_grad()
+    def close_round(self) -> None:
+        """Starts the buckets that the open round has not started."""
+        while self._next < len(self.buckets):
+            self._start_next()
+        self._next, self._open, self.round_due, self.changed = 0, False, False, True
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Brings every gradient to its shard; every rank must call it at the same point."""
+        if self._open or self.round_due:
+            self.close_round()
+        self.wait()
+
+    def wait(self) -> None:
+        """Waits for the reductions that are on their way."""
+        while self._in_flight:
+            self._finish_oldest()
+
+    def changed_after_reduction(self) -> str | None:
+        """Name of a parameter whose gradient was written to after it had been reduced (stage 1)."""
+        for bucket in self.buckets:
+            for slot in bucket.slots:
+                grad = slot.parameter.grad
+                if grad is not None and _identity(grad) != slot.reduced:
+                    return slot.name
+        return None
+
+    def drop(self) -> None:
+        """Forgets all gradients."""
+        if self._open:
+            self.close_round()  # other ranks have started its buckets or will
+        self.wait()
+        for bucket in self.buckets:
+            bucket.grad = None
+            for slot in bucket.slots:
+                slot.used, slot.reduced, slot.parameter.grad = False, None, None
+        self.round_due = self.changed = True
+
+
+def _identity(grad: Tensor) -> tuple[int, int]:
+    """Changes when a gradient is replaced or written to."""
+    return grad.data_ptr(), grad._version

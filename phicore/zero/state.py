@@ -1,0 +1,148 @@
+"""Optimizer state as files hold it: slices of parameters by name, from which a state for any world size is cut.
+
+A shard's state (of `ZeroOptimizer.state_dict`) is a dict of
+
+    format         "phicore-zero"
+    rank, world_size
+    shapes         {name of parameter: shape}, of all parameters
+    slices         {name: [start, stop]}, the elements of the flattened parameter that this rank holds
+    state          {name: {name of state: [stop - start] or a scalar}}; 16-bit parameters have a float32 "master" there
+    param_groups   [{settings ..., "params": [names]}]
+
+The full state is torch.optim's own format, with the parameters' names, and masters beside "state".
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FORMAT = "phicore-zero"
+MASTER = "master"
+
+
+@dataclass(slots=True)
+class Slice:
+    """Elements [start, stop) of one parameter's state."""
+
+    start: int
+    stop: int
+    state: dict[str, Any]
+
+
+@dataclass(slots=True)
+class Source:
+    """A state to be loaded, whatever it was saved as.
+
+    Attributes:
+        slices: by name of parameter; a parameter that never had a gradient has slices with an empty state.
+        groups: the settings of each group.
+    """
+
+    slices: dict[str, list[Slice]] = field(default_factory=dict)
+    groups: list[dict[str, Any]] = field(default_factory=list)
+
+
+def is_sliced(value: Any, numel: int) -> bool:
+    """Whether a state has an entry for each element, rather than one for the whole parameter."""
+    return isinstance(value, Tensor) and value.dim() > 0 and value.numel() == numel
+
+
+def settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter group without its parameters."""
+    return {key: value for key, value in group.items() if key not in ("params", "param_names")}
+
+
+def read_shards(
+    shards: Sequence[Mapping[str, Any]], shapes: Mapping[str, torch.Size], groups: Sequence[Sequence[str]]
+) -> Source:
+    """A source from states of any number of ranks.
+
+    Raises:
+        ValueError: they are of another format, of other parameters, or of other groups.
+    """
+    if not shards:
+        raise ValueError("expected at least one state, got none")
+    source = Source()
+    for shard in shards:
+        if shard.get("format") != FORMAT:
+            raise ValueError(f"expected states from ZeroOptimizer.state_dict, got one with keys {sorted(shard)}")
+        _check_names(dict(shard["shapes"]), shapes)
+        saved = [group["params"] for group in shard["param_groups"]]
+        if list(map(sorted, saved)) != list(map(sorted, groups)):
+            raise ValueError(
+                f"the state has parameter groups of {list(map(len, saved))} parameters, this optimizer of "
+                f"{list(map(len, groups))}; make the groups as they were when it was saved"
+            )
+        source.groups = [settings(group) for group in shard["param_groups"]]
+        for name, (start, stop) in shard["slices"].items():
+            source.slices.setdefault(name, []).append(Slice(start, stop, dict(shard["state"].get(name, {}))))
+    return source
+
+
+def read_full(state: Mapping[str, Any], shapes: Mapping[str, torch.Size], groups: Sequence[Sequence[str]]) -> Source:
+    """A source from a torch.optim state dict: parameters by "param_names" where it has them, else by position.
+
+    Raises:
+        ValueError: groups, names or shapes differ.
+    """
+    saved = [group["params"] for group in state["param_groups"]]
+    if list(map(len, saved)) != list(map(len, groups)):
+        raise ValueError(
+            f"the state has parameter groups of {list(map(len, saved))} parameters, this optimizer of "
+            f"{list(map(len, groups))}; give both the same parameters"
+        )
+    source = Source(groups=[settings(group) for group in state["param_groups"]])
+    for group, names in zip(state["param_groups"], groups, strict=True):
+        own = group.get("param_names") or names
+        _check_names({name: shapes.get(name, torch.Size()) for name in own}, {name: shapes[name] for name in names})
+        for index, name in zip(group["params"], own, strict=True):
+            values = dict(state["state"].get(index, {}))
+            if name in state.get("masters", {}):
+                values[MASTER] = state["masters"][name]
+            for key, value in values.items():
+                if isinstance(value, Tensor) and value.dim() and value.shape != shapes[name]:
+                    raise ValueError(
+                        f"state {key} of {name} has shape {list(value.shape)}, the parameter {list(shapes[name])}"
+                    )
+                if is_sliced(value, shapes[name].numel()):
+                    values[key] = value.reshape(-1)
+            source.slices[name] = [Slice(0, shapes[name].numel(), values)]
+    return source
+
+
+def _check_names(saved: Mapping[str, Sequence[int]], shapes: Mapping[str, torch.Size]) -> None:
+    for name in [*saved, *shapes]:
+        if name not in shapes:
+            raise ValueError(f"the state holds {name}, which this optimizer does not have")
+        if name not in saved:
+            raise ValueError(f"the state lacks {name}")
+        if tuple(saved[name]) != tuple(shapes[name]):
+            raise ValueError(f"{name} has shape {list(saved[name])} in the state, {list(shapes[name])} here")
+
+
+def cut(source: Source, name: str, start: int, stop: int) -> dict[str, Any]:
+    """State of the elements [start, stop) of a parameter.
+
+    Raises:
+        ValueError: the source does not hold them all.
+    """
+    parts, at = [], start  # (slice, first element, last + 1) of each part, in the parameter
+    for part in sorted(source.slices.get(name, []), key=lambda part: part.start):
+        if part.start <= at < part.stop and at < stop:
+            parts.append((part, at, min(stop, part.stop)))
+            at = min(stop, part.stop)
+    if at < stop:
+        raise ValueError(
+            f"the state lacks elements {at} to {stop} of {name}; load the states of all ranks that saved it: "
+            f"load_state_dict([state of rank 0, state of rank 1, ...])"
+        )
+    first = parts[0][0]
+    return {
+        key: torch.cat([part.state[key][begin - part.start : end - part.start] for part, begin, end in parts])
+        if is_sliced(value, first.stop - first.start)
+        else value
+        for key, value in first.state.items()
+    }

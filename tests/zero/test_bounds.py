@@ -1,0 +1,58 @@
+"""What ZeRO promises in bytes: optimizer state on each rank, and elements through the sockets."""
+
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import phicore
+from tests.zero.tcp import bytes_sent
+
+
+def step_costs(options: dict[str, Any], passes: int, no_sync: bool, dtype: torch.dtype) -> tuple[float, float]:
+    """State bytes, and elements sent in a step, in units of the parameters' elements."""
+    model = nn.Sequential(*[nn.Linear(257, 257) for _ in range(6)]).to(dtype)
+    psi = sum(p.numel() for p in model.parameters())
+    optimizer = phicore.ZeroOptimizer(model.named_parameters(), torch.optim.AdamW, bucket_bytes=2**19, **options)
+    x = torch.ones(2, 257, dtype=dtype)
+
+    def step() -> None:
+        for place in range(passes):
+            with optimizer.no_sync() if no_sync and place < passes - 1 else nullcontext():
+                model(x).sum().backward()
+        optimizer.step()
+
+    step()
+    dist.barrier()
+    before = bytes_sent()
+    step()
+    dist.barrier()
+    sent = bytes_sent() - before
+    tensors = {id(t): t.nbytes for state in optimizer.state.values() for t in state.values()}
+    masters = sum(p.nbytes for group in optimizer.param_groups for p in group["params"]) if dtype.itemsize == 2 else 0
+    return (sum(tensors.values()) + masters) / psi, sent / dtype.itemsize / psi
+
+
+@pytest.mark.parametrize(
+    ("world_size", "stage", "passes", "no_sync", "dtype"),
+    [
+        *[(world_size, 2, 1, False, torch.float32) for world_size in (2, 4, 8)],
+        (8, 1, 4, True, torch.float32),
+        (4, 1, 1, False, torch.bfloat16),
+        (4, 2, 4, False, torch.float32),
+        (4, 2, 4, True, torch.float32),
+        (4, 2, 1, False, torch.bfloat16),
+    ],
+)
+def test_state_and_wire_are_at_the_bounds(ranks, world_size, stage, passes, no_sync, dtype):
+    found = ranks(world_size)(step_costs, {"stage": stage}, passes, no_sync, dtype)
+    per_element = 12 if dtype == torch.bfloat16 else 8
+    assert max(state for state, _ in found) == pytest.approx(per_element / world_size, rel=0.02)
+    reductions = 1 if no_sync else passes
+    bound = (reductions + 1) * (world_size - 1) / world_size
+    mean = sum(sent for _, sent in found) / world_size
+    assert mean == pytest.approx(bound, rel=0.03)
+    assert max(sent for _, sent in found) == pytest.approx(bound, rel=0.05)
