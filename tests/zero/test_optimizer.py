@@ -72,8 +72,8 @@ def each_optimizer() -> dict[str, float]:
     return found
 
 
-def test_every_optimizer_with_unequal_accumulated_batches(each_world):
-    for found in each_world(each_optimizer):
+def test_every_optimizer_with_unequal_accumulated_batches(ranks):
+    for found in ranks(3)(each_optimizer):
         assert len(found) == 2 * len(OPTIMIZERS)
         assert {name: error for name, error in found.items() if not error < 1e-6} == {}
 
@@ -301,6 +301,15 @@ def test_gradients_written_to_after_their_reduction_are_an_error():
     loss_sum(model, *batch(0)).backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
     with pytest.raises(RuntimeError, match="use this optimizer's clip_grad_norm_"):
+        optimizer.step()
+
+
+def test_a_model_that_was_moved_afterwards_is_an_error():
+    model = Net()
+    optimizer = zero(model)
+    model.double()
+    loss_sum(model, *batch(0)).backward()
+    with pytest.raises(RuntimeError, match=r"head\.weight has other memory than when this optimizer was made"):
         optimizer.step()
 
 
