@@ -292,7 +292,9 @@ def _rank(rank: int, world_size: int, directory: str, function: Callable[..., An
 def on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """Each rank's result of function(rank, world_size, *arguments)."""
     # Freed buffers go back to the system at once; else peaks would show what malloc keeps, for every contender.
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**18) if function is measure_memory else str(2**25)
+    os.environ.pop("MALLOC_MMAP_THRESHOLD_", None)
+    if function is measure_memory:
+        os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**18)
     with tempfile.TemporaryDirectory() as directory:
         mp.spawn(_rank, (world_size, directory, function, arguments), nprocs=world_size)
         return json.loads(Path(directory, "answers.json").read_text())
