@@ -1,0 +1,107 @@
+"""Runs kernels on a CPU in Triton's interpreter, in a process of its own.
+
+Triton reads TRITON_INTERPRET when it is imported and when a kernel is decorated, so the flag cannot be set for some
+tests of a process only: other tests compile kernels, and torch.compile imports triton too. The tests stay where they
+are and call `Interpreter.call`; arguments and results travel as pickles.
+"""
+
+import importlib
+import multiprocessing
+import os
+import pickle
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+
+def _start() -> None:
+    assert "triton" not in sys.modules
+    os.environ["TRITON_INTERPRET"] = "1"
+    import torch
+
+    torch.set_num_threads(1)
+    # torch.empty then holds NaN (floats) or the largest value (integers), so what a kernel forgets to write shows.
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def _call(request: bytes) -> bytes:
+    function, args, options = pickle.loads(request)
+    module, _, name = function.partition(":")
+    return pickle.dumps(getattr(importlib.import_module(module), name)(*args, **options))
+
+
+class Interpreter:
+    """call("phicore_kernels.matmul:linear", x, weight) runs the function in the interpreter's process."""
+
+    def __init__(self) -> None:
+        self.pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=_start)
+
+    def call(self, function: str, *args: Any, **options: Any) -> Any:
+        return pickle.loads(self.pool.submit(_call, pickle.dumps((function, args, options))).result())
+
+
+# --- what runs in the interpreter's process -------------------------------------------------------------------------
+
+
+def run_last_program(launch: Any) -> None:
+    """Runs a launch's last program alone. Results stay where the kernel wrote them: nothing is copied back."""
+    from unittest import mock
+
+    from triton.runtime import interpreter
+
+    builder, last = interpreter.interpreter_builder, launch.grid[0] - 1
+    set_dim, set_index = builder.set_grid_dim, builder.set_grid_idx
+    with (
+        mock.patch.object(builder, "set_grid_dim", lambda x, y, z: set_dim(last + 1, y, z)),
+        mock.patch.object(builder, "set_grid_idx", lambda x, y, z: set_index(last, y, z)),
+        mock.patch.object(interpreter.GridExecutor, "_restore_args_dev"),
+    ):
+        launch.kernel[(1,)](**launch.arguments, **launch.constants)
+
+
+def zero_pages(n: int, dtype: Any) -> Any:
+    """Zeros [n] that take no memory until they are written (numpy's zeros are calloc's; torch writes its own)."""
+    import numpy
+    import torch
+
+    return torch.from_numpy(numpy.zeros(n * dtype.itemsize, dtype=numpy.uint8)).view(dtype)
+
+
+def far_weight(rows: int, columns: int) -> Any:
+    """A weight of zero pages but for its last 8192 values: code 15, scale 2."""
+    import torch
+
+    from phicore_kernels.weight import Weight
+
+    n = rows * columns
+    packed, absmax = zero_pages(n // 2, torch.uint8), zero_pages(n // 64, torch.float32)
+    packed[-4096:], absmax[-128:] = 255, 2.0
+    return Weight(packed, absmax, None, None, None, rows, columns, 64)
+
+
+def dequantize_far(n: int) -> Any:
+    """The last 8192 values of far_weight(1, n)."""
+    import torch
+
+    from phicore_kernels.dequantize import dequantize_launch
+
+    out = zero_pages(n, torch.bfloat16)
+    out[-8192:] = torch.nan
+    run_last_program(dequantize_launch(far_weight(1, n), out))
+    return out[-8192:].clone()
+
+
+def linear_far(rows: int) -> Any:
+    """x far_weight(rows, 64)^T for the last 64 rows, x [2, 64] with 2^31 elements between its rows of ones and twos."""
+    import torch
+
+    from phicore_kernels.configs import Config
+    from phicore_kernels.matmul import matmul_launches
+
+    x = zero_pages(2**31 + 64, torch.float16).as_strided((2, 64), (2**31, 1))
+    x[0], x[1] = 1, 2
+    out = torch.empty(2, rows, dtype=torch.float16)
+    (launch,) = matmul_launches(x, far_weight(rows, 64), out, backward=False, config=Config(16, 64, 64, 4, 1))
+    run_last_program(launch)
+    return out[:, -64:].clone()
