@@ -28,23 +28,37 @@ class Config(NamedTuple):
     split: int = 1
 
 
-# (largest M, config), 16 bits and float32. float32 is decoded from a table and multiplied in three TF32 products.
-SIXTEEN_BITS: tuple[tuple[int, Config], ...] = (
-    (16, Config(16, 64, 128, 4, 3, 16)),
-    (32, Config(32, 64, 128, 4, 3, 8)),
-    (64, Config(64, 64, 64, 4, 3, 4)),
-    (1 << 31, Config(128, 128, 64, 8, 3)),
-)
-FLOAT32: tuple[tuple[int, Config], ...] = (
-    (16, Config(16, 64, 64, 4, 2, 16)),
-    (1 << 31, Config(64, 64, 32, 4, 2)),
-)
+# How a weight is decoded (see phicore_kernels.decode) and the bytes of the compute dtype -> (largest M, config) rows.
+CONFIGS: dict[tuple[str, int], tuple[tuple[int, Config], ...]] = {
+    ("permute", 2): (
+        (16, Config(16, 64, 128, 4, 3, 16)),
+        (32, Config(32, 64, 128, 4, 3, 8)),
+        (64, Config(64, 64, 64, 4, 3, 4)),
+        (1 << 31, Config(128, 128, 64, 8, 3)),
+    ),
+    ("table", 2): (
+        (16, Config(16, 64, 128, 4, 2, 16)),
+        (64, Config(64, 64, 64, 4, 2, 4)),
+        (1 << 31, Config(128, 128, 64, 8, 2)),
+    ),
+    ("table", 4): (  # three TF32 products for each of float32 on NVIDIA
+        (16, Config(16, 64, 64, 4, 2, 16)),
+        (1 << 31, Config(64, 64, 32, 4, 2)),
+    ),
+    ("any", 2): (
+        (16, Config(16, 32, 32, 4, 1, 16)),
+        (1 << 31, Config(64, 32, 32, 4, 1)),
+    ),
+    ("any", 4): (
+        (16, Config(16, 32, 32, 4, 1, 16)),
+        (1 << 31, Config(32, 32, 32, 4, 1)),
+    ),
+}
 
 
-def choose(m: int, columns: int, summed: int, dtype: torch.dtype, device: torch.device) -> Config:
-    """The config for a product of [m, summed] to [m, columns]."""
-    table = SIXTEEN_BITS if dtype.itemsize == 2 else FLOAT32
-    config = next(config for largest, config in table if m <= largest)
+def choose(m: int, columns: int, summed: int, mode: str, dtype: torch.dtype, device: torch.device) -> Config:
+    """The config for a product of [m, summed] to [m, columns] in dtype, W decoded by `mode`."""
+    config = next(config for largest, config in CONFIGS[mode, dtype.itemsize] if m <= largest)
     programs = -(-m // config.block_m) * -(-columns // config.block_out)
     # Two programs for each processor, and not fewer than four steps in each part of a sum.
     split = min(config.split, max(1, 2 * processors(device) // programs), max(1, summed // (4 * config.block_sum)))

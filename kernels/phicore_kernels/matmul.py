@@ -43,7 +43,7 @@ class LowRank(NamedTuple):
 def _matmul(
     x, packed, absmax, nested_absmax, offset, code_map, levels, bias, left, right, scaling, out,
     M, N, K, rank, split_length, stride_xm, stride_xr, stride_lm, stride_lr, stride_rr, stride_ro,
-    BACKWARD: tl.constexpr, SPLIT: tl.constexpr, BLOCK_SHIFT: tl.constexpr, MODE: tl.constexpr,
+    BACKWARD: tl.constexpr, SPLIT: tl.constexpr, BLOCK_SHIFT: tl.constexpr, MODE: tl.constexpr, HIDE: tl.constexpr,
     PRECISION: tl.constexpr, EVEN: tl.constexpr, RANK_STEP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_SUM: tl.constexpr,
 ):  # fmt: skip
@@ -114,9 +114,10 @@ def _matmul(
                 ROWS * TILE_GROUPS,
             )  # fmt: skip
             w = tl.reshape(w, (ROWS, COLUMNS))
-            if MODE == "permute" and not INTERPRET:
+            if HIDE and not INTERPRET:
                 # A move that the assembler drops. Being no plain arithmetic, it hides the narrow loads behind w from
-                # Triton, which would otherwise choose a layout of the operands for 8-bit data: 250 moves more a step.
+                # Triton, which would otherwise choose a layout of HMMA's operands that suits 8-bit data and costs four
+                # moves for each HMMA.
                 w = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [w], dtype=w.dtype, is_pure=False, pack=2)
         if not BACKWARD:
             w = w.T
@@ -158,11 +159,14 @@ def matmul_launches(
     config: Config,
     permute: bool | None = None,
     precision: str = "tf32x3",
+    shared_operands: bool = False,
 ) -> list[Launch]:
     """The launches that fill out [M, N] with x [M, K] @ W^T, or, backward, out [M, K] with x [M, N] @ W.
 
     One launch, or two if the config splits the sum. `out` is contiguous and not empty; see `linear` for the rest.
     precision is that of float32 products: "tf32x3" on NVIDIA's tensor cores, "ieee" elsewhere.
+    shared_operands: whether the GPU multiplies 64 rows and more from shared memory (sm_90 and later) and not from
+    registers.
     """
     m, (n, k) = x.shape[0], (weight.rows, weight.columns)
     columns, summed = (k, n) if backward else (n, k)
@@ -170,6 +174,7 @@ def matmul_launches(
     split_length = triton.cdiv(steps, config.split) * config.block_sum if config.split > 1 else 0
     split = triton.cdiv(summed, split_length) if split_length else 1
     parts = torch.empty(split, m, columns, dtype=torch.float32, device=x.device) if split > 1 else None
+    mode = decode_mode(weight.packed, k, x.dtype, permute)
     left, right, scaling = low_rank or (None, None, None)
     product = Launch(
         kernel=_matmul,
@@ -191,7 +196,8 @@ def matmul_launches(
             "BACKWARD": backward,
             "SPLIT": split,
             "BLOCK_SHIFT": block_shift(weight),
-            "MODE": decode_mode(weight.packed, k, x.dtype, permute),
+            "MODE": mode,
+            "HIDE": mode == "permute" and (config.block_m < 64 or not shared_operands),
             "PRECISION": precision if x.dtype == torch.float32 else None,
             "EVEN": summed % config.block_sum == 0,
             "RANK_STEP": RANK_STEP,
@@ -206,9 +212,9 @@ def matmul_launches(
     size = m * columns
     addition = Launch(
         kernel=_add_parts,
-        grid=(triton.cdiv(size, 512),),
+        grid=(triton.cdiv(size, 1024),),
         arguments={"parts": parts, "bias": bias, "out": out, "size": size, "OUT": columns},
-        constants={"SPLIT": split, "BLOCK": 512},
+        constants={"SPLIT": split, "BLOCK": 1024},
         options={"num_warps": 4, "num_stages": 1},
     )
     return [product, addition]
@@ -263,10 +269,22 @@ def _run(
     if not out.numel():
         return out
     if config is None:
-        config = choose(x.shape[0], columns, x.shape[1], x.dtype, x.device)
-    precision = "tf32x3" if x.device.type == "cuda" and torch.version.hip is None else "ieee"
-    options = {"backward": backward, "bias": bias, "low_rank": low_rank, "config": config}
-    for launch in matmul_launches(x, weight, out, **options, permute=permute, precision=precision):
+        mode = decode_mode(weight.packed, weight.columns, x.dtype, permute)
+        config = choose(x.shape[0], columns, x.shape[1], mode, x.dtype, x.device)
+    nvidia = x.device.type == "cuda" and torch.version.hip is None
+    launches = matmul_launches(
+        x,
+        weight,
+        out,
+        backward=backward,
+        bias=bias,
+        low_rank=low_rank,
+        config=config,
+        permute=permute,
+        precision="tf32x3" if nvidia else "ieee",
+        shared_operands=nvidia and torch.cuda.get_device_capability(x.device) >= (9, 0),
+    )
+    for launch in launches:
         launch.run()
     return out
 

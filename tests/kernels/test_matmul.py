@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phicore_kernels.configs import FLOAT32, SIXTEEN_BITS, Config, choose
+from phicore_kernels.configs import CONFIGS, Config, choose
 from phicore_kernels.weight import naive_decode
 from tests.kernels.weights import CPU, exact, random_weight
 
@@ -125,13 +125,14 @@ def test_more_than_2_to_the_31_elements(interpreter):
     assert torch.equal(given, torch.tensor([[128.0], [256.0]], dtype=torch.float16).expand(2, 64))
 
 
-@pytest.mark.parametrize("table", [SIXTEEN_BITS, FLOAT32])
-def test_each_m_has_a_config_that_fills_the_gpu_and_no_more(table):
-    dtype = torch.bfloat16 if table is SIXTEEN_BITS else torch.float32
+@pytest.mark.parametrize(("mode", "size"), CONFIGS)
+def test_each_m_has_a_config_that_fills_the_gpu_and_no_more(mode, size):
+    dtype = torch.bfloat16 if size == 2 else torch.float32
+    rows = [config._replace(split=1) for _, config in CONFIGS[mode, size]]
     for m in (1, 16, 17, 64, 65, 10**6):
-        config = choose(m, 4096, 4096, dtype, CPU)
-        assert config._replace(split=1) in [row._replace(split=1) for _, row in table]
-    assert choose(1, 4096, 4096, dtype, CPU).split == 3  # 64 tiles on 108 processors
-    assert choose(1, 4096, 128, dtype, CPU).split == 1  # nothing to split
-    assert choose(1, 10**6, 4096, dtype, CPU).split == 1  # enough tiles without
-    assert choose(8192, 4096, 4096, dtype, CPU).split == 1
+        assert choose(m, 4096, 4096, mode, dtype, CPU)._replace(split=1) in rows
+    tiles = 4096 // rows[0].block_out
+    assert choose(1, 4096, 4096, mode, dtype, CPU).split == 2 * 108 // tiles  # of the 108 processors of an A100
+    assert choose(1, 4096, 4 * rows[0].block_sum, mode, dtype, CPU).split == 1  # nothing to split
+    assert choose(1, 10**6, 4096, mode, dtype, CPU).split == 1  # enough tiles without
+    assert choose(8192, 4096, 4096, mode, dtype, CPU).split == 1
