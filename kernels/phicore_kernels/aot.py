@@ -21,6 +21,7 @@ from triton.compiler import ASTSource
 from phicore_kernels.launch import Launch
 
 TARGETS: dict[str, GPUTarget] = {
+    "sm_75": GPUTarget("cuda", 75, 32),
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_86": GPUTarget("cuda", 86, 32),
     "sm_89": GPUTarget("cuda", 89, 32),
@@ -33,6 +34,7 @@ TARGETS: dict[str, GPUTarget] = {
 # Bytes of shared memory that one program may use (CUDA C++ Programming Guide, table of compute capabilities; the AMD
 # ISA guides): what a launch above it would fail with is "out of resource".
 SHARED_LIMIT = {
+    "sm_75": 64 << 10,
     "sm_80": 163 << 10,
     "sm_86": 99 << 10,
     "sm_89": 99 << 10,

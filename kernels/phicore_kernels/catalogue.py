@@ -51,17 +51,18 @@ def meta_weight(rows: int, columns: int, block_size: int = 64, double_quant: boo
 def catalogue(target: str) -> Iterator[Entry]:
     """All entries for a target; NVIDIA's decode 16 bits by permutation, AMD's from a table.
 
-    gfx1100 (RDNA 3) has no products: with its 256 registers they spill, so there W is dequantised first.
+    sm_75 and gfx1100 (RDNA 3) have no products: Triton has no tensor cores for the one, and the other's 256 registers
+    spill. There W is dequantised first.
     """
     yield from _dequantize(target)
     yield from _quantize()
-    if target != "gfx1100":
+    if target not in ("sm_75", "gfx1100"):
         yield from _matmul(target)
     yield _dora()
 
 
 def _dequantize(target: str) -> Iterator[Entry]:
-    permute = target.startswith("sm")
+    permute = target.startswith("sm") and target != "sm_75"
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for note, weight in (
             ("", meta_weight(4096, 4096)),

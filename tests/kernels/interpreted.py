@@ -105,3 +105,82 @@ def linear_far(rows: int) -> Any:
     (launch,) = matmul_launches(x, far_weight(rows, 64), out, backward=False, config=Config(16, 64, 64, 4, 1))
     run_last_program(launch)
     return out[:, -64:].clone()
+
+
+def operators(
+    x: Any, weight: Any, bias: Any, rows: Any, grad: Any, crossover: int
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """phicore's operators, dispatched as on a GPU with this crossover: results, and calls of each kernel."""
+    from contextlib import ExitStack
+    from unittest import mock
+
+    import torch
+
+    from phicore.nf4 import kernels, ops
+
+    if "cpu" not in _registered:
+        kernels.register("cpu")
+        _registered.add("cpu")
+    parts = (weight.packed, weight.absmax, weight.nested_absmax, weight.offset)
+    shape, block_size = [weight.rows, weight.columns], weight.block_size
+    names = ("dequantize:dequantize", "matmul:linear", "matmul:linear_dx")
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(kernels, "has_kernels", return_value=True))
+        stack.enter_context(mock.patch("phicore_kernels.crossover.crossover", return_value=crossover))
+        spies = {}
+        for name in names:
+            module, function = name.split(":")
+            module = importlib.import_module(f"phicore_kernels.{module}")
+            spy = mock.patch.object(module, function, wraps=getattr(module, function))
+            spies[function] = stack.enter_context(spy)
+        x.requires_grad_()
+        bias.requires_grad_()
+        y = ops.nf4_linear(x, *parts, bias, shape, block_size)
+        dx, db = torch.autograd.grad(y, (x, bias), grad)
+        z, wa = ops.nf4_project_with_rows(x, rows, *parts, shape, block_size)
+        (dz,) = torch.autograd.grad(z, x, grad)
+        dense = ops.nf4_dequantize(*parts, shape, block_size, torch.float32)
+        results = {"y": y, "dx": dx, "db": db, "z": z, "wa": wa, "dz": dz, "dense": dense}
+    return {k: v.detach() for k, v in results.items()}, {name: spy.call_count for name, spy in spies.items()}
+
+
+_registered: set[str] = set()
+
+
+def tune_small() -> Any:
+    """tune.measure on small layers, each call counted as one second."""
+    from unittest import mock
+
+    import torch
+
+    from phicore_kernels import tune
+
+    calls = []
+
+    def bench(call: Any) -> float:
+        calls.append(call())
+        return 1.0
+
+    with mock.patch.object(tune, "SHAPES", ((32, 64),)), mock.patch.object(tune, "ROWS", (1, 3)):
+        times = tune.measure(bench, torch.device("cpu"))
+    return times, [tuple(result.shape) for result in calls]
+
+
+def device_of_run() -> tuple[Any, Any]:
+    """(devices made current, kernels launched while one was) of a launch whose tensor pretends to lie on cuda:1."""
+    from unittest import mock
+
+    import torch
+
+    from phicore_kernels import launch
+
+    entered: list[Any] = []
+    tensor = mock.Mock(spec=torch.Tensor, device=torch.device("cuda", 1))
+    inside = mock.MagicMock()
+    inside.__enter__.side_effect = lambda *_: entered.append("in")
+    inside.__exit__.side_effect = lambda *_: entered.append("out")
+    kernel = mock.MagicMock()
+    kernel.__getitem__.return_value.side_effect = lambda **_: entered.append("launch")
+    with mock.patch.object(torch.accelerator, "device_index", return_value=inside) as index:
+        launch.Launch(kernel, (1,), {"none": None, "x": tensor}, {}, {}).run()
+    return index.call_args.args, entered
