@@ -92,19 +92,20 @@ def dequantize_far(n: int) -> Any:
     return out[-8192:].clone()
 
 
-def linear_far(rows: int) -> Any:
-    """x far_weight(rows, 64)^T for the last 64 rows, x [2, 64] with 2^31 elements between its rows of ones and twos."""
+def linear_far(rows: int, columns: int) -> Any:
+    """x far_weight^T for the last 32 rows; x [3, columns], rows of ones, twos and threes with 2^30 elements between."""
     import torch
 
     from phicore_kernels.configs import Config
     from phicore_kernels.matmul import matmul_launches
 
-    x = zero_pages(2**31 + 64, torch.float16).as_strided((2, 64), (2**31, 1))
-    x[0], x[1] = 1, 2
-    out = torch.empty(2, rows, dtype=torch.float16)
-    (launch,) = matmul_launches(x, far_weight(rows, 64), out, backward=False, config=Config(16, 64, 64, 4, 1))
+    x = zero_pages(2**31 + columns, torch.float16).as_strided((3, columns), (2**30, 1))
+    x[0], x[1], x[2] = 1, 2, 3
+    out = zero_pages(3 * rows, torch.float16).view(3, rows)
+    weight = far_weight(rows, columns)
+    (launch,) = matmul_launches(x, weight, out, backward=False, config=Config(16, 32, 32, 4, 1))
     run_last_program(launch)
-    return out[:, -64:].clone()
+    return out[:, -32:].clone()
 
 
 def operators(

@@ -119,10 +119,12 @@ def test_empty_products(interpreter, shape):
     assert torch.equal(dx, torch.zeros(m, k))
 
 
-def test_more_than_2_to_the_31_elements(interpreter):
-    rows = 2**25 + 64  # of 64 columns: 2^31 + 4096 weights
-    given = interpreter.call("tests.kernels.interpreted:linear_far", rows)
-    assert torch.equal(given, torch.tensor([[128.0], [256.0]], dtype=torch.float16).expand(2, 64))
+@pytest.mark.parametrize("columns", [64, 66])  # whole groups, and weights one by one
+def test_more_than_2_to_the_31_elements(interpreter, columns):
+    rows = 2**25 + 64  # 2^31 + 4096 weights at least
+    given = interpreter.call("tests.kernels.interpreted:linear_far", rows, columns)
+    expected = torch.tensor([[2.0], [4.0], [6.0]], dtype=torch.float16) * columns
+    assert torch.equal(given, expected.expand(3, 32))
 
 
 @pytest.mark.parametrize(("mode", "size"), CONFIGS)
