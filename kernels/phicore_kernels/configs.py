@@ -31,7 +31,7 @@ class Config(NamedTuple):
 # How a weight is decoded (see phicore_kernels.decode) and the bytes of the compute dtype -> (largest M, config) rows.
 CONFIGS: dict[tuple[str, int], tuple[tuple[int, Config], ...]] = {
     ("permute", 2): (
-        (16, Config(16, 64, 128, 4, 3, 16)),
+        (16, Config(16, 128, 128, 4, 3, 16)),
         (32, Config(32, 64, 128, 4, 3, 8)),
         (64, Config(64, 64, 64, 4, 3, 4)),
         (1 << 31, Config(128, 128, 64, 8, 3)),
