@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help finetune test lint demo-data clean
+.PHONY: help finetune test lint kernels-check demo-data clean
 .DEFAULT_GOAL := help
 
 help: ## list the commands
@@ -38,6 +38,9 @@ lint: $(VENV)/.installed-test ## ruff and the type check
 
 test: lint demo-data ## lint, types, then every test
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+kernels-check: $(VENV)/.installed-test ## compile every kernel for every GPU (none is needed) and read the machine code
+	$(BIN)/python -m phicore_kernels.check $(ARGS)
 
 clean: ## remove the environment, the caches and the runs
 	rm -rf $(VENV) .cache runs .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -1,7 +1,7 @@
 """The NF4 operators, registered with torch.library so that torch.compile and the dispatcher see single opaque calls.
 
 An NF4 weight enters as its parts (packed, absmax, nested_absmax, offset) and its [out, in] shape. The implementations
-here are the torch reference and serve every device; a backend overrides one by registering for its device.
+here are the torch reference and serve every device; phicore.nf4.kernels overrides them on GPUs.
 """
 
 from math import prod
@@ -30,29 +30,34 @@ nf4_linear_dx = torch.ops.phicore.nf4_linear_dx
 nf4_project_with_rows = torch.ops.phicore.nf4_project_with_rows
 
 
-@torch.library.impl("phicore::nf4_dequantize", "default")
-def _(packed, absmax, nested_absmax, offset, shape, block_size, dtype):
+def reference_dequantize(packed, absmax, nested_absmax, offset, shape, block_size, dtype):
     if nested_absmax is not None:
         absmax = decode_absmax(absmax, nested_absmax, offset)
     return decode_blocks(packed, absmax, prod(shape), block_size, dtype).view(shape)
 
 
-@torch.library.impl("phicore::nf4_linear", "default")
-def _(x, packed, absmax, nested_absmax, offset, bias, shape, block_size):
+def reference_linear(x, packed, absmax, nested_absmax, offset, bias, shape, block_size):
     weight = nf4_dequantize(packed, absmax, nested_absmax, offset, shape, block_size, x.dtype)  # [out, in]
     return torch.nn.functional.linear(x, weight, bias)
 
 
-@torch.library.impl("phicore::nf4_project_with_rows", "default")
-def _(x, rows, packed, absmax, nested_absmax, offset, shape, block_size):
+def reference_project_with_rows(x, rows, packed, absmax, nested_absmax, offset, shape, block_size):
     weight = nf4_dequantize(packed, absmax, nested_absmax, offset, shape, block_size, x.dtype)  # [out, in]
     return torch.nn.functional.linear(x, weight), torch.nn.functional.linear(rows, weight)
 
 
-@torch.library.impl("phicore::nf4_linear_dx", "default")
-def _(grad, packed, absmax, nested_absmax, offset, shape, block_size):
+def reference_linear_dx(grad, packed, absmax, nested_absmax, offset, shape, block_size):
     weight = nf4_dequantize(packed, absmax, nested_absmax, offset, shape, block_size, grad.dtype)  # [out, in]
     return grad @ weight
+
+
+for _name, _reference in (
+    ("dequantize", reference_dequantize),
+    ("linear", reference_linear),
+    ("project_with_rows", reference_project_with_rows),
+    ("linear_dx", reference_linear_dx),
+):
+    torch.library.impl(f"phicore::nf4_{_name}", "default", _reference)
 
 
 @torch.library.register_fake("phicore::nf4_dequantize")

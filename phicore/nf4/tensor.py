@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from phicore.nf4 import ops
-from phicore.nf4.codec import NESTED_BLOCK_SIZE, encode_absmax, encode_blocks
+from phicore.nf4 import kernels, ops
+from phicore.nf4.codec import NESTED_BLOCK_SIZE
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
@@ -128,12 +128,12 @@ def quantize(weight: Tensor, block_size: int = 64, double_quant: bool = True) ->
             parts["packed"], parts["absmax"], parts.get("nested_absmax"), parts.get("offset"),
             weight.shape, weight.dtype, block_size,
         )  # fmt: skip
-    packed, absmax = encode_blocks(weight.detach().reshape(-1), block_size)
+    packed, absmax = kernels.encode_blocks(weight.detach().reshape(-1), block_size)
     # NaN and Inf reach the absmax of their block, so one look at n / block_size values sees them all.
     if not absmax.isfinite().all():
         bad = int((~weight.isfinite()).sum())
         raise ValueError(f"weight of shape {tuple(weight.shape)} holds {bad} NaN or Inf; NF4 has no code for them")
     nested_absmax = offset = None
     if double_quant:
-        absmax, nested_absmax, offset = encode_absmax(absmax)
+        absmax, nested_absmax, offset = kernels.encode_absmax(absmax)
     return NF4Tensor(packed, absmax, nested_absmax, offset, weight.shape, weight.dtype, block_size)

@@ -152,6 +152,15 @@ def cut_pieces(bucket: Bucket, rank: int) -> None:
             bucket.pieces.append(Piece(slot.name, begin - slot.offset, end - slot.offset, begin - rank * size, tensor))
 
 
+def moved_out(bucket: Bucket) -> str | None:
+    """Name of a parameter that is no longer a view into its bucket, so that updates would not reach it."""
+    start, size = bucket.flat.data_ptr(), bucket.flat.element_size()
+    for slot in () if bucket.flat.is_meta else bucket.slots:
+        if slot.parameter.data_ptr() != start + slot.offset * size:
+            return slot.name
+    return None
+
+
 def refresh_masters(bucket: Bucket) -> None:
     """Takes over weights that were written from outside (a checkpoint, a merge): a master stays where it rounds to the
     weight that is there, and is replaced where it does not."""

@@ -129,11 +129,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Within it, backward passes accumulate in `p.grad` and reduce nothing; the next pass outside reduces all."""
-        self._reducer.syncing = False
+        before, self._reducer.syncing = self._reducer.syncing, False
         try:
             yield
         finally:
-            self._reducer.syncing = True
+            self._reducer.syncing = before
             self._reducer.round_due = self._reducer.changed = True
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -219,12 +219,22 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
         Returns:
             The closure's loss.
+
+        Raises:
+            RuntimeError: a parameter's memory was replaced after construction, as `model.to(dtype)` does, or (stage 1)
+                a gradient was written to after it had been reduced.
         """
+        assert self._inner is not None
+        for bucket in self._reducer.buckets:
+            if (name := layout.moved_out(bucket)) is not None:
+                raise RuntimeError(
+                    f"{name} has other memory than when this optimizer was made, which would not be updated; move the "
+                    f"model to its device and dtype before making the optimizer"
+                )
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        assert self._inner is not None
         self.finish_reduction()
         for bucket in self._reducer.buckets:
             layout.refresh_masters(bucket)
@@ -248,6 +258,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             "world_size": self.world_size,
             "shapes": {name: list(shape) for name, shape in self._shapes.items()},
             "slices": {piece.name: [piece.start, piece.stop] for piece in pieces},
+            "frozen": list(self._frozen),
             "state": self._state_by_name(),
             "param_groups": [
                 {**state.settings(group), "params": list(names)}
@@ -304,6 +315,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
         else:
             shards = [state_dict] if isinstance(state_dict, Mapping) else list(state_dict)
             source = state.read_shards(shards, self._shapes, self._names)
+        for name in self._frozen:
+            if any(part.state for part in source.slices.get(name, [])):
+                raise ValueError(f"the state has been trained for {name}, which is frozen here; unfreeze it first")
         pieces = [(bucket, piece) for bucket in self._reducer.buckets for piece in bucket.pieces]
         loaded = [(bucket, piece, state.cut(source, piece.name, piece.start, piece.stop)) for bucket, piece in pieces]
         for group, settings in zip(self.param_groups, source.groups, strict=True):

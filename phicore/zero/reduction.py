@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 from torch.autograd import Variable
-from torch.utils.hooks import RemovableHandle
 
 from phicore.zero.collectives import Collectives
 from phicore.zero.layout import Bucket, Slot
@@ -61,7 +60,6 @@ class GradientReducer:
         self._open = False
         self._backward: int | None = None  # the pass whose end closes the open round
         self._in_flight: deque[tuple[Bucket, Callable[[], Tensor]]] = deque()
-        self._hooks: list[RemovableHandle] = []
         self._places: dict[Bucket, float] = {}  # where in a backward pass a bucket is ready, from 0 to 1
 
     def add(self, buckets: Sequence[Bucket]) -> None:
@@ -73,8 +71,7 @@ class GradientReducer:
             self._places[bucket] = (index + 0.5) / len(buckets)
             for slot in bucket.slots:
                 if slot.parameter.requires_grad:  # torch takes no hook for others; they wait for the end of the round
-                    hook = _Hook(self, bucket, slot)
-                    self._hooks.append(slot.parameter.register_post_accumulate_grad_hook(hook))
+                    slot.parameter.register_post_accumulate_grad_hook(_Hook(self, bucket, slot))
         self.buckets = sorted(self._places, key=self._places.__getitem__)
 
     def on_gradient(self, bucket: Bucket, slot: Slot) -> None:

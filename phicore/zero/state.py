@@ -6,6 +6,7 @@ A shard's state (of `ZeroOptimizer.state_dict`) is a dict of
     rank, world_size
     shapes         {name of parameter: shape}, of all parameters
     slices         {name: [start, stop]}, the elements of the flattened parameter that this rank holds
+    frozen         names of parameters that have no state, on any rank
     state          {name: {name of state: [stop - start] or a scalar}}; 16-bit parameters have a float32 "master" there
     param_groups   [{settings ..., "params": [names]}]
 
@@ -77,6 +78,8 @@ def read_shards(
                 f"{list(map(len, groups))}; make the groups as they were when it was saved"
             )
         source.groups = [settings(group) for group in shard["param_groups"]]
+        for name in shard["frozen"]:
+            source.slices[name] = [Slice(0, shapes[name].numel(), {})]
         for name, (start, stop) in shard["slices"].items():
             source.slices.setdefault(name, []).append(Slice(start, stop, dict(shard["state"].get(name, {}))))
     return source
@@ -127,7 +130,7 @@ def cut(source: Source, name: str, start: int, stop: int) -> dict[str, Any]:
     """State of the elements [start, stop) of a parameter.
 
     Raises:
-        ValueError: the source does not hold them all.
+        ValueError: the source does not hold them all, or parts are of different steps.
     """
     parts, at = [], start  # (slice, first element, last + 1) of each part, in the parameter
     for part in sorted(source.slices.get(name, []), key=lambda part: part.start):
@@ -140,6 +143,12 @@ def cut(source: Source, name: str, start: int, stop: int) -> dict[str, Any]:
             f"load_state_dict([state of rank 0, state of rank 1, ...])"
         )
     first = parts[0][0]
+    for part, _, _ in parts:
+        scalars = [
+            {key: float(v) for key, v in p.state.items() if not is_sliced(v, p.stop - p.start)} for p in (first, part)
+        ]
+        if part.state.keys() != first.state.keys() or scalars[0] != scalars[1]:
+            raise ValueError(f"the parts of the state of {name} are of different steps: {scalars[0]} and {scalars[1]}")
     return {
         key: torch.cat([part.state[key][begin - part.start : end - part.start] for part, begin, end in parts])
         if is_sliced(value, first.stop - first.start)

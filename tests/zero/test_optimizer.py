@@ -72,8 +72,8 @@ def each_optimizer() -> dict[str, float]:
     return found
 
 
-def test_every_optimizer_with_unequal_accumulated_batches(each_world):
-    for found in each_world(each_optimizer):
+def test_every_optimizer_with_unequal_accumulated_batches(ranks):
+    for found in ranks(3)(each_optimizer):
         assert len(found) == 2 * len(OPTIMIZERS)
         assert {name: error for name, error in found.items() if not error < 1e-6} == {}
 
@@ -278,6 +278,36 @@ def test_a_group_added_later_trains(ranks, stage):
     assert max(ranks(3)(added_group, stage)) < 1e-6
 
 
+def in_subgroups() -> float:
+    """Ranks 0, 1 and ranks 2, 3 train apart, on different batches."""
+    pairs = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])]
+    pair, place = divmod(dist.get_rank(), 2)
+    model, alone = Net(), Net()
+    with torch.no_grad():
+        model.first.weight += dist.get_rank()  # the group's first rank has the right one
+        alone.first.weight += 2 * pair
+    optimizer = zero(model, process_group=pairs[pair])
+    reference = plain(alone)
+    for step in range(3):
+        reference.zero_grad()
+        for part in range(2):
+            x, y, _ = equal_parts(step + 10 * pair, part, 2)[0]
+            loss_sum(alone, x, y).backward()
+            if part == place:
+                loss_sum(model, x, y).backward()
+        norm = nn.utils.clip_grad_norm_(alone.parameters(), 1.0)
+        assert float(optimizer.clip_grad_norm_(1.0)) == pytest.approx(float(norm), rel=1e-5)
+        optimizer.step()
+        reference.step()
+    full, expected = optimizer.full_state_dict(), reference.state_dict()
+    assert full["state"].keys() == expected["state"].keys()
+    return farthest(weights(model), weights(alone))
+
+
+def test_groups_of_ranks_train_apart(ranks):
+    assert max(ranks(4)(in_subgroups)) < 1e-6
+
+
 def test_alone_it_is_the_inner_optimizer():
     for kind in OPTIMIZERS:
         model, alone = Net(), Net()
@@ -301,6 +331,15 @@ def test_gradients_written_to_after_their_reduction_are_an_error():
     loss_sum(model, *batch(0)).backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
     with pytest.raises(RuntimeError, match="use this optimizer's clip_grad_norm_"):
+        optimizer.step()
+
+
+def test_a_model_that_was_moved_afterwards_is_an_error():
+    model = Net()
+    optimizer = zero(model)
+    model.double()
+    loss_sum(model, *batch(0)).backward()
+    with pytest.raises(RuntimeError, match=r"head\.weight has other memory than when this optimizer was made"):
         optimizer.step()
 
 

@@ -173,6 +173,16 @@ def test_lora_state_has_the_adapters_size():
     assert list(reference.state) == [model.first.bias]
 
 
+def test_a_parameter_that_was_frozen_when_saved_starts_without_state():
+    _, optimizer = stepped()
+    model = Net()
+    model.head.bias.requires_grad_(True)
+    again = zero(model)
+    again.load_state_dict(optimizer.state_dict())
+    assert "head.bias" not in again.state_dict()["state"]
+    assert farthest(flat(again.full_state_dict()), flat(optimizer.full_state_dict())) == 0
+
+
 def stepped() -> tuple[Net, phicore.ZeroOptimizer]:
     model = Net()
     optimizer = zero(model)
@@ -207,7 +217,18 @@ def test_a_state_that_does_not_fit_is_named_and_changes_nothing():
         "lacks elements 0 to 37 of left.bias; load the states of all ranks",
         {**good, "slices": {**good["slices"], "left.bias": [5, 37]}},
     )
+    late = {**good["state"]["left.bias"], "step": torch.tensor(9.0)}
+    halves = [
+        {**good, "slices": {**good["slices"], "left.bias": [a, b]}, "state": {**good["state"], "left.bias": state}}
+        for a, b, state in ((0, 5, good["state"]["left.bias"]), (5, 37, late))
+    ]
+    for half, (a, b) in zip(halves, ((0, 5), (5, 37)), strict=True):
+        state = half["state"]["left.bias"]
+        half["state"]["left.bias"] = {key: v[a:b] if v.dim() else v for key, v in state.items()}
+    refused("parts of the state of left.bias are of different steps", halves)
     (group,) = full["param_groups"]
+    trained = {**full["state"], group["param_names"].index("head.bias"): {"step": torch.ones(())}}
+    refused("trained for head.bias, which is frozen here", {**full, "state": trained})
     refused("groups of", {**full, "param_groups": [{**group, "params": group["params"][1:]}]})
     refused(
         "state exp_avg of first.weight has shape", {**full, "state": {**full["state"], 0: {"exp_avg": torch.ones(3)}}}
@@ -223,6 +244,7 @@ def test_any_cut_of_any_slices_is_the_slice(numel, cuts, data):
             "format": FORMAT,
             "shapes": {"w": [numel]},
             "slices": {"w": [a, b]},
+            "frozen": [],
             "state": {"w": {"exp_avg": whole[a:b], "step": torch.tensor(7.0)}},
             "param_groups": [{"lr": 0.1, "params": ["w"]}],
         }

@@ -1,0 +1,119 @@
+"""Which NF4 operators run as Triton kernels: on CUDA and ROCm GPUs, as far as a GPU and a product gain from it.
+
+Triton is imported when the first tensor on such a GPU arrives, not before. A GPU that a kernel is not compiled and
+checked for runs the torch reference, as does every other device.
+"""
+
+from functools import lru_cache
+from importlib.util import find_spec
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from phicore.nf4 import codec, ops
+from phicore.nf4.codebook import dynamic_map
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def register(device_type: str) -> None:
+    """Makes the operators of phicore.nf4.ops run here for a device type that torch.library knows."""
+    torch.library.impl("phicore::nf4_dequantize", device_type, dequantize)
+    torch.library.impl("phicore::nf4_linear", device_type, linear)
+    torch.library.impl("phicore::nf4_project_with_rows", device_type, project_with_rows)
+    torch.library.impl("phicore::nf4_linear_dx", device_type, linear_dx)
+
+
+@lru_cache(maxsize=32)
+def has_kernels(device: torch.device) -> bool:
+    """Whether the kernels that only encode and decode run on a device."""
+    if device.type != "cuda" or find_spec("triton") is None or find_spec("phicore_kernels") is None:
+        return False
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (7, 5)
+
+
+def fuses(x: Tensor, rows: int) -> bool:
+    """Whether a product with this many rows of x decodes W in the product; otherwise W is dequantised first."""
+    if x.dtype not in DTYPES or not has_kernels(x.device):
+        return False
+    from phicore_kernels.crossover import crossover
+
+    return rows <= crossover(x.device)
+
+
+def dequantize(packed, absmax, nested_absmax, offset, shape, block_size, dtype):
+    if dtype not in DTYPES or not has_kernels(packed.device):
+        return ops.reference_dequantize(packed, absmax, nested_absmax, offset, shape, block_size, dtype)
+    from phicore_kernels.dequantize import dequantize as kernel
+
+    flat = _weight(packed, absmax, nested_absmax, offset, (1, prod(shape)), block_size)
+    return kernel(flat, dtype).view(shape)
+
+
+def linear(x, packed, absmax, nested_absmax, offset, bias, shape, block_size):
+    if not fuses(x, _rows(x)):
+        return ops.reference_linear(x, packed, absmax, nested_absmax, offset, bias, shape, block_size)
+    from phicore_kernels.matmul import linear as kernel
+
+    weight = _weight(packed, absmax, nested_absmax, offset, shape, block_size)
+    bias = bias if bias is None else bias.contiguous()
+    return kernel(_flat(x), weight, bias).view(*x.shape[:-1], shape[0])
+
+
+def project_with_rows(x, rows, packed, absmax, nested_absmax, offset, shape, block_size):
+    m = _rows(x)
+    if not fuses(x, m + len(rows)):
+        return ops.reference_project_with_rows(x, rows, packed, absmax, nested_absmax, offset, shape, block_size)
+    from phicore_kernels.matmul import linear as kernel
+
+    weight = _weight(packed, absmax, nested_absmax, offset, shape, block_size)
+    both = kernel(torch.cat([_flat(x), rows]), weight)  # [m + r, out] from one decoding of W
+    return both[:m].view(*x.shape[:-1], shape[0]), both[m:].clone()  # an operator's results share no memory
+
+
+def linear_dx(grad, packed, absmax, nested_absmax, offset, shape, block_size):
+    if not fuses(grad, _rows(grad)):
+        return ops.reference_linear_dx(grad, packed, absmax, nested_absmax, offset, shape, block_size)
+    from phicore_kernels.matmul import linear_dx as kernel
+
+    weight = _weight(packed, absmax, nested_absmax, offset, shape, block_size)
+    return kernel(_flat(grad), weight).view(*grad.shape[:-1], shape[1])
+
+
+def encode_blocks(flat: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """codec.encode_blocks, by a kernel where there is one; the same bits."""
+    if not has_kernels(flat.device):
+        return codec.encode_blocks(flat, block_size)
+    from phicore_kernels.quantize import encode_blocks as kernel
+
+    return kernel(flat, block_size)
+
+
+def encode_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """codec.encode_absmax, by a kernel where there is one; the same bits from the same mean."""
+    if not has_kernels(absmax.device):
+        return codec.encode_absmax(absmax)
+    from phicore_kernels.quantize import encode_absmax as kernel
+
+    return kernel(absmax, dynamic_map(absmax.device))
+
+
+def _weight(packed, absmax, nested_absmax, offset, shape, block_size) -> Any:
+    from phicore_kernels.weight import Weight
+
+    code_map = None if nested_absmax is None else dynamic_map(packed.device)
+    return Weight(packed, absmax, nested_absmax, offset, code_map, *shape, block_size)
+
+
+def _rows(x: Tensor) -> int:
+    return prod(x.shape[:-1])
+
+
+def _flat(x: Tensor) -> Tensor:
+    """[..., in] -> [rows, in], without a copy where strides allow."""
+    return x.reshape(_rows(x), x.shape[-1])
+
+
+register("cuda")  # ROCm's GPUs are "cuda" to torch too

@@ -1,0 +1,187 @@
+"""Runs kernels on a CPU in Triton's interpreter, in a process of its own.
+
+Triton reads TRITON_INTERPRET when it is imported and when a kernel is decorated, so the flag cannot be set for some
+tests of a process only: other tests compile kernels, and torch.compile imports triton too. The tests stay where they
+are and call `Interpreter.call`; arguments and results travel as pickles.
+"""
+
+import importlib
+import multiprocessing
+import os
+import pickle
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+
+def _start() -> None:
+    assert "triton" not in sys.modules
+    os.environ["TRITON_INTERPRET"] = "1"
+    import torch
+
+    torch.set_num_threads(1)
+    # torch.empty then holds NaN (floats) or the largest value (integers), so what a kernel forgets to write shows.
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def _call(request: bytes) -> bytes:
+    function, args, options = pickle.loads(request)
+    module, _, name = function.partition(":")
+    return pickle.dumps(getattr(importlib.import_module(module), name)(*args, **options))
+
+
+class Interpreter:
+    """call("phicore_kernels.matmul:linear", x, weight) runs the function in the interpreter's process."""
+
+    def __init__(self) -> None:
+        self.pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=_start)
+
+    def call(self, function: str, *args: Any, **options: Any) -> Any:
+        return pickle.loads(self.pool.submit(_call, pickle.dumps((function, args, options))).result())
+
+
+# --- what runs in the interpreter's process -------------------------------------------------------------------------
+
+
+def run_last_program(launch: Any) -> None:
+    """Runs a launch's last program alone. Results stay where the kernel wrote them: nothing is copied back."""
+    from unittest import mock
+
+    from triton.runtime import interpreter
+
+    builder, last = interpreter.interpreter_builder, launch.grid[0] - 1
+    set_dim, set_index = builder.set_grid_dim, builder.set_grid_idx
+    with (
+        mock.patch.object(builder, "set_grid_dim", lambda x, y, z: set_dim(last + 1, y, z)),
+        mock.patch.object(builder, "set_grid_idx", lambda x, y, z: set_index(last, y, z)),
+        mock.patch.object(interpreter.GridExecutor, "_restore_args_dev"),
+    ):
+        launch.kernel[(1,)](**launch.arguments, **launch.constants)
+
+
+def zero_pages(n: int, dtype: Any) -> Any:
+    """Zeros [n] that take no memory until they are written (numpy's zeros are calloc's; torch writes its own)."""
+    import numpy
+    import torch
+
+    return torch.from_numpy(numpy.zeros(n * dtype.itemsize, dtype=numpy.uint8)).view(dtype)
+
+
+def far_weight(rows: int, columns: int) -> Any:
+    """A weight of zero pages but for its last 8192 values: code 15, scale 2."""
+    import torch
+
+    from phicore_kernels.weight import Weight
+
+    n = rows * columns
+    packed, absmax = zero_pages(n // 2, torch.uint8), zero_pages(n // 64, torch.float32)
+    packed[-4096:], absmax[-128:] = 255, 2.0
+    return Weight(packed, absmax, None, None, None, rows, columns, 64)
+
+
+def dequantize_far(n: int) -> Any:
+    """The last 8192 values of far_weight(1, n)."""
+    import torch
+
+    from phicore_kernels.dequantize import dequantize_launch
+
+    out = zero_pages(n, torch.bfloat16)
+    out[-8192:] = torch.nan
+    run_last_program(dequantize_launch(far_weight(1, n), out))
+    return out[-8192:].clone()
+
+
+def linear_far(rows: int, columns: int) -> Any:
+    """x far_weight^T for the last 32 rows; x [3, columns], rows of ones, twos and threes with 2^30 elements between."""
+    import torch
+
+    from phicore_kernels.configs import Config
+    from phicore_kernels.matmul import matmul_launches
+
+    x = zero_pages(2**31 + columns, torch.float16).as_strided((3, columns), (2**30, 1))
+    x[0], x[1], x[2] = 1, 2, 3
+    out = zero_pages(3 * rows, torch.float16).view(3, rows)
+    weight = far_weight(rows, columns)
+    (launch,) = matmul_launches(x, weight, out, backward=False, config=Config(16, 32, 32, 4, 1))
+    run_last_program(launch)
+    return out[:, -32:].clone()
+
+
+def operators(
+    x: Any, weight: Any, bias: Any, rows: Any, grad: Any, crossover: int
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """phicore's operators, dispatched as on a GPU with this crossover: results, and calls of each kernel."""
+    from contextlib import ExitStack
+    from unittest import mock
+
+    import torch
+
+    from phicore.nf4 import kernels, ops
+
+    if "cpu" not in _registered:
+        kernels.register("cpu")
+        _registered.add("cpu")
+    parts = (weight.packed, weight.absmax, weight.nested_absmax, weight.offset)
+    shape, block_size = [weight.rows, weight.columns], weight.block_size
+    names = ("dequantize:dequantize", "matmul:linear", "matmul:linear_dx")
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(kernels, "has_kernels", return_value=True))
+        stack.enter_context(mock.patch("phicore_kernels.crossover.crossover", return_value=crossover))
+        spies = {}
+        for name in names:
+            module, function = name.split(":")
+            module = importlib.import_module(f"phicore_kernels.{module}")
+            spy = mock.patch.object(module, function, wraps=getattr(module, function))
+            spies[function] = stack.enter_context(spy)
+        x.requires_grad_()
+        bias.requires_grad_()
+        y = ops.nf4_linear(x, *parts, bias, shape, block_size)
+        dx, db = torch.autograd.grad(y, (x, bias), grad)
+        z, wa = ops.nf4_project_with_rows(x, rows, *parts, shape, block_size)
+        (dz,) = torch.autograd.grad(z, x, grad)
+        dense = ops.nf4_dequantize(*parts, shape, block_size, torch.float32)
+        results = {"y": y, "dx": dx, "db": db, "z": z, "wa": wa, "dz": dz, "dense": dense}
+    return {k: v.detach() for k, v in results.items()}, {name: spy.call_count for name, spy in spies.items()}
+
+
+_registered: set[str] = set()
+
+
+def tune_small() -> Any:
+    """tune.measure on small layers, each call counted as one second."""
+    from unittest import mock
+
+    import torch
+
+    from phicore_kernels import tune
+
+    calls = []
+
+    def bench(call: Any) -> float:
+        calls.append(call())
+        return 1.0
+
+    with mock.patch.object(tune, "SHAPES", ((32, 64),)), mock.patch.object(tune, "ROWS", (1, 3)):
+        times = tune.measure(bench, torch.device("cpu"))
+    return times, [tuple(result.shape) for result in calls]
+
+
+def device_of_run() -> tuple[Any, Any]:
+    """(devices made current, kernels launched while one was) of a launch whose tensor pretends to lie on cuda:1."""
+    from unittest import mock
+
+    import torch
+
+    from phicore_kernels import launch
+
+    entered: list[Any] = []
+    tensor = mock.Mock(spec=torch.Tensor, device=torch.device("cuda", 1))
+    inside = mock.MagicMock()
+    inside.__enter__.side_effect = lambda *_: entered.append("in")
+    inside.__exit__.side_effect = lambda *_: entered.append("out")
+    kernel = mock.MagicMock()
+    kernel.__getitem__.return_value.side_effect = lambda **_: entered.append("launch")
+    with mock.patch.object(torch.accelerator, "device_index", return_value=inside) as index:
+        launch.Launch(kernel, (1,), {"none": None, "x": tensor}, {}, {}).run()
+    return index.call_args.args, entered

@@ -1,0 +1,94 @@
+"""Which operators run as kernels, and that they then give what the reference gives, gradients included."""
+
+from unittest import mock
+
+import pytest
+import torch
+
+from phicore.nf4 import codec, kernels
+from phicore.nf4.tensor import quantize
+from tests.kernels.interpreted import Interpreter
+from tests.kernels.weights import random_weight
+
+OPERATORS = "tests.kernels.interpreted:operators"
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.fixture(scope="module")
+def interpreter():
+    interpreter = Interpreter()
+    yield interpreter
+    interpreter.pool.shutdown()
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize(
+    ("crossover", "calls"),
+    [
+        # forward and backward of linear, and of project_with_rows: 6 rows of x and 3 more decode in one product
+        (9, {"dequantize": 1, "linear": 2, "linear_dx": 2}),
+        (6, {"dequantize": 2, "linear": 1, "linear_dx": 2}),  # x alone, without the rows
+        (0, {"dequantize": 5, "linear": 0, "linear_dx": 0}),
+    ],
+)
+def test_operators_and_gradients_are_those_of_the_formula(interpreter, relative_error, crossover, calls, double_quant):
+    weight = random_weight(20, 64, double_quant=double_quant)
+    generator = torch.Generator().manual_seed(0)
+    x, bias, rows, grad = (torch.randn(s, generator=generator) for s in ((2, 3, 64), (20,), (3, 64), (2, 3, 20)))
+    given, called = interpreter.call(OPERATORS, x, weight, bias, rows, grad, crossover)
+    assert called == calls
+    dense = codec.decode_blocks(
+        weight.packed,
+        weight.absmax if not double_quant else codec.decode_absmax(*weight[1:4]),
+        20 * 64,
+        64,
+        torch.float32,
+    ).view(20, 64)
+    assert torch.equal(given["dense"], dense)
+    w = dense.double()
+    expected = {
+        "y": x.double() @ w.T + bias.double(),
+        "dx": grad.double() @ w,
+        "db": grad.double().sum((0, 1)),
+        "z": x.double() @ w.T,
+        "wa": rows.double() @ w.T,
+        "dz": grad.double() @ w,
+    }
+    for name, value in expected.items():
+        assert relative_error(given[name], value) <= 1e-6, name
+
+
+@pytest.mark.parametrize(("capability", "there"), [((7, 0), False), ((7, 5), True), ((9, 0), True)])
+def test_gpus_with_kernels(capability, there):
+    kernels.has_kernels.cache_clear()
+    with mock.patch.object(torch.cuda, "get_device_capability", return_value=capability):
+        assert kernels.has_kernels(CUDA) == there
+    kernels.has_kernels.cache_clear()
+    assert not kernels.has_kernels(torch.device("cpu"))
+
+
+def test_without_triton_the_reference_runs():
+    kernels.has_kernels.cache_clear()
+    with mock.patch.object(kernels, "find_spec", return_value=None):
+        assert not kernels.has_kernels(CUDA)
+    kernels.has_kernels.cache_clear()
+
+
+def test_float64_is_the_references():
+    q = quantize(torch.randn(4, 32))
+    with mock.patch.object(kernels, "has_kernels", return_value=True):
+        assert not kernels.fuses(torch.ones(1, 2, dtype=torch.float64), 1)
+        given = kernels.dequantize(q.packed, q.absmax, q.nested_absmax, q.offset, [4, 32], 64, torch.float64)
+    assert torch.equal(given, q.dequantize(torch.float64))
+
+
+def test_quantize_encodes_by_the_kernels_where_they_are():
+    weight = torch.randn(8, 64)
+    with (
+        mock.patch.object(kernels, "has_kernels", return_value=True),
+        mock.patch("phicore_kernels.quantize.encode_blocks", side_effect=codec.encode_blocks) as blocks,
+        mock.patch("phicore_kernels.quantize.encode_absmax", side_effect=lambda a, _: codec.encode_absmax(a)) as scales,
+    ):
+        q = quantize(weight)
+    assert (blocks.call_count, scales.call_count) == (1, 1)
+    assert torch.equal(q.packed, quantize(weight).packed)
