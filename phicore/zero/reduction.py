@@ -17,7 +17,7 @@ from torch.autograd import Variable
 from phicore.zero.collectives import Collectives
 from phicore.zero.layout import Bucket, Slot
 
-MAX_IN_FLIGHT = 4  # buckets being reduced at once: enough to overlap, and all that stage 2 holds beside its shards
+MAX_IN_FLIGHT = 2  # buckets being reduced at once: enough to overlap, and all that stage 2 holds beside its shards
 
 
 class _Hook:
