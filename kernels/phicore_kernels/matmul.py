@@ -74,14 +74,18 @@ def _matmul(
     accumulator = tl.zeros((BLOCK_M, BLOCK_OUT), tl.float32)
     if left is not None:
         if SPLIT == 1 or tl.program_id(1) == 0:
-            column = tl.minimum(start_out + tl.arange(0, BLOCK_OUT), OUT - 1).to(tl.int64)
+            right_column = tl.minimum(start_out + tl.arange(0, BLOCK_OUT), OUT - 1).to(tl.int64)
             for r in range(0, rank, RANK_STEP):
-                at = r + tl.arange(0, RANK_STEP)
+                rank_at = r + tl.arange(0, RANK_STEP)
                 a = tl.load(
-                    left + row_m[:, None] * stride_lm + at[None, :] * stride_lr, mask=(at < rank)[None, :], other=0.0
+                    left + row_m[:, None] * stride_lm + rank_at[None, :] * stride_lr,
+                    mask=(rank_at < rank)[None, :],
+                    other=0.0,
                 )
                 b = tl.load(
-                    right + at[:, None] * stride_rr + column[None, :] * stride_ro, mask=(at < rank)[:, None], other=0.0
+                    right + rank_at[:, None] * stride_rr + right_column[None, :] * stride_ro,
+                    mask=(rank_at < rank)[:, None],
+                    other=0.0,
                 )
                 accumulator = tl.dot(operand(a), operand(b), accumulator, input_precision=PRECISION)
             accumulator *= scaling
