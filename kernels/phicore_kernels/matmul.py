@@ -169,7 +169,7 @@ def matmul_launches(
 
     One launch, or two if the config splits the sum. `out` is contiguous and not empty; see `linear` for the rest.
     precision is that of float32 products: "tf32x3" on NVIDIA's tensor cores, "ieee" elsewhere.
-    shared_operands: whether the GPU multiplies 64 rows and more from shared memory (sm_90 and later) and not from
+    shared_operands: whether the GPU multiplies 64 rows and more from shared memory (sm_90 and sm_100) and not from
     registers.
     """
     m, (n, k) = x.shape[0], (weight.rows, weight.columns)
@@ -286,7 +286,7 @@ def _run(
         config=config,
         permute=permute,
         precision="tf32x3" if nvidia else "ieee",
-        shared_operands=nvidia and torch.cuda.get_device_capability(x.device) >= (9, 0),
+        shared_operands=nvidia and torch.cuda.get_device_capability(x.device)[0] in (9, 10),
     )
     for launch in launches:
         launch.run()
