@@ -138,7 +138,8 @@ def _product(
     name += "x".join(map(str, config[:3])) + (f" split {config.split}" if config.split > 1 else "")
     name += " low-rank" * low_rank + (f" columns {columns}" if columns != 4096 else "")
     name += "" if m is None else f" M {m}"
-    return Entry(name, launch, config.block_out * config.block_sum, True, columns % 32 == 0)
+    weights = config.block_out * config.block_sum if columns > 1 else 0  # a sum of one is no loop
+    return Entry(name, launch, weights, True, columns % 32 == 0)
 
 
 def _dora() -> Entry:
