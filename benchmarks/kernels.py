@@ -20,7 +20,7 @@ TENSOR_CORES = re.compile(r"^(HMMA|HGMMA|UTC\w*MMA)")
 # CUDA C++ Programming Guide, compute capabilities: warps, and KiB of shared memory, on a multiprocessor.
 MULTIPROCESSOR = {
     "sm_75": (32, 64), "sm_80": (64, 164), "sm_86": (48, 100), "sm_89": (48, 100), "sm_90": (64, 228),
-    "sm_100": (64, 228),
+    "sm_100": (64, 228), "sm_120": (48, 100),
 }  # fmt: skip
 # Targets of the project on sm_90, in instructions for a weight.
 AIMS = {

@@ -18,7 +18,7 @@ import phicore
 from phicore.cli import main
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ["README.md", "docs/architecture.md", "examples/addresses/README.md"]
+DOCUMENTS = ["README.md", "docs/architecture.md", "docs/kernels.md", "examples/addresses/README.md"]
 
 
 def blocks(language: str) -> list[tuple[str, str]]:

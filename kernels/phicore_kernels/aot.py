@@ -27,6 +27,7 @@ TARGETS: dict[str, GPUTarget] = {
     "sm_89": GPUTarget("cuda", 89, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
     "gfx1100": GPUTarget("hip", "gfx1100", 32),
 }
@@ -40,6 +41,7 @@ SHARED_LIMIT = {
     "sm_89": 99 << 10,
     "sm_90": 227 << 10,
     "sm_100": 227 << 10,
+    "sm_120": 99 << 10,
     "gfx942": 64 << 10,
     "gfx1100": 64 << 10,
 }

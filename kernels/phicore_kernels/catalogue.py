@@ -97,6 +97,12 @@ def _matmul(target: str) -> Iterator[Entry]:
         for dtype in (torch.bfloat16, torch.float32):
             for _, config in CONFIGS["any", dtype.itemsize]:
                 yield _product(target, backward, dtype, config, columns=4095)
+        for config in (sixteen[0], sixteen[-1]):  # whole groups, a last step that is not
+            yield _product(target, backward, torch.bfloat16, config, columns=4064)
+        # M, N and K of 1 are compiled in as constants; one variant has everything at once.
+        yield _product(target, backward, torch.bfloat16, sixteen[0], m=1)
+        config = CONFIGS["any", 2][0][1]
+        yield _product(target, backward, torch.bfloat16, config, bias=not backward, low_rank=True, columns=1, m=1)
     x, out = empty(16, 4096, dtype=torch.bfloat16), empty(16, 4096, dtype=torch.bfloat16)
     addition = matmul_launches(x, meta_weight(4096, 4096), out, backward=False, config=sixteen[0], permute=True)[1]
     yield Entry("add_parts bfloat16", addition, 0, False, True)
@@ -110,15 +116,19 @@ def _product(
     bias: bool = False,
     low_rank: bool = False,
     columns: int = 4096,
+    m: int | None = None,
 ) -> Entry:
-    m, summed, out_columns = config.block_m * 16, *((4096, columns) if backward else (columns, 4096))
+    rows = m or config.block_m * 16
+    summed, out_columns = (4096, columns) if backward else (columns, 4096)
     launch = matmul_launches(
-        empty(m, summed, dtype=dtype),
+        empty(rows, summed, dtype=dtype),
         meta_weight(4096, columns),
-        empty(m, out_columns, dtype=dtype),
+        empty(rows, out_columns, dtype=dtype),
         backward=backward,
         bias=empty(out_columns, dtype=dtype) if bias else None,
-        low_rank=LowRank(empty(m, 16, dtype=dtype), empty(out_columns, 16, dtype=dtype).T, 2.0) if low_rank else None,
+        low_rank=LowRank(empty(rows, 16, dtype=dtype), empty(out_columns, 16, dtype=dtype).T, 2.0)
+        if low_rank
+        else None,
         config=config,
         permute=target.startswith("sm"),
         precision="tf32x3" if target.startswith("sm") else "ieee",
@@ -127,7 +137,9 @@ def _product(
     name = f"matmul {'backward' if backward else 'forward'} {_name(dtype)} "
     name += "x".join(map(str, config[:3])) + (f" split {config.split}" if config.split > 1 else "")
     name += " low-rank" * low_rank + (f" columns {columns}" if columns != 4096 else "")
-    return Entry(name, launch, config.block_out * config.block_sum, True, columns == 4096)
+    name += "" if m is None else f" M {m}"
+    weights = config.block_out * config.block_sum if columns > 1 else 0  # a sum of one is no loop
+    return Entry(name, launch, weights, True, columns % 32 == 0)
 
 
 def _dora() -> Entry:

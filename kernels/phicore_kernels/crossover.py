@@ -17,9 +17,10 @@ NVIDIA: tuple[tuple[tuple[int, int], int], ...] = (
     ((8, 0), 128),
     ((8, 6), 256),
     ((9, 0), 64),
+    ((12, 0), 256),
 )
-# Architecture of an AMD GPU -> rows; others have no product that is checked.
-AMD: dict[str, int] = {"gfx942": 16}
+# Architecture of an AMD GPU -> rows. The kernels are not checked on others, nor products on gfx1100.
+AMD: dict[str, int] = {"gfx942": 16, "gfx1100": 0}
 
 
 def default_crossover(capability: tuple[int, int], amd: str | None = None) -> int:

@@ -74,14 +74,18 @@ def _matmul(
     accumulator = tl.zeros((BLOCK_M, BLOCK_OUT), tl.float32)
     if left is not None:
         if SPLIT == 1 or tl.program_id(1) == 0:
-            column = tl.minimum(start_out + tl.arange(0, BLOCK_OUT), OUT - 1).to(tl.int64)
+            right_column = tl.minimum(start_out + tl.arange(0, BLOCK_OUT), OUT - 1).to(tl.int64)
             for r in range(0, rank, RANK_STEP):
-                at = r + tl.arange(0, RANK_STEP)
+                rank_at = r + tl.arange(0, RANK_STEP)
                 a = tl.load(
-                    left + row_m[:, None] * stride_lm + at[None, :] * stride_lr, mask=(at < rank)[None, :], other=0.0
+                    left + row_m[:, None] * stride_lm + rank_at[None, :] * stride_lr,
+                    mask=(rank_at < rank)[None, :],
+                    other=0.0,
                 )
                 b = tl.load(
-                    right + at[:, None] * stride_rr + column[None, :] * stride_ro, mask=(at < rank)[:, None], other=0.0
+                    right + rank_at[:, None] * stride_rr + right_column[None, :] * stride_ro,
+                    mask=(rank_at < rank)[:, None],
+                    other=0.0,
                 )
                 accumulator = tl.dot(operand(a), operand(b), accumulator, input_precision=PRECISION)
             accumulator *= scaling
@@ -165,7 +169,7 @@ def matmul_launches(
 
     One launch, or two if the config splits the sum. `out` is contiguous and not empty; see `linear` for the rest.
     precision is that of float32 products: "tf32x3" on NVIDIA's tensor cores, "ieee" elsewhere.
-    shared_operands: whether the GPU multiplies 64 rows and more from shared memory (sm_90 and later) and not from
+    shared_operands: whether the GPU multiplies 64 rows and more from shared memory (sm_90 and sm_100) and not from
     registers.
     """
     m, (n, k) = x.shape[0], (weight.rows, weight.columns)
@@ -282,7 +286,7 @@ def _run(
         config=config,
         permute=permute,
         precision="tf32x3" if nvidia else "ieee",
-        shared_operands=nvidia and torch.cuda.get_device_capability(x.device) >= (9, 0),
+        shared_operands=nvidia and torch.cuda.get_device_capability(x.device)[0] in (9, 10),
     )
     for launch in launches:
         launch.run()

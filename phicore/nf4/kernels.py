@@ -31,7 +31,11 @@ def has_kernels(device: torch.device) -> bool:
     """Whether the kernels that only encode and decode run on a device."""
     if device.type != "cuda" or find_spec("triton") is None or find_spec("phicore_kernels") is None:
         return False
-    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (7, 5)
+    if torch.version.hip is None:
+        return torch.cuda.get_device_capability(device) >= (7, 5)
+    from phicore_kernels.crossover import AMD
+
+    return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0] in AMD
 
 
 def fuses(x: Tensor, rows: int) -> bool:

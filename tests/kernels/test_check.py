@@ -13,6 +13,7 @@ from phicore_kernels.check import problems
 OTHERS = (
     ("sm_90", "matmul forward float32 16x64x64 split 16"),
     ("sm_90", "matmul backward bfloat16 16x32x32 split 16 columns 4095"),
+    ("sm_90", "matmul forward bfloat16 16x32x32 split 16 low-rank columns 1 M 1"),
     ("sm_90", "encode_absmax"),
     ("sm_90", "add_parts bfloat16"),
     ("sm_90", "dora bfloat16"),

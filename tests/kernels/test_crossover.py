@@ -23,7 +23,8 @@ def on(major, minor):
 
 
 @pytest.mark.parametrize(
-    ("capability", "rows"), [((6, 1), 0), ((7, 5), 0), ((8, 0), 128), ((8, 9), 256), ((9, 0), 64), ((10, 0), 64)]
+    ("capability", "rows"),
+    [((6, 1), 0), ((7, 5), 0), ((8, 0), 128), ((8, 9), 256), ((9, 0), 64), ((10, 0), 64), ((12, 0), 256)],
 )
 def test_defaults_by_capability(capability, rows):
     assert crossover.default_crossover(capability) == rows

@@ -67,6 +67,18 @@ def test_gpus_with_kernels(capability, there):
     assert not kernels.has_kernels(torch.device("cpu"))
 
 
+@pytest.mark.parametrize(("name", "there"), [("gfx942:sramecc+:xnack-", True), ("gfx1100", True), ("gfx906", False)])
+def test_amd_gpus_with_kernels(name, there):
+    kernels.has_kernels.cache_clear()
+    properties = mock.Mock(gcnArchName=name)
+    with (
+        mock.patch.object(torch.version, "hip", "7.0"),
+        mock.patch.object(torch.cuda, "get_device_properties", return_value=properties),
+    ):
+        assert kernels.has_kernels(CUDA) == there
+    kernels.has_kernels.cache_clear()
+
+
 def test_without_triton_the_reference_runs():
     kernels.has_kernels.cache_clear()
     with mock.patch.object(kernels, "find_spec", return_value=None):
