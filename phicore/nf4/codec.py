@@ -14,6 +14,7 @@ from phicore.nf4.codebook import dynamic_map, levels, midpoints
 
 NESTED_BLOCK_SIZE = 256  # absmax values that share one nested absmax
 CHUNK = 1 << 18  # weights a step: 1 MiB in float32, so that its temporaries stay in cache
+DECODE_CHUNK = 1 << 20  # decoding looks up into the result itself: its temporaries are smaller, and calls cost more
 TINY = 1e-38  # a block whose absmax is smaller is scaled as if it were this, so that 1 / absmax stays finite
 
 
@@ -99,7 +100,7 @@ def decode_blocks(packed: Tensor, absmax: Tensor, n: int, block_size: int, dtype
     """
     out = torch.empty(n, dtype=dtype, device=packed.device)
     table = pair_table(packed.device)
-    step = max(CHUNK // block_size, 1) * block_size
+    step = max(DECODE_CHUNK // block_size, 1) * block_size
     for start in range(0, n, step):
         stop = min(start + step, n)
         codes = packed[start // 2 : (stop + 1) // 2].to(torch.int32)
