@@ -144,7 +144,7 @@ def test_the_chunk_size_does_not_show(n, block_size, chunk, dtype):
     flat = torch.randn(n).to(dtype)
     packed, absmax = codec.encode_blocks(flat, block_size)
     decoded = codec.decode_blocks(packed, absmax, n, block_size, dtype)
-    with mock.patch.object(codec, "CHUNK", chunk):
+    with mock.patch.multiple(codec, CHUNK=chunk, DECODE_CHUNK=chunk):
         packed_in_steps, absmax_in_steps = codec.encode_blocks(flat, block_size)
         decoded_in_steps = codec.decode_blocks(packed, absmax, n, block_size, dtype)
     assert torch.equal(packed, packed_in_steps)

@@ -164,6 +164,7 @@ def test_empty(shape, double_quant):
 def test_no_temporary_is_larger_than_a_chunk(monkeypatch, dtype, n, double_quant):
     """Whatever the size of a weight, only its parts, and on the way back the weight itself, are made in one piece."""
     monkeypatch.setattr(codec, "CHUNK", 4096)
+    monkeypatch.setattr(codec, "DECODE_CHUNK", 4096)
     weight = torch.randn(n).to(dtype)
     with Sizes() as sizes:
         q = phicore.nf4.quantize(weight, 64, double_quant)
