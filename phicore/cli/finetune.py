@@ -123,9 +123,7 @@ def finetune(options: FinetuneOptions) -> dict[str, Any]:
     base_bytes_before = _bytes(model)
     coded, loftq = options.method in ("qlora", "qdora"), options.adapter.init == "loftq"
     if loftq and not coded:
-        raise ValueError(
-            f"--adapter.init loftq codes the base to NF4; use --method qlora or qdora, not {options.method}"
-        )
+        raise ValueError(f"--init loftq codes the base to NF4; use --method qlora or qdora, not {options.method}")
     if coded and not loftq:  # loftq codes what it adapts when it is attached
         with stage("quantizing linear layers to NF4"):
             phicore.quantize_(model, block_size=options.block_size, double_quant=options.double_quant)

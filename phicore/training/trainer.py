@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.data import default_collate
 
+from phicore.adapters.lora import LowRankLinear
 from phicore.adapters.lora_plus import lora_plus_groups
 from phicore.training import checkpoint
 from phicore.training.config import TrainConfig, fixed_settings
@@ -129,12 +130,18 @@ class Trainer:
         self.tokens = 0
         self.stop_requested = False
         # Buffers that training writes (running means, say) are part of a checkpoint; the frozen base's are not. The
-        # kernel of batch norm writes past the version counter.
-        norms = {b for m in model.modules() if isinstance(m, _NormBase) for b in m.buffers(recurse=False)}
+        # kernel of batch norm writes past the version counter. The start of a PiSSA or OLoRA layer is saved too: it
+        # belongs to the A and B that were trained, and another machine's decomposition could differ.
+        kinds = (_NormBase, LowRankLinear)
+        kept = {
+            buffer
+            for module in model.modules()
+            if isinstance(module, kinds)
+            for name, buffer in module.named_buffers(recurse=False)
+            if name != "base_norm_squared"
+        }
         self._buffers_at_start = {
-            name: (weakref.ref(buffer), buffer._version)
-            for name, buffer in model.named_buffers()
-            if buffer not in norms
+            name: (weakref.ref(buffer), buffer._version) for name, buffer in model.named_buffers() if buffer not in kept
         }
 
     def fit(self) -> TrainResult:

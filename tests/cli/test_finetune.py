@@ -57,6 +57,17 @@ def test_result_adapter_and_table(
     assert trainer.evaluate() == pytest.approx(result["eval_loss_after"], abs=1e-5)
 
 
+def test_loftq_codes_what_it_adapts(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    assert run(tiny_model, data, tmp_path, "--method", "qlora", "--init", "loftq", "--eval-data", str(data)) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["base_bytes_after"] < result["base_bytes_before"]
+    model, tokenizer = load_model(str(tiny_model), torch.float32)
+    phicore.load_adapter(phicore.quantize_(model), tmp_path / "adapter")
+    dataset = phicore.training.data.load_dataset(data, tokenizer, 512)
+    trainer = phicore.Trainer(model, phicore.TrainConfig(output=str(tmp_path / "other")), dataset, dataset)
+    assert trainer.evaluate() == pytest.approx(result["eval_loss_after"], abs=1e-5)
+
+
 def test_full_writes_a_model_that_loads(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     assert run(tiny_model, data, tmp_path, "--method", "full", "--eval-data", str(data)) == 0
     result = json.loads((tmp_path / "result.json").read_text())
@@ -133,6 +144,7 @@ def test_options_from_a_file_and_what_is_typed_wins(suffix: str, tiny_model: Pat
     ("arguments", "message"),
     [
         (["--target-modules", "q_prj"], 'no module matches target "q_prj"; did you mean q_proj'),
+        (["--init", "loftq", "--method", "lora"], "--init loftq codes the base to NF4; use --method qlora or qdora"),
         (["--rank", "0"], "rank must be a whole number above 0, got 0"),
         (["--model", "./nowhere"], 'no such file or directory: "./nowhere"'),
         (["--data", "./nowhere.jsonl"], "nowhere.jsonl"),

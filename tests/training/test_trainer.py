@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import phicore
+from phicore import LoRAConfig, attach
 from phicore.training import TrainConfig, Trainer, checkpoint
 from phicore.training.data import collate, order
 from phicore.training.loss import causal_lm_loss
@@ -748,3 +749,29 @@ def test_group_by_length_puts_examples_of_like_length_into_a_step(tmp_path: Path
 def test_group_by_length_refuses_examples_without_one(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="group_by_length needs examples with input_ids, got tuple"):
         regression(tmp_path, group_by_length=True)
+
+
+def test_a_start_that_came_out_otherwise_is_resumed_as_it_was(tmp_path: Path) -> None:
+    """Singular vectors have a free sign, and another machine may choose the other."""
+
+    def trainer(flip: bool, **settings: Any) -> Trainer:
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+        config = LoRAConfig(rank=2, alpha=3, init="pissa", dora=True, target_modules=["0", "2"])
+        attach(model, config)
+        if flip:
+            with torch.no_grad():
+                for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+                    if name.endswith(("_A", "_B")):
+                        tensor.neg_()
+        return regression(tmp_path, model=model, **settings)
+
+    first = trainer(flip=False)
+    with pytest.raises(SystemExit):
+        stop_after(first, 3).fit()
+    resumed = trainer(flip=True, resume=True)
+    resumed.fit()
+    first.fit()
+    assert all(torch.equal(a, b) for a, b in zip(weights(first).values(), weights(resumed).values(), strict=True))
+    x = torch.randn(5, 3, dtype=torch.float64)
+    assert torch.equal(first.model(x), resumed.model(x))
