@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from phicore.nf4.codebook import dynamic_map, levels, midpoints
+from phicore.nf4.pages import empty
 
 NESTED_BLOCK_SIZE = 256  # absmax values that share one nested absmax
 CHUNK = 1 << 18  # weights a step: 1 MiB in float32, so that its temporaries stay in cache
-DECODE_CHUNK = 1 << 20  # decoding looks up into the result itself: its temporaries are smaller, and calls cost more
+DECODE_CHUNK = 1 << 19  # decoding looks up into the result itself: its temporaries are smaller, and calls cost more
 TINY = 1e-38  # a block whose absmax is smaller is scaled as if it were this, so that 1 / absmax stays finite
 
 
@@ -98,23 +99,36 @@ def decode_blocks(packed: Tensor, absmax: Tensor, n: int, block_size: int, dtype
     Returns:
         Weights in dtype, [n].
     """
-    out = torch.empty(n, dtype=dtype, device=packed.device)
-    table = pair_table(packed.device)
-    step = max(DECODE_CHUNK // block_size, 1) * block_size
-    for start in range(0, n, step):
-        stop = min(start + step, n)
-        codes = packed[start // 2 : (stop + 1) // 2].to(torch.int32)
-        scale = absmax[start // block_size : -(-stop // block_size)]
-        whole = (stop - start) // block_size * block_size
-        if dtype == torch.float32 and whole == stop - start:  # looked up where it shall stand
-            torch.index_select(table, 0, codes, out=out[start:stop].view(torch.int64))
-            out[start:stop].view(-1, block_size).mul_(scale[:, None])
-            continue
-        weights = table.index_select(0, codes).view(torch.float32)  # [stop - start, rounded up to even]
-        weights[:whole].view(-1, block_size).mul_(scale[: whole // block_size, None])
-        weights[whole:].mul_(scale[-1:])  # the short last block
-        out[start:stop].copy_(weights[: stop - start])
+    out = empty(n, dtype, packed.device)
+    whole = n // block_size * block_size
+    _decode_whole(out[:whole], packed[: whole // 2], absmax[: whole // block_size], block_size)
+    if whole < n:  # the short last block
+        last = pair_table(packed.device).index_select(0, packed[whole // 2 :].to(torch.int32)).view(torch.float32)
+        out[whole:].copy_(last[: n - whole] * absmax[-1])
     return out
+
+
+def _decode_whole(out: Tensor, packed: Tensor, absmax: Tensor, block_size: int) -> None:
+    """Decodes whole blocks: packed uint8 [n / 2] and absmax float32 [n / block_size] into out [n], any float dtype."""
+    # Temporaries are made once and stay in cache; float32 is looked up where it shall stand.
+    step = min(max(DECODE_CHUNK // block_size, 1) * block_size, max(out.numel(), block_size))
+    weights = None if out.dtype == torch.float32 else torch.empty(step, dtype=torch.float32, device=out.device)
+    # Of torch's lookups index_select is the cheapest, but runs on one thread; gather runs on all, and wants int64.
+    parallel = out.device.type == "cpu" and torch.get_num_threads() > 1
+    codes = torch.empty(step // 2, dtype=torch.int64 if parallel else torch.int32, device=out.device)
+    table, rows = pair_table(out.device), block_size // 2
+    parts = (packed.split(step // 2), absmax[:, None].split(step // block_size), out.split(step))
+    for bytes_, scale, part in zip(*parts, strict=True):
+        index = codes[: len(bytes_)].copy_(bytes_)
+        decoded = part if weights is None else weights[: len(part)]
+        pairs = decoded.view(torch.int64)
+        if parallel:
+            torch.gather(table.expand(rows, 256), 1, index.view(rows, -1), out=pairs.view(rows, -1))
+        else:
+            torch.index_select(table, 0, index, out=pairs)
+        decoded.view(-1, block_size).mul_(scale)
+        if decoded is not part:
+            part.copy_(decoded)
 
 
 def encode_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
