@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from phicore.training import TrainConfig, Trainer
-from phicore.training.checkpoint import latest_checkpoint, read_tensors
+from phicore.training.checkpoint import latest_checkpoint
+from phicore.training.consolidate import consolidate
+from phicore.training.shards import open_shard
 
 SETTINGS: dict[str, Any] = {
     "steps": 8,
@@ -106,7 +108,11 @@ def saved(output: Path) -> dict[str, Tensor]:
     """Every tensor of the newest checkpoint: weights, optimizer state and torch's random state."""
     newest = latest_checkpoint(output / "checkpoints")
     assert newest is not None
-    return read_tensors(newest / "model.safetensors") | read_tensors(newest / "rank-0.safetensors")
+    tensors, optimizer = consolidate(newest)
+    names = [name for group in optimizer["param_groups"] for name in group["param_names"]]
+    states = {f"{key}/{names[i]}": t for i, values in optimizer["state"].items() for key, t in values.items()}
+    with open_shard(newest, 0) as shard:
+        return tensors | states | {name: shard.read(f"rng/{name}") for name in shard.names["rng"]}
 
 
 def assert_same_tensors(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
