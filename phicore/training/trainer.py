@@ -201,6 +201,7 @@ class Trainer:
                 stopped = any(asked for (asked,) in gather_rows([self.stop_requested], self.device))
         finally:
             progress.close()
+            distributed.set_timeout(config.first_step_timeout)  # what follows is no step
         self.stop_requested = self._stop_agreed = False  # it is answered; another fit goes on
         if stopped:
             raise SystemExit(0)
