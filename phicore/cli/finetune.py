@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,6 +26,7 @@ from phicore.training.config import TrainConfig
 from phicore.training.data import TokenDataset, load_dataset
 from phicore.training.encoding import prompt_and_reference
 from phicore.training.metrics import peak_memory_bytes
+from phicore.training.output import after_restart
 from phicore.training.precision import DTYPES, choose_dtype
 from phicore.training.scoring import exact_match, span_f1
 
@@ -112,11 +113,12 @@ def finetune(options: FinetuneOptions) -> dict[str, Any]:
     from phicore.formats.huggingface import load_model, save_model
 
     start = time.perf_counter()
+    distributed.join(options.train.first_step_timeout)
+    options = replace(options, train=distributed.on_first_rank(lambda: after_restart(options.train)))
     output = Path(options.train.output)
     if options.threads:
         torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    distributed.join(options.train.first_step_timeout)
     dtype, why = distributed.on_first_rank(lambda: _dtype(options, device))
     ranks = distributed.world_size()
     several = f", on {ranks} ranks" if ranks > 1 else ""

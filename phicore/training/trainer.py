@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +23,7 @@ from phicore.training.distributed import gather_rows, on_first_rank, rank, sum_o
 from phicore.training.loss import causal_lm_loss, masked_mean
 from phicore.training.metrics import MetricsLog, Progress, peak_memory_bytes
 from phicore.training.modes import mode, stop_signals
+from phicore.training.output import after_restart, prepare_output
 from phicore.training.randomness import seed_everything
 from phicore.training.recompute import checkpointed_blocks
 from phicore.training.resume import changed_settings, describe, load_checkpoint
@@ -113,7 +113,8 @@ class Trainer:
         identity: Mapping[str, Any] | None = None,
     ) -> None:
         distributed.join(config.first_step_timeout)
-        self.model, self.config = model, config
+        self.model = model
+        self.config = config = on_first_rank(lambda: after_restart(config))
         self.train_data, self.eval_data = train_data, eval_data
         self.loss_fn = loss_fn or causal_lm_loss
         self.collate_fn = collate_fn or make_batch
@@ -325,7 +326,7 @@ class Trainer:
         """Resumes, or makes room for a new run."""
         if self.step:
             return
-        newest = on_first_rank(self._prepare_output)
+        newest = on_first_rank(lambda: prepare_output(self.config))
         if newest is None:
             seed_everything(self.config.seed, rank=rank())
             return
@@ -335,20 +336,3 @@ class Trainer:
         buffers = dict(self.model.named_buffers())
         load_checkpoint(newest, state, self.optimizer, self.parameters, buffers, self.config.seed)
         self.step, self.tokens = state["step"], state["tokens"]
-
-    def _prepare_output(self) -> Path | None:
-        """The checkpoint to go on from, if there is one and it is to be."""
-        config = self.config
-        if config.overwrite and self.checkpoints.exists():
-            # First the name: a kill in between must not leave it without its checkpoint.
-            (self.checkpoints / checkpoint.LATEST).unlink(missing_ok=True)
-            shutil.rmtree(self.checkpoints)
-        newest = checkpoint.latest_checkpoint(self.checkpoints)
-        if newest is not None and not config.resume:
-            raise FileExistsError(
-                f"{self.output} holds a run ({newest.name}); set resume, overwrite, or another output"
-            )
-        log = self.output / "metrics.jsonl"
-        if not (config.resume or config.overwrite) and log.exists() and log.stat().st_size:
-            raise FileExistsError(f"{log} is of a run that has no checkpoint; set overwrite, or another output")
-        return newest

@@ -35,6 +35,10 @@ def fit(output: Path, settings: dict[str, Any]) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in run.parameters.items()}
 
 
+def fit_each(runs: list[tuple[Path, dict[str, Any]]]) -> list[dict[str, Tensor]]:
+    return [fit(output, settings) for output, settings in runs]
+
+
 def assert_close_runs(a: Path, b: Path) -> None:
     for mine, theirs in zip(history(a), history(b), strict=True):
         assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-7)
@@ -46,24 +50,22 @@ def assert_close_runs(a: Path, b: Path) -> None:
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_train_as_one_process(tmp_path: Path, ranks: Group, world: int) -> None:
     """Unequal token counts, micro-batches that differ in number, and batches smaller than the world."""
-    for i, settings in enumerate(
-        (
-            {"zero_stage": 2, "batch_size": 7, "accumulation": 2, "eval_every": 2},
-            {"zero_stage": 1, "batch_size": 7, "accumulation": 3, "lora_plus_ratio": 4.0},
-            {"zero_stage": 2, "batch_size": 4, "accumulation": 4, "max_norm": 0.0},
-            {"zero_stage": 1, "batch_size": 1, "accumulation": 1, "max_norm": 0.01},
-            {"zero_stage": 2, "batch_size": 2, "accumulation": 5, "group_by_length": True},
-        )
-    ):
-        settings = {"steps": 4, **settings}
-        alone, several = tmp_path / f"{i}-alone", tmp_path / f"{i}-ranks"
-        expected = fit(alone, settings)
-        found = ranks(world)(fit, several, settings)
-        assert_close_runs(several, alone)
-        for weights in found:
+    several = (
+        {"zero_stage": 2, "batch_size": 7, "accumulation": 2, "eval_every": 2},
+        {"zero_stage": 1, "batch_size": 7, "accumulation": 3, "lora_plus_ratio": 4.0},
+        {"zero_stage": 2, "batch_size": 4, "accumulation": 4, "max_norm": 0.0},
+        {"zero_stage": 1, "batch_size": 1, "accumulation": 1, "max_norm": 0.01},
+        {"zero_stage": 2, "batch_size": 2, "accumulation": 5, "group_by_length": True},
+    )
+    runs = [(tmp_path / str(i), {"steps": 4, **settings}) for i, settings in enumerate(several)]
+    alone = [(tmp_path / f"{i}-alone", settings) for i, (_, settings) in enumerate(runs)]
+    found = ranks(world)(fit_each, runs)
+    for i, expected in enumerate(fit_each(alone)):
+        assert_close_runs(runs[i][0], alone[i][0])
+        for rank in range(world):
             for name, p in expected.items():
-                assert torch.equal(weights[name], found[0][name])
-                torch.testing.assert_close(weights[name], p, rtol=1e-5, atol=1e-6, msg=name)
+                assert torch.equal(found[rank][i][name], found[0][i][name])
+                torch.testing.assert_close(found[rank][i][name], p, rtol=1e-5, atol=1e-6, msg=name)
 
 
 def gradients_held(output: Path, stage: int) -> tuple[int, int]:
@@ -195,12 +197,14 @@ def test_any_number_of_ranks_goes_on_from_any_other(tmp_path: Path, ranks: Group
         ranks(saved_by)(cut_off, tmp_path / str(saved_by), 3, settings)
         names = sorted(path.name for path in (tmp_path / str(saved_by) / "checkpoints/step-00000003").iterdir())
         assert names == [*(f"rank-{r}.safetensors" for r in range(saved_by)), "state.json"]
-        for resumed_by in (1, 2, 3, 4):
-            output = tmp_path / f"{saved_by}-{resumed_by}"
+    for resumed_by in (1, 2, 3, 4):
+        outputs = [tmp_path / f"{saved_by}-{resumed_by}" for saved_by in (1, 2, 3, 4)]
+        for saved_by, output in enumerate(outputs, 1):
             shutil.copytree(tmp_path / str(saved_by), output)
-            ranks(resumed_by)(fit, output, settings)
+        ranks(resumed_by)(fit_each, [(output, settings) for output in outputs])
+        for output in outputs:
             for mine, exact in zip(history(output), history(tmp_path / "whole"), strict=True):
-                assert mine["loss"] == pytest.approx(exact["loss"], rel=1e-6), (saved_by, resumed_by)
+                assert mine["loss"] == pytest.approx(exact["loss"], rel=1e-6), output.name
 
 
 def test_the_same_ranks_go_on_bit_for_bit(tmp_path: Path, ranks: Group) -> None:
