@@ -114,7 +114,7 @@ def finetune(options: FinetuneOptions) -> dict[str, Any]:
 
     start = time.perf_counter()
     distributed.join(options.train.first_step_timeout)
-    options = replace(options, train=distributed.on_first_rank(lambda: after_restart(options.train)))
+    options = replace(options, train=after_restart(options.train))
     output = Path(options.train.output)
     if options.threads:
         torch.set_num_threads(options.threads)

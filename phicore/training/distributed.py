@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from phicore.training.rendezvous import meet, store_in_environment
+
 T = TypeVar("T")
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -84,6 +86,7 @@ def join(timeout: float) -> None:
 
     Raises:
         ValueError: see `place_in_environment`; or there is no GPU for LOCAL_RANK.
+        TimeoutError: ranks did not come; rank 0 names them.
     """
     global _made_here
     if dist.is_available() and dist.is_initialized():
@@ -101,7 +104,10 @@ def join(timeout: float) -> None:
             )
         torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    store = meet(store_in_environment(timeout), place.rank, place.world_size, timeout)
+    dist.init_process_group(
+        backend, store=store, rank=place.rank, world_size=place.world_size, timeout=timedelta(seconds=timeout)
+    )
     _made_here = True
     atexit.register(_leave_at_exit)
 
@@ -133,7 +139,8 @@ def to_own_gpu(model: nn.Module) -> None:
 
 
 def is_restarted() -> bool:
-    """Whether torchrun has started this process again after a failure (`--max-restarts`)."""
+    """Whether torchrun's agent on this machine has started its processes again after a failure of one of them
+    (`--max-restarts`); agents count their own."""
     return _number(RESTARTS, os.environ.get(RESTARTS) or "0") > 0
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from phicore import atomic
 from phicore.training.checkpoint import LATEST, latest_checkpoint
 from phicore.training.config import TrainConfig
-from phicore.training.distributed import is_restarted
+from phicore.training.distributed import is_restarted, on_first_rank, together
 
 RUN_ID = "TORCHELASTIC_RUN_ID"
 MARKER = "launch"  # a file in the output: which start of torchrun began, or went on with, the run there
@@ -26,13 +26,16 @@ def launch() -> str | None:
 
 def after_restart(config: TrainConfig) -> TrainConfig:
     """The config with which a process goes on: after a restart by torchrun (`--max-restarts`) with the run that this
-    start of torchrun has begun, whatever resume and overwrite were; otherwise as it is.
+    start of torchrun has begun, whatever resume and overwrite were; otherwise as it is. Every rank must call it.
 
     Raises:
         FileExistsError: overwrite is set, and it cannot be told whether the run in the output is this one.
     """
-    if not is_restarted():
-        return config
+    restarted = any(together(is_restarted))
+    return on_first_rank(lambda: _go_on(config) if restarted else config)
+
+
+def _go_on(config: TrainConfig) -> TrainConfig:
     output, own = Path(config.output), launch()
     marker = output / MARKER
     if marker.is_file() and marker.read_text() == own:

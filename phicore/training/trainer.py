@@ -114,7 +114,7 @@ class Trainer:
     ) -> None:
         distributed.join(config.first_step_timeout)
         self.model = model
-        self.config = config = on_first_rank(lambda: after_restart(config))
+        self.config = config = after_restart(config)
         self.train_data, self.eval_data = train_data, eval_data
         self.loss_fn = loss_fn or causal_lm_loss
         self.collate_fn = collate_fn or make_batch
