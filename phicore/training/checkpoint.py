@@ -30,6 +30,11 @@ FORMAT = 2
 LATEST = "latest"
 
 
+def directory_name(step: int) -> str:
+    """Of the checkpoint of a step."""
+    return f"step-{step:08d}"
+
+
 def save_checkpoint(
     directory: str | os.PathLike[str],
     state: Mapping[str, Any],
@@ -56,7 +61,7 @@ def save_checkpoint(
         OSError: a rank could not write its file, on every rank; the checkpoints are as they were.
     """
     directory = Path(directory)
-    name = f"step-{state['step']:08d}"
+    name = directory_name(state["step"])
     with ExitStack() as stack:
         # Only rank 0 has the directory on its stack: an error takes it away, the stack's end puts it in its place.
         new = on_first_rank(lambda: stack.enter_context(atomic.new_directory(directory / name, overwrite=True)), group)
@@ -67,7 +72,7 @@ def save_checkpoint(
 
 def _publish(stack: ExitStack, new: Path, state: Mapping[str, Any], keep: int) -> None:
     """Rank 0's part, once all files are there."""
-    directory, name = new.parent, f"step-{state['step']:08d}"
+    directory, name = new.parent, directory_name(state["step"])
     state = {"format": FORMAT, **state}
     (new / "state.json").write_text(json.dumps({**state, "sha256": _digest_of_state(state)}, indent=2))
     stack.close()
@@ -129,19 +134,14 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def check_files(checkpoint: Path, state: Mapping[str, Any]) -> None:
-    """Compares the files with the checksums that were taken when they were written; ranks share them out.
+def check_files(checkpoint: Path, state: Mapping[str, Any], rank: int = 0, world_size: int = 1) -> None:
+    """Compares the files, or a rank's share of them, with the checksums that were taken when they were written.
 
     Raises:
-        FileNotFoundError, ValueError: one is missing or damaged, on every rank.
+        FileNotFoundError, ValueError: one is missing or damaged.
     """
-
-    def check() -> None:
-        for name in sorted(state["files"])[rank() :: world_size()]:
-            if (found := digest(checkpoint / name)) != state["files"][name]:
-                raise ValueError(
-                    f"{checkpoint / name} is damaged: its SHA-256 is {found}, it was written with "
-                    f"{state['files'][name]}"
-                )
-
-    together(check)
+    for name in sorted(state["files"])[rank::world_size]:
+        if (found := digest(checkpoint / name)) != state["files"][name]:
+            raise ValueError(
+                f"{checkpoint / name} is damaged: its SHA-256 is {found}, it was written with {state['files'][name]}"
+            )

@@ -67,6 +67,10 @@ class TrainConfig:
     save_every: int = 0
     """Steps between checkpoints; one is always written at the end and on SIGTERM. 0 for no other."""
 
+    async_save: bool = False
+    """Write checkpoints while training goes on, from a copy in memory of what each rank saves: its share of the trained
+    parameters and of their optimizer state."""
+
     keep_checkpoints: int = 2
     """How many of the newest checkpoints stay."""
 
@@ -111,6 +115,7 @@ FREE_TO_CHANGE = frozenset(
         "eval_every",
         "eval_batch_size",
         "save_every",
+        "async_save",
         "keep_checkpoints",
         "log_every",
         "zero_stage",

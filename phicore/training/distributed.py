@@ -125,6 +125,11 @@ def _leave_at_exit() -> None:
         leave()
 
 
+def new_group(timeout: float) -> dist.ProcessGroup | None:
+    """Another group of all ranks, over gloo, whose collectives may run beside the first's; None alone."""
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if world_size() > 1 else None
+
+
 def set_timeout(seconds: float) -> None:
     """How long later collectives wait, if `join` made the group."""
     if _made_here:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from phicore.training.checkpoint import check_files
-from phicore.training.distributed import rank
+from phicore.training.distributed import rank, together, world_size
 from phicore.training.randomness import restore_random, seed_everything
 from phicore.training.shards import OpenShard, Shard, open_shard
 from phicore.zero import ZeroOptimizer
@@ -64,7 +64,7 @@ def load_checkpoint(
     ]
     if wrong:
         raise ValueError(f"{checkpoint} does not fit the model: {', '.join(wrong[:10])} (of {len(wrong)} names)")
-    check_files(checkpoint, state)
+    together(lambda: check_files(checkpoint, state, rank(), world_size()))
     shards = optimizer_shards(checkpoint, state, optimizer.state_dict())
     with torch.no_grad():
         for number in range(state["world_size"]):

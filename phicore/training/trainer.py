@@ -1,5 +1,6 @@
 """The Trainer: one plain loop over steps."""
 
+import functools
 import json
 import math
 import time
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from phicore.adapters.lora_plus import lora_plus_groups
 from phicore.training import checkpoint, distributed
+from phicore.training.background import BackgroundWriter
 from phicore.training.batches import Batch, chunks, count_tokens, cut, length_of, lengths_of, make_batch, to_device
 from phicore.training.buffers import TrainedBuffers
 from phicore.training.config import TrainConfig, fixed_settings
@@ -24,11 +26,11 @@ from phicore.training.loss import causal_lm_loss, masked_mean
 from phicore.training.metrics import MetricsLog, Progress, peak_memory_bytes
 from phicore.training.modes import mode, stop_signals
 from phicore.training.output import after_restart, prepare_output
-from phicore.training.randomness import seed_everything
+from phicore.training.randomness import random_json, seed_everything
 from phicore.training.recompute import checkpointed_blocks
 from phicore.training.resume import changed_settings, describe, load_checkpoint
 from phicore.training.schedule import learning_rate
-from phicore.training.shards import Part, random_parts, trained_parts
+from phicore.training.shards import Part, random_parts, to_memory, trained_parts
 from phicore.zero import ZeroOptimizer
 from phicore.zero.agreement import check_same
 
@@ -141,6 +143,9 @@ class Trainer:
         self.tokens = 0
         self.stop_requested = False  # of this process
         self._stop_agreed = False  # of any, as all know
+        self._writer = BackgroundWriter()
+        # The thread that writes agrees with the other ranks' beside the collectives of the steps.
+        self._writers = distributed.new_group(config.first_step_timeout) if config.async_save else None
 
     def _make_optimizer(self) -> ZeroOptimizer:
         before = _optimizers.get(self.model)
@@ -199,6 +204,7 @@ class Trainer:
                         saved_step = self.step
                 if self.step != saved_step:
                     self.save()
+                self._writer.wait()
                 stopped = any(asked for (asked,) in gather_rows([self.stop_requested], self.device))
         finally:
             progress.close()
@@ -232,8 +238,11 @@ class Trainer:
             tokens += count_tokens(batch, float(n))
         self.optimizer.finish_reduction()
         # ===== Phase 2: from sums to the mean over all tokens of the step =====
-        own = [loss_sum, count, tokens, waited, self.stop_requested, peak_memory_bytes(self.device)]
-        losses, counts, all_tokens, waits, stops, peaks = zip(*gather_rows(own, self.device), strict=True)
+        peak = peak_memory_bytes(self.device)
+        own = [loss_sum, count, tokens, waited, self.stop_requested, peak, self._writer.failed]
+        losses, counts, all_tokens, waits, stops, peaks, failures = zip(*gather_rows(own, self.device), strict=True)
+        if any(failures):
+            self._writer.wait()  # raises the same on all ranks
         mean = masked_mean(sum(losses), sum(counts), f"step {self.step + 1}")
         self.optimizer.scale_gradients_(1 / sum(counts))
         norm = float(self.optimizer.clip_grad_norm_(config.max_norm or math.inf))
@@ -300,7 +309,17 @@ class Trainer:
         return masked_mean(loss_sum, count, "evaluation")
 
     def save(self) -> Path:
-        """Writes a checkpoint of this moment; see `phicore.training.checkpoint`."""
+        """Writes a checkpoint of this moment; see `phicore.training.checkpoint`.
+
+        With config.async_save it is written in the background, once the one before is. What goes wrong there is raised
+        on all ranks by the next step or save, or by the end of `fit`, which waits for the last.
+
+        Returns:
+            Where it stands, or will.
+
+        Raises:
+            OSError: a rank could not write its part, on every rank; the checkpoints are as they were.
+        """
         self.buffers.share()
         shard, buffers = self.optimizer.state_dict(), self.buffers.find()
         parts = {**trained_parts(shard, self.parameters), **random_parts(rank())}
@@ -313,7 +332,12 @@ class Trainer:
             "tensors": describe({**self.parameters, **buffers}),
             "param_groups": shard["param_groups"],
         }
-        return checkpoint.save_checkpoint(self.checkpoints, state, parts, self.config.keep_checkpoints)
+        save = functools.partial(checkpoint.save_checkpoint, self.checkpoints, state, keep=self.config.keep_checkpoints)
+        if not self.config.async_save:
+            return save(parts)
+        self._writer.wait()  # before there is a second copy in memory
+        self._writer.start(functools.partial(save, to_memory(parts), random=random_json(), group=self._writers))
+        return self.checkpoints / checkpoint.directory_name(self.step)
 
     def request_stop(self) -> None:
         """Makes `fit` finish its step on all ranks, write a checkpoint and exit, as SIGTERM does."""

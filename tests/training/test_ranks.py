@@ -4,6 +4,8 @@ import math
 import os
 import shutil
 import signal
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -283,3 +285,88 @@ def test_one_ranks_full_disk_fails_all_and_loses_nothing(tmp_path: Path, ranks: 
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step-00000002"]
     consolidate(tmp_path / "checkpoints/step-00000002")
     assert checkpoint.latest_checkpoint(tmp_path / "checkpoints") == tmp_path / "checkpoints/step-00000002"
+
+
+# ===== Saving in the background =====
+
+
+def slow_save(output: Path, settings: dict[str, Any]) -> list[tuple[int, str]]:
+    """Each write of a file waits until the next step has begun; what `latest` named at each step's end."""
+    run = trainer(output, async_save=True, **settings)
+    begun = threading.Event()
+    inner, kept = run.loss_fn, shards.save_file
+    seen: list[tuple[int, str]] = []
+
+    def loss_fn(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor | int]:
+        begun.set()
+        newest = checkpoint.latest_checkpoint(output / "checkpoints")
+        seen.append((run.step, "" if newest is None else newest.name))
+        if newest is not None and dist_rank() == 0:
+            consolidate(newest)
+        return inner(model, batch)
+
+    def save_file(*arguments: Any) -> None:
+        if run.step < run.config.steps:
+            assert begun.wait(20)
+            time.sleep(0.05)
+        kept(*arguments)
+
+    def save() -> Path:
+        begun.clear()
+        return type(run).save(run)
+
+    run.loss_fn, run.save, shards.save_file = loss_fn, save, save_file  # type: ignore[method-assign, assignment]
+    try:
+        run.fit()
+    finally:
+        shards.save_file = kept
+    return seen
+
+
+def dist_rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_what_is_saved_in_the_background_is_the_moment_of_saving(tmp_path: Path, ranks: Group, world: int) -> None:
+    settings = {"steps": 6, "save_every": 2, "keep_checkpoints": 9, "dropout": 0.2}
+    ranks(world)(fit, tmp_path / "now", settings)
+    for seen in ranks(world)(slow_save, tmp_path / "later", settings):
+        assert (2, "") in seen  # a step had begun before the first was written
+        assert {name for step, name in seen if step == 5} <= {"step-00000002", "step-00000004"}
+    for step in (2, 4, 6):
+        name = f"checkpoints/step-0000000{step}"
+        for rank in range(world):
+            with (
+                shards.open_shard(tmp_path / "now" / name, rank) as now,
+                shards.open_shard(tmp_path / "later" / name, rank) as later,
+            ):
+                assert (now.starts, now.random) == (later.starts, later.random)
+                assert_same_tensors(*({key: shard.read(key) for key in now.starts} for shard in (now, later)))
+
+
+def full_in_the_background(output: Path, culprit: int) -> tuple[str, int]:
+    run = trainer(output, steps=50, save_every=2, async_save=True)
+
+    def full(*arguments: Any) -> None:
+        if run.step >= 4 and dist.get_rank() == culprit:
+            raise OSError(28, "No space left on device")
+        kept(*arguments)
+
+    shards.save_file, kept = full, shards.save_file  # type: ignore[assignment]
+    try:
+        with pytest.raises(OSError, match="No space left") as told:
+            run.fit()
+    finally:
+        shards.save_file = kept
+    return str(told.value), run.step
+
+
+def test_a_disk_that_is_full_in_the_background_stops_all_ranks(tmp_path: Path, ranks: Group) -> None:
+    answers = ranks(3)(full_in_the_background, tmp_path, 1)
+    assert len(set(answers)) == 1
+    text, step = answers[0]
+    assert "rank 1: [Errno 28] No space left on device" in text
+    assert 4 <= step <= 6  # at the latest by the next save
+    assert checkpoint.latest_checkpoint(tmp_path / "checkpoints") == tmp_path / "checkpoints/step-00000002"
+    consolidate(tmp_path / "checkpoints/step-00000002")
