@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from phicore.adapters import base as base_layer
+from phicore.adapters.dora_scale import fuses_scaling, scale_columns
 from phicore.adapters.lora import LowRankLayer, LowRankLinear, low_rank_update
 
 
@@ -145,10 +146,23 @@ class DoRALinear(DoRALayer, LowRankLinear):
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
         if not self.enabled:
             return self.base(x)
+        if fuses_scaling(x):
+            return self._scaled(x)
         v, scale = self._project(x)
         if self.bias is None:
             return v * scale
         return torch.addcmul(self.bias.to(v.dtype), v, scale)
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        """forward, with the norm and the scaling in one operator."""
+        v, WA = self._direction_product(x)
+        A, B = self.matrices()
+        y, norm_squared = scale_columns(v, self.base_norm_squared, WA, A, B, self.magnitude, self.bias, self.factor)
+        cancelled = norm_squared < CANCELLATION[WA.dtype] * self.base_norm_squared
+        if not cancelled.any():
+            return y
+        y = v * self.scale(WA, v.dtype)  # rare: some rows are summed densely
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def correct(self, residual: Tensor) -> None:
         super().correct(residual)
@@ -163,7 +177,14 @@ class DoRALinear(DoRALayer, LowRankLinear):
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x V'^T [..., out] and m / ||V'|| [out], both in the base's output dtype."""
+        v, WA = self._direction_product(x)
+        return v, self.scale(WA, v.dtype)
+
+    def _direction_product(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x V'^T [..., out] and W A^T [out, rank]."""
         A, B = self.matrices()
+        if self.fuses(x):
+            v, wa = base_layer.low_rank(self.base, x, A, B, self.factor, with_rows=True)
+            return v, wa.t()
         z, wa = base_layer.project_with_rows(self.base, x, A.detach().to(x.dtype))
-        scale = self.scale(wa.t(), z.dtype)
-        return low_rank_update(z, x, A, B, self.factor, self.active_dropout), scale
+        return low_rank_update(z, x, A, B, self.factor, self.active_dropout), wa.t()

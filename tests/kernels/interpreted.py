@@ -10,7 +10,9 @@ import multiprocessing
 import os
 import pickle
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -108,8 +110,41 @@ def linear_far(rows: int, columns: int) -> Any:
     return out[:, -32:].clone()
 
 
+_registered: set[str] = set()
+
+
+@contextmanager
+def as_on_a_gpu(crossover: int = 1 << 30) -> Iterator[None]:
+    """phicore's operators and layers take the ways that they take on a GPU with this crossover, on the CPU."""
+    from unittest import mock
+
+    from phicore.adapters import dora_scale
+    from phicore.nf4 import kernels
+
+    if "cpu" not in _registered:
+        kernels.register("cpu")
+        dora_scale.register("cpu")
+        _registered.add("cpu")
+    with (
+        mock.patch.object(kernels, "has_kernels", return_value=True),
+        mock.patch.object(kernels, "DEVICE_TYPES", ("cuda", "cpu")),
+        mock.patch("phicore_kernels.crossover.crossover", return_value=crossover),
+    ):
+        yield
+
+
+def on_a_gpu(body: str, args: tuple[Any, ...], crossover: int = 1 << 30) -> None:
+    """Runs a function of tests.gpu.bodies on the CPU, whose kernels the interpreter runs."""
+    import torch
+
+    from tests.gpu import bodies
+
+    with as_on_a_gpu(crossover):
+        getattr(bodies, body)(torch.device("cpu"), *args)
+
+
 def operators(
-    x: Any, weight: Any, bias: Any, rows: Any, grad: Any, crossover: int
+    x: Any, weight: Any, bias: Any, rows: Any, pair_B: Any, grad: Any, crossover: int
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """phicore's operators, dispatched as on a GPU with this crossover: results, and calls of each kernel."""
     from contextlib import ExitStack
@@ -117,17 +152,14 @@ def operators(
 
     import torch
 
-    from phicore.nf4 import kernels, ops
+    from phicore.nf4 import ops
+    from phicore.nf4.low_rank import nf4_low_rank
 
-    if "cpu" not in _registered:
-        kernels.register("cpu")
-        _registered.add("cpu")
     parts = (weight.packed, weight.absmax, weight.nested_absmax, weight.offset)
     shape, block_size = [weight.rows, weight.columns], weight.block_size
     names = ("dequantize:dequantize", "matmul:linear", "matmul:linear_dx")
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(kernels, "has_kernels", return_value=True))
-        stack.enter_context(mock.patch("phicore_kernels.crossover.crossover", return_value=crossover))
+        stack.enter_context(as_on_a_gpu(crossover))
         spies = {}
         for name in names:
             module, function = name.split(":")
@@ -140,12 +172,19 @@ def operators(
         dx, db = torch.autograd.grad(y, (x, bias), grad)
         z, wa = ops.nf4_project_with_rows(x, rows, *parts, shape, block_size)
         (dz,) = torch.autograd.grad(z, x, grad)
+        v, u, va = nf4_low_rank(x, rows, pair_B, 0.5, *parts, None, shape, block_size, True)
+        (dv,) = torch.autograd.grad(v, x, grad)
         dense = ops.nf4_dequantize(*parts, shape, block_size, torch.float32)
-        results = {"y": y, "dx": dx, "db": db, "z": z, "wa": wa, "dz": dz, "dense": dense}
+        results = {"v": v, "u": u, "va": va, "dv": dv} | {
+            "y": y,
+            "dx": dx,
+            "db": db,
+            "z": z,
+            "wa": wa,
+            "dz": dz,
+            "dense": dense,
+        }
     return {k: v.detach() for k, v in results.items()}, {name: spy.call_count for name, spy in spies.items()}
-
-
-_registered: set[str] = set()
 
 
 def tune_small() -> Any:
