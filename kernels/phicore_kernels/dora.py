@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from phicore_kernels.configs import processors
 from phicore_kernels.decode import round_to
+from phicore_kernels.device import gpu_of
 from phicore_kernels.launch import Launch
 
 __all__ = ["naive_scale_columns", "scale_columns", "scale_columns_launch"]
@@ -80,7 +80,7 @@ def scale_columns_launch(
     m, n = z.shape
     tiles = triton.cdiv(n, BLOCK_N)
     # Each program works out its columns' norms again, so there are only as many as keep the GPU busy.
-    programs = min(triton.cdiv(m, BLOCK_M), max(1, 4 * processors(z.device) // tiles)) or 1
+    programs = min(triton.cdiv(m, BLOCK_M), max(1, 4 * gpu_of(z.device).processors // tiles)) or 1
     return Launch(
         kernel=_scale_columns,
         grid=(tiles, programs),

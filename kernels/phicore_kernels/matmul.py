@@ -15,8 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from phicore_kernels.configs import Config, choose
+from phicore_kernels.autotune import Product, config_of
+from phicore_kernels.configs import Config
 from phicore_kernels.decode import GROUP, INTERPRET, decode_any, decode_groups, operand, round_to
+from phicore_kernels.device import gpu_of
 from phicore_kernels.launch import Launch
 from phicore_kernels.weight import Weight, block_shift, decode_mode, naive_decode
 
@@ -239,7 +241,7 @@ def linear(
         weight: NF4, N rows and K columns.
         bias: [N] in x's dtype, contiguous, or None.
         low_rank: of [M, N], or None.
-        config: tile sizes; None takes those of `configs.choose`.
+        config: tile sizes; None takes those tuned for the product on this GPU, or the table's (see `autotune`).
         permute: see `weight.decode_mode`.
 
     Returns:
@@ -272,24 +274,27 @@ def _run(
     out = torch.empty(x.shape[0], columns, dtype=x.dtype, device=x.device)
     if not out.numel():
         return out
+    gpu = gpu_of(x.device)
+
+    def run(config: Config) -> None:
+        for launch in matmul_launches(
+            x,
+            weight,
+            out,
+            backward=backward,
+            bias=bias,
+            low_rank=low_rank,
+            config=config,
+            permute=permute,
+            precision="tf32x3" if gpu.kind == "nvidia" else "ieee",
+            shared_operands=gpu.capability[0] in (9, 10),
+        ):
+            launch.run()
+
     if config is None:
         mode = decode_mode(weight.packed, weight.columns, x.dtype, permute)
-        config = choose(x.shape[0], columns, x.shape[1], mode, x.dtype, x.device)
-    nvidia = x.device.type == "cuda" and torch.version.hip is None
-    launches = matmul_launches(
-        x,
-        weight,
-        out,
-        backward=backward,
-        bias=bias,
-        low_rank=low_rank,
-        config=config,
-        permute=permute,
-        precision="tf32x3" if nvidia else "ieee",
-        shared_operands=nvidia and torch.cuda.get_device_capability(x.device)[0] in (9, 10),
-    )
-    for launch in launches:
-        launch.run()
+        config = config_of(Product(backward, x.shape[0], columns, x.shape[1], mode, x.dtype), x.device, run)
+    run(config)
     return out
 
 

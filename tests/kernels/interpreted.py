@@ -187,23 +187,40 @@ def operators(
     return {k: v.detach() for k, v in results.items()}, {name: spy.call_count for name, spy in spies.items()}
 
 
-def tune_small() -> Any:
-    """tune.measure on small layers, each call counted as one second."""
+def tune_small(gpu: Any, arguments: list[str], home: str, slow: int) -> tuple[int, str, list[tuple[int, ...]]]:
+    """`python -m phicore_kernels.tune` as on a GPU, every candidate run once: what it returns and prints, and the
+    shapes of what was timed. A product takes a second for each column of its tile, dequantising first `slow`."""
+    import contextlib
+    import io
     from unittest import mock
 
     import torch
 
-    from phicore_kernels import tune
+    from phicore_kernels import matmul, tune
 
-    calls = []
+    calls: list[tuple[int, ...]] = []
+    configs: list[Any] = []
+    launches = matmul.matmul_launches
 
     def bench(call: Any) -> float:
-        calls.append(call())
-        return 1.0
+        configs.clear()
+        calls.append(tuple(call().shape))
+        return configs[0].block_out if configs else slow
 
-    with mock.patch.object(tune, "SHAPES", ((32, 64),)), mock.patch.object(tune, "ROWS", (1, 3)):
-        times = tune.measure(bench, torch.device("cpu"))
-    return times, [tuple(result.shape) for result in calls]
+    def note(*args: Any, config: Any, **options: Any) -> Any:
+        configs.append(config)
+        return launches(*args, config=config, **options)
+
+    printed = io.StringIO()
+    with (
+        mock.patch.dict(os.environ, {"XDG_CACHE_HOME": home}),
+        mock.patch.object(tune, "gpu_of", return_value=gpu),
+        mock.patch.object(torch.accelerator, "current_accelerator", return_value=torch.device("cpu")),
+        mock.patch.object(matmul, "matmul_launches", note),
+        contextlib.redirect_stdout(printed),
+    ):
+        status = tune.main(arguments, bench)
+    return status, printed.getvalue(), calls
 
 
 def device_of_run() -> tuple[Any, Any]:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from phicore_kernels.configs import CONFIGS, Config, choose
 from phicore_kernels.weight import naive_decode
-from tests.kernels.weights import CPU, exact, random_weight
+from tests.kernels.weights import exact, random_weight
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The kernel's W is the rounded one bit for bit, so what remains is one rounding of the result: at most half a unit in
@@ -132,9 +132,9 @@ def test_each_m_has_a_config_that_fills_the_gpu_and_no_more(mode, size):
     dtype = torch.bfloat16 if size == 2 else torch.float32
     rows = [config._replace(split=1) for _, config in CONFIGS[mode, size]]
     for m in (1, 16, 17, 64, 65, 10**6):
-        assert choose(m, 4096, 4096, mode, dtype, CPU)._replace(split=1) in rows
+        assert choose(m, 4096, 4096, mode, dtype, 108)._replace(split=1) in rows
     tiles = 4096 // rows[0].block_out
-    assert choose(1, 4096, 4096, mode, dtype, CPU).split == 2 * 108 // tiles  # of the 108 processors of an A100
-    assert choose(1, 4096, 4 * rows[0].block_sum, mode, dtype, CPU).split == 1  # nothing to split
-    assert choose(1, 10**6, 4096, mode, dtype, CPU).split == 1  # enough tiles without
-    assert choose(8192, 4096, 4096, mode, dtype, CPU).split == 1
+    assert choose(1, 4096, 4096, mode, dtype, 108).split == 2 * 108 // tiles  # of the 108 processors of an A100
+    assert choose(1, 4096, 4 * rows[0].block_sum, mode, dtype, 108).split == 1  # nothing to split
+    assert choose(1, 10**6, 4096, mode, dtype, 108).split == 1  # enough tiles without
+    assert choose(8192, 4096, 4096, mode, dtype, 108).split == 1
