@@ -146,23 +146,12 @@ class DoRALinear(DoRALayer, LowRankLinear):
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
         if not self.enabled:
             return self.base(x)
-        if fuses_scaling(x):
-            return self._scaled(x)
+        if self.fuses(x) or fuses_scaling(x):
+            return self._fused(x)
         v, scale = self._project(x)
         if self.bias is None:
             return v * scale
         return torch.addcmul(self.bias.to(v.dtype), v, scale)
-
-    def _scaled(self, x: Tensor) -> Tensor:
-        """forward, with the norm and the scaling in one operator."""
-        v, WA = self._direction_product(x)
-        A, B = self.matrices()
-        y, norm_squared = scale_columns(v, self.base_norm_squared, WA, A, B, self.magnitude, self.bias, self.factor)
-        cancelled = norm_squared < CANCELLATION[WA.dtype] * self.base_norm_squared
-        if not cancelled.any():
-            return y
-        y = v * self.scale(WA, v.dtype)  # rare: some rows are summed densely
-        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def correct(self, residual: Tensor) -> None:
         super().correct(residual)
@@ -177,14 +166,29 @@ class DoRALinear(DoRALayer, LowRankLinear):
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x V'^T [..., out] and m / ||V'|| [out], both in the base's output dtype."""
-        v, WA = self._direction_product(x)
-        return v, self.scale(WA, v.dtype)
+        A, B = self.matrices()
+        z, wa = base_layer.project_with_rows(self.base, x, A.detach().to(x.dtype))
+        scale = self.scale(wa.t(), z.dtype)
+        return low_rank_update(z, x, A, B, self.factor, self.active_dropout), scale
 
-    def _direction_product(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x V'^T [..., out] and W A^T [out, rank]."""
+    # ===== on a GPU =====
+
+    def _fused(self, x: Tensor) -> Tensor:
+        """forward by operators that fuse its steps, as far as the base, dropout and torch.compile let them."""
         A, B = self.matrices()
         if self.fuses(x):
             v, wa = base_layer.low_rank(self.base, x, A, B, self.factor, with_rows=True)
-            return v, wa.t()
-        z, wa = base_layer.project_with_rows(self.base, x, A.detach().to(x.dtype))
-        return low_rank_update(z, x, A, B, self.factor, self.active_dropout), wa.t()
+        else:
+            z, wa = base_layer.project_with_rows(self.base, x, A.detach().to(x.dtype))
+            v = low_rank_update(z, x, A, B, self.factor, self.active_dropout)
+        WA = wa.t()  # W A^T [out, rank]
+        if fuses_scaling(x):
+            y, norm_squared = scale_columns(v, self.base_norm_squared, WA, A, B, self.magnitude, self.bias, self.factor)
+            if not self._cancelled(norm_squared, WA).any():
+                return y
+        y = v * self.scale(WA, v.dtype)  # in torch.compile; and, rarely, where some rows are summed densely
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _cancelled(self, norm_squared: Tensor, WA: Tensor) -> Tensor:
+        """Rows, bool [out], whose factored norm lost too many digits."""
+        return norm_squared < CANCELLATION[WA.dtype] * self.base_norm_squared

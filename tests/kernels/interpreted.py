@@ -223,6 +223,27 @@ def tune_small(gpu: Any, arguments: list[str], home: str, slow: int) -> tuple[in
     return status, printed.getvalue(), calls
 
 
+def time_small(directory: str) -> str:
+    """benchmarks.kernel_times on a small layer, with a timer that says 2 ms. What it prints. Only what asks for a
+    kernel by name runs one; the operators run their references."""
+    import contextlib
+    import io
+    from pathlib import Path
+
+    import torch
+
+    from benchmarks import kernel_times
+
+    printed, output = io.StringIO(), Path(directory)
+    with contextlib.redirect_stdout(printed):
+        status = kernel_times.main(
+            output, output / "copy.json", quick=True, device=torch.device("cpu"), bench=lambda _: (2.0, 1.0, 3.0),
+            layers={"small q": (64, 128)}, rows=(1, 20),
+        )  # fmt: skip
+    assert status == 0
+    return printed.getvalue()
+
+
 def device_of_run() -> tuple[Any, Any]:
     """(devices made current, kernels launched while one was) of a launch whose tensor pretends to lie on cuda:1."""
     from unittest import mock
