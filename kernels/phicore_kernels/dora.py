@@ -59,7 +59,8 @@ def _scale_columns(
     for start in range(tl.program_id(1) * BLOCK_M, M, tl.num_programs(1) * BLOCK_M):
         row = (start + tl.arange(0, BLOCK_M)).to(tl.int64)
         inside = (row < M)[:, None] & inside_n[None, :]
-        value = tl.load(z + row[:, None] * stride_zm + n[None, :] * stride_zn, mask=inside, other=0.0).to(tl.float32)
+        z_at = z + row[:, None] * stride_zm + n.to(tl.int64)[None, :] * stride_zn
+        value = tl.load(z_at, mask=inside, other=0.0).to(tl.float32)
         value = value * scale[None, :] + shift[None, :]
         tl.store(y + row[:, None] * N + n[None, :], round_to(value, y.dtype.element_ty), mask=inside)
 

@@ -69,6 +69,7 @@ def _matmul(
     if SPLIT > 1:
         start_sum = tl.program_id(1) * split_length
         stop_sum = tl.minimum(start_sum + split_length, SUM)
+    x_step = tl.full((), BLOCK_SUM, tl.int64) * stride_xr
     x_at = x + row_m[:, None] * stride_xm + (start_sum + step).to(tl.int64)[None, :] * stride_xr
     if nested_absmax is not None:
         offset = tl.load(offset)
@@ -80,7 +81,7 @@ def _matmul(
             for r in range(0, rank, RANK_STEP):
                 rank_at = r + tl.arange(0, RANK_STEP)
                 a = tl.load(
-                    left + row_m[:, None] * stride_lm + rank_at[None, :] * stride_lr,
+                    left + row_m[:, None] * stride_lm + rank_at.to(tl.int64)[None, :] * stride_lr,
                     mask=(rank_at < rank)[None, :],
                     other=0.0,
                 )
@@ -102,7 +103,7 @@ def _matmul(
             x_tile = tl.load(x_at)
         else:
             x_tile = tl.load(x_at, mask=(step < SUM - at)[None, :], other=0.0)
-        x_at += BLOCK_SUM * stride_xr
+        x_at += x_step
         first_row = at if BACKWARD else start_out
         first_column = start_out if BACKWARD else at
         if MODE == "any":

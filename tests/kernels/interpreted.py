@@ -5,6 +5,7 @@ tests of a process only: other tests compile kernels, and torch.compile imports 
 are and call `Interpreter.call`; arguments and results travel as pickles.
 """
 
+import dataclasses
 import importlib
 import multiprocessing
 import os
@@ -47,16 +48,17 @@ class Interpreter:
 
 
 def run_last_program(launch: Any) -> None:
-    """Runs a launch's last program alone. Results stay where the kernel wrote them: nothing is copied back."""
+    """Runs a launch's program that is last on each axis alone. Results stay where the kernel wrote them: nothing is
+    copied back."""
     from unittest import mock
 
     from triton.runtime import interpreter
 
-    builder, last = interpreter.interpreter_builder, launch.grid[0] - 1
+    builder, (x, y) = interpreter.interpreter_builder, (*launch.grid, 1)[:2]
     set_dim, set_index = builder.set_grid_dim, builder.set_grid_idx
     with (
-        mock.patch.object(builder, "set_grid_dim", lambda x, y, z: set_dim(last + 1, y, z)),
-        mock.patch.object(builder, "set_grid_idx", lambda x, y, z: set_index(last, y, z)),
+        mock.patch.object(builder, "set_grid_dim", side_effect=lambda *_: set_dim(x, y, 1)),
+        mock.patch.object(builder, "set_grid_idx", side_effect=lambda *_: set_index(x - 1, y - 1, 0)),
         mock.patch.object(interpreter.GridExecutor, "_restore_args_dev"),
     ):
         launch.kernel[(1,)](**launch.arguments, **launch.constants)
@@ -108,6 +110,94 @@ def linear_far(rows: int, columns: int) -> Any:
     (launch,) = matmul_launches(x, weight, out, backward=False, config=Config(16, 32, 32, 4, 1))
     run_last_program(launch)
     return out[:, -32:].clone()
+
+
+def linear_dx_far(columns: int) -> Any:
+    """g far_weight for the last 32 columns of 64 rows; g [3, 64] of ones, twos and threes, rows 2^30 elements apart."""
+    import torch
+
+    from phicore_kernels.configs import Config
+    from phicore_kernels.matmul import LowRank, matmul_launches
+
+    grad = zero_pages(2**31 + 64, torch.float16).as_strided((3, 64), (2**30, 1))
+    grad[0], grad[1], grad[2] = 1, 2, 3
+    out = zero_pages(3 * columns, torch.float16).view(3, columns)
+    left, right = torch.ones(3, 2, dtype=torch.float16), zero_pages(2 * columns, torch.float16).view(2, columns)
+    right[:, -32:] = 0.5
+    (launch,) = matmul_launches(
+        grad, far_weight(64, columns), out, backward=True, config=Config(16, 32, 32, 4, 1),
+        low_rank=LowRank(left, right, 10.0),
+    )  # fmt: skip
+    run_last_program(launch)
+    return out[:, -32:].clone()
+
+
+def parts_far(rows: int) -> Any:
+    """The last 32 numbers of the second part of a split sum, of a result [33, rows]: 32 times 1 * 2."""
+    from unittest import mock
+
+    import torch
+
+    from phicore_kernels.configs import Config
+    from phicore_kernels.matmul import matmul_launches
+
+    x, out = torch.ones(33, 64, dtype=torch.float16), zero_pages(33 * rows, torch.float16).view(33, rows)
+
+    def empty(*shape: int, dtype: Any, device: Any) -> Any:
+        return zero_pages(shape[0] * shape[1] * shape[2], dtype).view(shape)
+
+    with mock.patch.object(torch, "empty", empty):
+        product, _ = matmul_launches(
+            x, far_weight(rows, 64), out, backward=False, config=Config(16, 32, 32, 4, 1, split=2)
+        )
+    run_last_program(product)
+    return product.arguments["out"][1, -1, -32:].clone()
+
+
+def add_parts_far(n: int) -> Any:
+    """The last four sums of two parts of n numbers."""
+    import torch
+
+    from phicore_kernels.configs import Config
+    from phicore_kernels.matmul import matmul_launches
+    from tests.kernels.weights import random_weight
+
+    x, out = torch.ones(1, 64, dtype=torch.float16), torch.ones(1, 32, dtype=torch.float16)
+    _, addition = matmul_launches(x, random_weight(32, 64), out, backward=False, config=Config(16, 32, 32, 4, 1, 2))
+    parts, total = zero_pages(2 * n, torch.float32).view(2, n), zero_pages(n, torch.float16)
+    parts[0, -4:], parts[1, -4:] = 1, 2
+    arguments = {**addition.arguments, "parts": parts, "out": total, "size": n, "OUT": n}
+    run_last_program(dataclasses.replace(addition, arguments=arguments, grid=(-(-n // 1024),)))
+    return total[-4:].clone()
+
+
+def encode_far(n: int) -> Any:
+    """Codes and scales of the last 64 of n weights, which alone are not zero."""
+    import torch
+
+    from phicore_kernels.quantize import encode_blocks_launch
+
+    flat = zero_pages(n, torch.bfloat16)
+    flat[-64:] = torch.linspace(-1, 1, 64)
+    packed, absmax = zero_pages(n // 2, torch.uint8), zero_pages(n // 64, torch.float32)
+    run_last_program(encode_blocks_launch(flat, packed, absmax, 64))
+    return flat[-64:].clone(), packed[-32:].clone(), absmax[-1:].clone()
+
+
+def scale_columns_far(n: int, transposed: bool) -> Any:
+    """DoRA's scaling of the last 32 of n columns of z [3, n], ones, by their norms 2 and magnitude 3."""
+    import torch
+
+    from phicore_kernels.dora import scale_columns_launch
+
+    z, y = zero_pages(3 * n, torch.bfloat16), zero_pages(3 * n, torch.bfloat16).view(3, n)
+    z = z.view(n, 3).T if transposed else z.view(3, n)
+    z[:, -32:] = 1
+    base, magnitude, squared = (zero_pages(n, torch.float32) for _ in range(3))
+    base[-32:], magnitude[-32:] = 4, 3
+    WA, B = zero_pages(n, torch.float32).view(n, 1), zero_pages(n, torch.float32).view(n, 1)
+    run_last_program(scale_columns_launch(z, base, WA, torch.ones(1, 1), B, magnitude, 1.0, None, y, squared))
+    return y[:, -32:].clone(), squared[-32:].clone()
 
 
 _registered: set[str] = set()

@@ -127,6 +127,21 @@ def test_more_than_2_to_the_31_elements(interpreter, columns):
     assert torch.equal(given, expected.expand(3, 32))
 
 
+@pytest.mark.parametrize("columns", [2**25 + 64, 2**25 + 2])
+def test_more_than_2_to_the_31_elements_backward(interpreter, columns):
+    given = interpreter.call("tests.kernels.interpreted:linear_dx_far", columns)
+    # one row of the weight is not zero at the end, and the low-rank term adds 10 * (0.5 + 0.5)
+    expected = torch.tensor([[2.0], [4.0], [6.0]], dtype=torch.float16) + 10
+    assert torch.equal(given[:, -2:], expected.expand(3, 2))
+
+
+def test_parts_of_a_sum_beyond_2_to_the_31(interpreter):
+    given = interpreter.call("tests.kernels.interpreted:parts_far", 2**25 + 64)  # 66 * 2^25 numbers
+    assert torch.equal(given, torch.full((32,), 64.0))
+    given = interpreter.call("tests.kernels.interpreted:add_parts_far", 2**30 + 2**10)
+    assert torch.equal(given, torch.full((4,), 3.0, dtype=torch.float16))
+
+
 @pytest.mark.parametrize(("mode", "size"), CONFIGS)
 def test_each_m_has_a_config_that_fills_the_gpu_and_no_more(mode, size):
     dtype = torch.bfloat16 if size == 2 else torch.float32
