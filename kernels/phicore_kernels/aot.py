@@ -80,10 +80,10 @@ class Compiled:
 
     @cached_property
     def code(self) -> list[tuple[int, str]]:
-        """(address, instruction) of the machine code, NVIDIA only."""
-        text = self._cuobjdump("-sass")
-        found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", text)
-        return [(int(address, 16), instruction) for address, instruction in found]
+        """(address, instruction) of the machine code; of AMD's the number of an instruction stands for its address."""
+        if self.target.startswith("gfx"):
+            return amd_code(self.asm["amdgcn"])
+        return nvidia_code(self._cuobjdump("-sass"))
 
     @cached_property
     def resources(self) -> dict[str, int]:
@@ -104,15 +104,15 @@ class Compiled:
         return Counter(re.sub(r"^@!?U?P\w+\s+", "", text).split()[0] for text in code)
 
     def body(self) -> list[str]:
-        """The instructions up to the last EXIT, without the padding after it."""
-        last = max(i for i, (_, text) in enumerate(self.code) if re.search(r"\bEXIT\b", text))
+        """The instructions up to the last end of the program, without the padding after it."""
+        last = max(i for i, (_, text) in enumerate(self.code) if re.search(r"\bEXIT\b|\bs_endpgm\b", text))
         return [text for _, text in self.code[: last + 1]]
 
     def hot_loop(self) -> list[str]:
         """The instructions of the longest innermost loop; of the whole body if nothing loops."""
         loops = []
         for address, text in self.code:
-            branch = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
+            branch = re.search(r"(?:\bBRA\b|\bs_c?branch).*?0x([0-9a-f]+)", text)
             if branch and int(branch[1], 16) < address:
                 loops.append((int(branch[1], 16), address))
         inner = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
@@ -127,6 +127,28 @@ class Compiled:
             file.write(self.asm["cubin"])
             file.flush()
             return subprocess.run([str(tool), option, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def nvidia_code(sass: str) -> list[tuple[int, str]]:
+    """(address, instruction) of one function in what cuobjdump -sass prints."""
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", sass)
+    return [(int(address, 16), instruction) for address, instruction in found]
+
+
+def amd_code(assembly: str) -> list[tuple[int, str]]:
+    """(number, instruction) of a kernel in AMD's assembly; a label that a branch names becomes 0x and the number."""
+    instructions: list[str] = []
+    labels: dict[str, str] = {}
+    for line in assembly.splitlines():
+        line = line.split(";")[0].rstrip()
+        if label := re.match(r"(\.LBB\w+):", line):
+            labels[label[1]] = hex(len(instructions))
+        elif re.match(r"\s+(v|s|ds|global|buffer|flat|scratch)_\w+", line):
+            instructions.append(line.strip())
+    return [
+        (i, re.sub(r"\.LBB\w+", lambda label: labels.get(label[0], label[0]), text))
+        for i, text in enumerate(instructions)
+    ]
 
 
 def compile_launch(launch: Launch, target: str) -> Compiled:
@@ -145,7 +167,7 @@ def compile_launch(launch: Launch, target: str) -> Compiled:
         elif divisible:
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
-    options = {**launch.options, "enable_fp_fusion": False}
+    options = {"enable_fp_fusion": False, **launch.options}
     compiled = triton.compile(source, target=TARGETS[target], options=options)
     threads = launch.options["num_warps"] * TARGETS[target].warp_size
     return Compiled(target, compiled.asm, compiled.metadata.shared, threads)

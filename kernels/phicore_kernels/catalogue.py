@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from phicore_kernels.configs import CONFIGS, Config
+from phicore_kernels.configs import CONFIGS, EXTRA, Config
 from phicore_kernels.dequantize import GROUPS, dequantize_launch
 from phicore_kernels.dora import BLOCK_M, BLOCK_N, scale_columns_launch
 from phicore_kernels.launch import Launch
@@ -84,10 +84,15 @@ def _quantize() -> Iterator[Entry]:
 
 
 def _matmul(target: str) -> Iterator[Entry]:
-    sixteen = [config for _, config in CONFIGS["permute" if target.startswith("sm") else "table", 2]]
+    way = "permute" if target.startswith("sm") else "table"
+    sixteen = [config for _, config in CONFIGS[way, 2]]
     for backward in (False, True):
         for config in sixteen:
             yield _product(target, backward, torch.bfloat16, config)
+        for dtype, mode in ((torch.bfloat16, way), (torch.float32, "table")):
+            for config in EXTRA[mode, dtype.itemsize]:
+                split = 8 if config.block_m < 128 else 1
+                yield _product(target, backward, dtype, config._replace(split=split), note=" for tuning")
         yield _product(target, backward, torch.float16, sixteen[-1])
         for config in (sixteen[0], sixteen[-1]):
             yield _product(target, backward, torch.bfloat16, config, bias=not backward, low_rank=True)
@@ -117,6 +122,7 @@ def _product(
     low_rank: bool = False,
     columns: int = 4096,
     m: int | None = None,
+    note: str = "",
 ) -> Entry:
     rows = m or config.block_m * 16
     summed, out_columns = (4096, columns) if backward else (columns, 4096)
@@ -137,7 +143,7 @@ def _product(
     name = f"matmul {'backward' if backward else 'forward'} {_name(dtype)} "
     name += "x".join(map(str, config[:3])) + (f" split {config.split}" if config.split > 1 else "")
     name += " low-rank" * low_rank + (f" columns {columns}" if columns != 4096 else "")
-    name += "" if m is None else f" M {m}"
+    name += ("" if m is None else f" M {m}") + note
     weights = config.block_out * config.block_sum if columns > 1 else 0  # a sum of one is no loop
     return Entry(name, launch, weights, True, columns % 32 == 0)
 

@@ -4,7 +4,6 @@ The rows were chosen from machine code, not from times: no spills, and few instr
 benchmarks/kernels.py). `split` is a ceiling; `choose` splits only as far as the GPU has room for programs.
 """
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -56,18 +55,40 @@ CONFIGS: dict[tuple[str, int], tuple[tuple[int, Config], ...]] = {
 }
 
 
-def choose(m: int, columns: int, summed: int, mode: str, dtype: torch.dtype, device: torch.device) -> Config:
-    """The config for a product of [m, summed] to [m, columns] in dtype, W decoded by `mode`."""
+# Tiles that tuning tries beside those of the table, by the same key. Every one is compiled and checked as those are.
+EXTRA: dict[tuple[str, int], tuple[Config, ...]] = {
+    ("permute", 2): (
+        Config(16, 64, 128, 4, 3),
+        Config(16, 128, 64, 4, 3),
+        Config(16, 256, 64, 8, 3),
+        Config(32, 128, 64, 4, 3),
+        Config(64, 128, 64, 4, 3),
+        Config(128, 128, 64, 8, 2),
+    ),
+    ("table", 2): (
+        Config(16, 32, 128, 4, 2),
+        Config(32, 64, 64, 4, 2),
+        Config(64, 128, 64, 8, 2),
+    ),
+    ("table", 4): (Config(32, 64, 32, 4, 2),),
+}
+
+
+def choose(m: int, columns: int, summed: int, mode: str, dtype: torch.dtype, processors: int) -> Config:
+    """The table's config for a product of [m, summed] to [m, columns] in dtype, W decoded by `mode`."""
     config = next(config for largest, config in CONFIGS[mode, dtype.itemsize] if m <= largest)
+    return config._replace(split=min(config.split, split_to_fill(config, m, columns, summed, processors)))
+
+
+def split_to_fill(config: Config, m: int, columns: int, summed: int, processors: int) -> int:
+    """In how many parts a sum gives two programs to each processor, with at least four steps in each part."""
     programs = -(-m // config.block_m) * -(-columns // config.block_out)
-    # Two programs for each processor, and not fewer than four steps in each part of a sum.
-    split = min(config.split, max(1, 2 * processors(device) // programs), max(1, summed // (4 * config.block_sum)))
-    return config._replace(split=split)
+    return min(max(1, 2 * processors // programs), max(1, summed // (4 * config.block_sum)))
 
 
-@lru_cache(maxsize=32)
-def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; 108 (an A100) where none is."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    return 108
+def shared_bytes(config: Config, mode: str, itemsize: int) -> int:
+    """Not less than the shared memory that a product with this config takes: for each stage a tile of x and of codes
+    with their scales; a dense tile of W, and where it is no permutation of codes another on its way to its layout."""
+    tile_w = config.block_out * config.block_sum
+    stage = config.block_m * config.block_sum * itemsize + tile_w // 2 + tile_w // 32
+    return config.num_stages * stage + tile_w * itemsize * (1 if mode == "permute" else 2) + 2048

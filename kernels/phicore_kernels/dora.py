@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from phicore_kernels.configs import processors
 from phicore_kernels.decode import round_to
+from phicore_kernels.device import gpu_of
 from phicore_kernels.launch import Launch
 
 __all__ = ["naive_scale_columns", "scale_columns", "scale_columns_launch"]
@@ -59,7 +59,8 @@ def _scale_columns(
     for start in range(tl.program_id(1) * BLOCK_M, M, tl.num_programs(1) * BLOCK_M):
         row = (start + tl.arange(0, BLOCK_M)).to(tl.int64)
         inside = (row < M)[:, None] & inside_n[None, :]
-        value = tl.load(z + row[:, None] * stride_zm + n[None, :] * stride_zn, mask=inside, other=0.0).to(tl.float32)
+        z_at = z + row[:, None] * stride_zm + n.to(tl.int64)[None, :] * stride_zn
+        value = tl.load(z_at, mask=inside, other=0.0).to(tl.float32)
         value = value * scale[None, :] + shift[None, :]
         tl.store(y + row[:, None] * N + n[None, :], round_to(value, y.dtype.element_ty), mask=inside)
 
@@ -80,7 +81,7 @@ def scale_columns_launch(
     m, n = z.shape
     tiles = triton.cdiv(n, BLOCK_N)
     # Each program works out its columns' norms again, so there are only as many as keep the GPU busy.
-    programs = min(triton.cdiv(m, BLOCK_M), max(1, 4 * processors(z.device) // tiles)) or 1
+    programs = min(triton.cdiv(m, BLOCK_M), max(1, 4 * gpu_of(z.device).processors // tiles)) or 1
     return Launch(
         kernel=_scale_columns,
         grid=(tiles, programs),

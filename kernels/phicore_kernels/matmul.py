@@ -15,8 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from phicore_kernels.configs import Config, choose
+from phicore_kernels.autotune import Product, config_of
+from phicore_kernels.configs import Config
 from phicore_kernels.decode import GROUP, INTERPRET, decode_any, decode_groups, operand, round_to
+from phicore_kernels.device import gpu_of
 from phicore_kernels.launch import Launch
 from phicore_kernels.weight import Weight, block_shift, decode_mode, naive_decode
 
@@ -67,6 +69,7 @@ def _matmul(
     if SPLIT > 1:
         start_sum = tl.program_id(1) * split_length
         stop_sum = tl.minimum(start_sum + split_length, SUM)
+    x_step = tl.full((), BLOCK_SUM, tl.int64) * stride_xr
     x_at = x + row_m[:, None] * stride_xm + (start_sum + step).to(tl.int64)[None, :] * stride_xr
     if nested_absmax is not None:
         offset = tl.load(offset)
@@ -78,7 +81,7 @@ def _matmul(
             for r in range(0, rank, RANK_STEP):
                 rank_at = r + tl.arange(0, RANK_STEP)
                 a = tl.load(
-                    left + row_m[:, None] * stride_lm + rank_at[None, :] * stride_lr,
+                    left + row_m[:, None] * stride_lm + rank_at.to(tl.int64)[None, :] * stride_lr,
                     mask=(rank_at < rank)[None, :],
                     other=0.0,
                 )
@@ -100,7 +103,7 @@ def _matmul(
             x_tile = tl.load(x_at)
         else:
             x_tile = tl.load(x_at, mask=(step < SUM - at)[None, :], other=0.0)
-        x_at += BLOCK_SUM * stride_xr
+        x_at += x_step
         first_row = at if BACKWARD else start_out
         first_column = start_out if BACKWARD else at
         if MODE == "any":
@@ -239,7 +242,7 @@ def linear(
         weight: NF4, N rows and K columns.
         bias: [N] in x's dtype, contiguous, or None.
         low_rank: of [M, N], or None.
-        config: tile sizes; None takes those of `configs.choose`.
+        config: tile sizes; None takes those tuned for the product on this GPU, or the table's (see `autotune`).
         permute: see `weight.decode_mode`.
 
     Returns:
@@ -272,24 +275,27 @@ def _run(
     out = torch.empty(x.shape[0], columns, dtype=x.dtype, device=x.device)
     if not out.numel():
         return out
+    gpu = gpu_of(x.device)
+
+    def run(config: Config) -> None:
+        for launch in matmul_launches(
+            x,
+            weight,
+            out,
+            backward=backward,
+            bias=bias,
+            low_rank=low_rank,
+            config=config,
+            permute=permute,
+            precision="tf32x3" if gpu.kind == "nvidia" else "ieee",
+            shared_operands=gpu.capability[0] in (9, 10),
+        ):
+            launch.run()
+
     if config is None:
         mode = decode_mode(weight.packed, weight.columns, x.dtype, permute)
-        config = choose(x.shape[0], columns, x.shape[1], mode, x.dtype, x.device)
-    nvidia = x.device.type == "cuda" and torch.version.hip is None
-    launches = matmul_launches(
-        x,
-        weight,
-        out,
-        backward=backward,
-        bias=bias,
-        low_rank=low_rank,
-        config=config,
-        permute=permute,
-        precision="tf32x3" if nvidia else "ieee",
-        shared_operands=nvidia and torch.cuda.get_device_capability(x.device)[0] in (9, 10),
-    )
-    for launch in launches:
-        launch.run()
+        config = config_of(Product(backward, x.shape[0], columns, x.shape[1], mode, x.dtype), x.device, run)
+    run(config)
     return out
 
 

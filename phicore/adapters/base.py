@@ -60,6 +60,33 @@ def project_with_rows(base: Base, x: Tensor, rows: Tensor) -> tuple[Tensor, Tens
         return y, project(base, rows)
 
 
+def fuses_low_rank(base: Base, x: Tensor) -> bool:
+    """Whether `low_rank` is there for this base and gains for this x. A base with hooks is called, so that they run."""
+    fuses = getattr(base, "fuses_low_rank", None)
+    if fuses is None or not fuses(x):
+        return False
+    hooks = (base._forward_pre_hooks, base._forward_hooks, base._backward_pre_hooks, base._backward_hooks)
+    return not any(hooks) and "forward" not in vars(base)
+
+
+def low_rank(
+    base: Base, x: Tensor, A: Tensor, B: Tensor, scale: float, *, with_rows: bool = False
+) -> tuple[Tensor, Tensor]:
+    """base(x) + scale * (x A^T) B^T by one operator; only where `fuses_low_rank`.
+
+    Args:
+        x: [..., in], differentiable, as are A and B.
+        A: [rank, in].
+        B: [out, rank].
+        scale: factor of the product.
+        with_rows: leave out the bias, and return A W^T beside it, [rank, out], without a gradient.
+
+    Returns:
+        [..., out], and A W^T or an empty tensor.
+    """
+    return base.low_rank(x, A, B, scale, with_rows=with_rows)
+
+
 def dense_weight(base: Base, dtype: torch.dtype) -> Tensor:
     """W [out, in] of a linear layer or an embedding as a dense tensor in dtype."""
     method = getattr(base, "dense_weight", None)

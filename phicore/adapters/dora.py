@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from phicore.adapters import base as base_layer
+from phicore.adapters.dora_scale import fuses_scaling, scale_columns
 from phicore.adapters.lora import LowRankLayer, LowRankLinear, low_rank_update
 
 
@@ -145,6 +146,8 @@ class DoRALinear(DoRALayer, LowRankLinear):
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
         if not self.enabled:
             return self.base(x)
+        if self.fuses(x) or fuses_scaling(x):
+            return self._fused(x)
         v, scale = self._project(x)
         if self.bias is None:
             return v * scale
@@ -167,3 +170,25 @@ class DoRALinear(DoRALayer, LowRankLinear):
         z, wa = base_layer.project_with_rows(self.base, x, A.detach().to(x.dtype))
         scale = self.scale(wa.t(), z.dtype)
         return low_rank_update(z, x, A, B, self.factor, self.active_dropout), scale
+
+    # ===== on a GPU =====
+
+    def _fused(self, x: Tensor) -> Tensor:
+        """forward by operators that fuse its steps, as far as the base, dropout and torch.compile let them."""
+        A, B = self.matrices()
+        if self.fuses(x):
+            v, wa = base_layer.low_rank(self.base, x, A, B, self.factor, with_rows=True)
+        else:
+            z, wa = base_layer.project_with_rows(self.base, x, A.detach().to(x.dtype))
+            v = low_rank_update(z, x, A, B, self.factor, self.active_dropout)
+        WA = wa.t()  # W A^T [out, rank]
+        if fuses_scaling(x):
+            y, norm_squared = scale_columns(v, self.base_norm_squared, WA, A, B, self.magnitude, self.bias, self.factor)
+            if not self._cancelled(norm_squared, WA).any():
+                return y
+        y = v * self.scale(WA, v.dtype)  # in torch.compile; and, rarely, where some rows are summed densely
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _cancelled(self, norm_squared: Tensor, WA: Tensor) -> Tensor:
+        """Rows, bool [out], whose factored norm lost too many digits."""
+        return norm_squared < CANCELLATION[WA.dtype] * self.base_norm_squared

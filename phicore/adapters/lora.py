@@ -276,6 +276,10 @@ class LowRankLinear(LowRankLayer):
         self.lora_A.copy_(A / self.scaling**0.5)
         self.lora_B.copy_(B / self.scaling**0.5)
 
+    def fuses(self, x: Tensor) -> bool:
+        """Whether the base's product takes the low-rank term along; dropout needs x once whole and once dropped."""
+        return not self.active_dropout and base_layer.fuses_low_rank(self.base, x)
+
     def matrices(self) -> tuple[Tensor, Tensor]:
         if self.start_A is None or self.start_B is None:
             return self.lora_A, self.lora_B
@@ -341,6 +345,8 @@ class LoRALinear(LowRankLinear):
         self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
+        if self.fuses(x) and self.enabled and self.rows is None:
+            return base_layer.low_rank(self.base, x, *self.matrices(), self.factor)[0]
         return self.updated(self.base(x), x, self._update)
 
     def project(self, x: Tensor) -> Tensor:

@@ -1,9 +1,11 @@
-"""Which NF4 operators run as Triton kernels: on CUDA and ROCm GPUs, as far as a GPU and a product gain from it.
+"""Which NF4 operators run as Triton kernels: on CUDA, ROCm and XPU, as far as a GPU and a product gain from it.
 
-Triton is imported when the first tensor on such a GPU arrives, not before. A GPU that a kernel is not compiled and
-checked for runs the torch reference, as does every other device.
+Triton is imported when the first tensor on such a GPU arrives, not before. A CUDA or ROCm GPU that a kernel is not
+compiled and checked for runs the torch reference, as does every other device; an XPU runs the kernels if its Triton is
+installed, unchecked, since no public Triton compiles for one without it. PHICORE_KERNELS=0 turns all kernels off.
 """
 
+import os
 from functools import lru_cache
 from importlib.util import find_spec
 from math import prod
@@ -13,8 +15,10 @@ import torch
 from torch import Tensor
 
 from phicore.nf4 import codec, ops
+from phicore.nf4 import low_rank as low_rank_ops
 from phicore.nf4.codebook import dynamic_map
 
+DEVICE_TYPES = ("cuda", "xpu")  # ROCm's GPUs are "cuda" to torch too
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -24,13 +28,27 @@ def register(device_type: str) -> None:
     torch.library.impl("phicore::nf4_linear", device_type, linear)
     torch.library.impl("phicore::nf4_project_with_rows", device_type, project_with_rows)
     torch.library.impl("phicore::nf4_linear_dx", device_type, linear_dx)
+    torch.library.impl("phicore::nf4_low_rank", device_type, low_rank)
+    torch.library.impl("phicore::nf4_low_rank_dx", device_type, low_rank_dx)
+
+
+def on_device(x: Tensor) -> bool:
+    """Whether x lies where kernels may run, and operators that fuse more than one step are worth a call.
+
+    Also of a GPU that turns out to have no kernels: the operators settle that, out of torch.compile's sight.
+    """
+    return x.device.type in DEVICE_TYPES and x.dtype in DTYPES
 
 
 @lru_cache(maxsize=32)
 def has_kernels(device: torch.device) -> bool:
     """Whether the kernels that only encode and decode run on a device."""
-    if device.type != "cuda" or find_spec("triton") is None or find_spec("phicore_kernels") is None:
+    if device.type not in DEVICE_TYPES or os.environ.get("PHICORE_KERNELS") == "0":
         return False
+    if find_spec("triton") is None or find_spec("phicore_kernels") is None:
+        return False
+    if device.type == "xpu":
+        return find_spec("triton.backends.intel") is not None
     if torch.version.hip is None:
         return torch.cuda.get_device_capability(device) >= (7, 5)
     from phicore_kernels.crossover import AMD
@@ -86,6 +104,39 @@ def linear_dx(grad, packed, absmax, nested_absmax, offset, shape, block_size):
     return kernel(_flat(grad), weight).view(*grad.shape[:-1], shape[1])
 
 
+def low_rank(
+    x, A, B, scale, packed, absmax, nested_absmax, offset, bias, shape, block_size, with_rows
+):  # fmt: skip
+    parts = (packed, absmax, nested_absmax, offset)
+    m = _rows(x)
+    if not fuses(x, m + with_rows * len(A)):
+        return low_rank_ops.reference_low_rank(x, A, B, scale, *parts, bias, shape, block_size, with_rows)
+    from phicore_kernels.matmul import LowRank
+    from phicore_kernels.matmul import linear as kernel
+
+    weight = _weight(*parts, shape, block_size)
+    u = torch.nn.functional.linear(_flat(x), A)  # [m, rank]
+    if not with_rows:
+        bias = bias if bias is None else bias.contiguous()
+        y, rows = kernel(_flat(x), weight, bias, LowRank(u, B.t(), scale)), A.new_empty((0, shape[0]))
+    else:  # A's rows go through W beside x's, with zeros for u
+        left = torch.nn.functional.pad(u, (0, 0, 0, len(A)))
+        both = kernel(torch.cat([_flat(x), A]), weight, None, LowRank(left, B.t(), scale))
+        y, rows = both[:m], both[m:].clone()  # an operator's results share no memory
+    return y.view(*x.shape[:-1], shape[0]), u.view(*x.shape[:-1], len(A)), rows
+
+
+def low_rank_dx(grad, left, right, packed, absmax, nested_absmax, offset, shape, block_size):
+    parts = (packed, absmax, nested_absmax, offset)
+    if not fuses(grad, _rows(grad)):
+        return low_rank_ops.reference_low_rank_dx(grad, left, right, *parts, shape, block_size)
+    from phicore_kernels.matmul import LowRank
+    from phicore_kernels.matmul import linear_dx as kernel
+
+    weight = _weight(*parts, shape, block_size)
+    return kernel(_flat(grad), weight, LowRank(_flat(left), right, 1.0)).view(*grad.shape[:-1], shape[1])
+
+
 def encode_blocks(flat: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """codec.encode_blocks, by a kernel where there is one; the same bits."""
     if not has_kernels(flat.device):
@@ -120,4 +171,5 @@ def _flat(x: Tensor) -> Tensor:
     return x.reshape(_rows(x), x.shape[-1])
 
 
-register("cuda")  # ROCm's GPUs are "cuda" to torch too
+for _device_type in DEVICE_TYPES:
+    register(_device_type)

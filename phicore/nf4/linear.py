@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from phicore.nf4 import ops
+from phicore.nf4 import kernels, ops
+from phicore.nf4.low_rank import nf4_low_rank
 from phicore.nf4.tensor import NF4Tensor, check_block_size, parts_layout, quantize
 
 
@@ -155,6 +156,21 @@ class NF4Linear(nn.Module):
         return ops.nf4_project_with_rows(
             x, rows.to(x.dtype), *self._parts(), [self.out_features, self.in_features], self.block_size
         )
+
+    def fuses_low_rank(self, x: Tensor) -> bool:
+        """Whether `low_rank` gains over a product and an update for this x. Part of the protocol that adapters call."""
+        return kernels.on_device(x) and type(self).forward is NF4Linear.forward
+
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scale: float, *, with_rows: bool) -> tuple[Tensor, Tensor]:
+        """x W^T + bias + scale * (x A^T) B^T; with_rows, without the bias but with A W^T [rank, out]. Part of the
+        protocol that adapters call."""
+        x = autocast(x)
+        bias = None if with_rows or self.bias is None else self.bias.to(x.dtype)
+        y, _, rows = nf4_low_rank(
+            x, A.to(x.dtype), B.to(x.dtype), scale, *self._parts(), bias,
+            [self.out_features, self.in_features], self.block_size, with_rows,
+        )  # fmt: skip
+        return y, rows
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
         """The decoded weight [out, in] in dtype. Part of the protocol that adapters call."""

@@ -10,19 +10,19 @@ import torch
 
 from phicore.nf4.codec import decode_absmax, decode_blocks
 
-_PARTS = "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? offset"
+PARTS = "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? offset"
 
 torch.library.define(
-    "phicore::nf4_dequantize", f"({_PARTS}, SymInt[] shape, int block_size, ScalarType dtype) -> Tensor"
+    "phicore::nf4_dequantize", f"({PARTS}, SymInt[] shape, int block_size, ScalarType dtype) -> Tensor"
 )
 torch.library.define(
-    "phicore::nf4_linear", f"(Tensor x, {_PARTS}, Tensor? bias, SymInt[] shape, int block_size) -> Tensor"
+    "phicore::nf4_linear", f"(Tensor x, {PARTS}, Tensor? bias, SymInt[] shape, int block_size) -> Tensor"
 )
 torch.library.define(
     "phicore::nf4_project_with_rows",
-    f"(Tensor x, Tensor rows, {_PARTS}, SymInt[] shape, int block_size) -> (Tensor, Tensor)",
+    f"(Tensor x, Tensor rows, {PARTS}, SymInt[] shape, int block_size) -> (Tensor, Tensor)",
 )
-torch.library.define("phicore::nf4_linear_dx", f"(Tensor grad, {_PARTS}, SymInt[] shape, int block_size) -> Tensor")
+torch.library.define("phicore::nf4_linear_dx", f"(Tensor grad, {PARTS}, SymInt[] shape, int block_size) -> Tensor")
 
 nf4_dequantize = torch.ops.phicore.nf4_dequantize
 nf4_linear = torch.ops.phicore.nf4_linear

@@ -1,5 +1,6 @@
 """DoRA's column scaling against the dense norm in float64."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -66,3 +67,10 @@ def test_a_zero_row_gives_a_zero_column(interpreter):
     assert norm_squared[1] == 0
     assert (y[:, 1] == 0).all()
     assert (y[:, 0] != 0).all()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_more_than_2_to_the_31_elements(interpreter, transposed):
+    y, squared = interpreter.call("tests.kernels.interpreted:scale_columns_far", 2**30 + 64, transposed)
+    assert torch.equal(squared, torch.full((32,), 4.0))
+    assert torch.equal(y, torch.full((3, 32), 1.5, dtype=torch.bfloat16))

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from phicore_kernels.configs import CONFIGS, Config, choose
 from phicore_kernels.weight import naive_decode
-from tests.kernels.weights import CPU, exact, random_weight
+from tests.kernels.weights import exact, random_weight
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The kernel's W is the rounded one bit for bit, so what remains is one rounding of the result: at most half a unit in
@@ -127,14 +127,29 @@ def test_more_than_2_to_the_31_elements(interpreter, columns):
     assert torch.equal(given, expected.expand(3, 32))
 
 
+@pytest.mark.parametrize("columns", [2**25 + 64, 2**25 + 2])
+def test_more_than_2_to_the_31_elements_backward(interpreter, columns):
+    given = interpreter.call("tests.kernels.interpreted:linear_dx_far", columns)
+    # one row of the weight is not zero at the end, and the low-rank term adds 10 * (0.5 + 0.5)
+    expected = torch.tensor([[2.0], [4.0], [6.0]], dtype=torch.float16) + 10
+    assert torch.equal(given[:, -2:], expected.expand(3, 2))
+
+
+def test_parts_of_a_sum_beyond_2_to_the_31(interpreter):
+    given = interpreter.call("tests.kernels.interpreted:parts_far", 2**25 + 64)  # 66 * 2^25 numbers
+    assert torch.equal(given, torch.full((32,), 64.0))
+    given = interpreter.call("tests.kernels.interpreted:add_parts_far", 2**30 + 2**10)
+    assert torch.equal(given, torch.full((4,), 3.0, dtype=torch.float16))
+
+
 @pytest.mark.parametrize(("mode", "size"), CONFIGS)
 def test_each_m_has_a_config_that_fills_the_gpu_and_no_more(mode, size):
     dtype = torch.bfloat16 if size == 2 else torch.float32
     rows = [config._replace(split=1) for _, config in CONFIGS[mode, size]]
     for m in (1, 16, 17, 64, 65, 10**6):
-        assert choose(m, 4096, 4096, mode, dtype, CPU)._replace(split=1) in rows
+        assert choose(m, 4096, 4096, mode, dtype, 108)._replace(split=1) in rows
     tiles = 4096 // rows[0].block_out
-    assert choose(1, 4096, 4096, mode, dtype, CPU).split == 2 * 108 // tiles  # of the 108 processors of an A100
-    assert choose(1, 4096, 4 * rows[0].block_sum, mode, dtype, CPU).split == 1  # nothing to split
-    assert choose(1, 10**6, 4096, mode, dtype, CPU).split == 1  # enough tiles without
-    assert choose(8192, 4096, 4096, mode, dtype, CPU).split == 1
+    assert choose(1, 4096, 4096, mode, dtype, 108).split == 2 * 108 // tiles  # of the 108 processors of an A100
+    assert choose(1, 4096, 4 * rows[0].block_sum, mode, dtype, 108).split == 1  # nothing to split
+    assert choose(1, 10**6, 4096, mode, dtype, 108).split == 1  # enough tiles without
+    assert choose(8192, 4096, 4096, mode, dtype, 108).split == 1

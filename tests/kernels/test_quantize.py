@@ -42,6 +42,13 @@ def test_bounds_and_edges_of_bins(interpreter):
     assert torch.equal(packed, codec.encode_blocks(flat, 64)[0])
 
 
+def test_more_than_2_to_the_31_weights(interpreter):
+    flat, packed, absmax = interpreter.call("tests.kernels.interpreted:encode_far", 2**31 + 4096)
+    expected_packed, expected_absmax = codec.encode_blocks(flat, 64)
+    assert torch.equal(packed, expected_packed)
+    assert torch.equal(absmax, expected_absmax)
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_not_finite_shows_in_the_absmax_of_its_block(interpreter, bad):
     flat = torch.ones(256)

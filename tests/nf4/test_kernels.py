@@ -25,17 +25,18 @@ def interpreter():
 @pytest.mark.parametrize(
     ("crossover", "calls"),
     [
-        # forward and backward of linear, and of project_with_rows: 6 rows of x and 3 more decode in one product
-        (9, {"dequantize": 1, "linear": 2, "linear_dx": 2}),
-        (6, {"dequantize": 2, "linear": 1, "linear_dx": 2}),  # x alone, without the rows
-        (0, {"dequantize": 5, "linear": 0, "linear_dx": 0}),
+        # forward and backward of linear, of project_with_rows and of low_rank: 6 rows of x and 3 more in one product
+        (9, {"dequantize": 1, "linear": 3, "linear_dx": 3}),
+        (6, {"dequantize": 3, "linear": 1, "linear_dx": 3}),  # x alone, without the rows
+        (0, {"dequantize": 7, "linear": 0, "linear_dx": 0}),
     ],
 )
 def test_operators_and_gradients_are_those_of_the_formula(interpreter, relative_error, crossover, calls, double_quant):
     weight = random_weight(20, 64, double_quant=double_quant)
     generator = torch.Generator().manual_seed(0)
-    x, bias, rows, grad = (torch.randn(s, generator=generator) for s in ((2, 3, 64), (20,), (3, 64), (2, 3, 20)))
-    given, called = interpreter.call(OPERATORS, x, weight, bias, rows, grad, crossover)
+    sizes = ((2, 3, 64), (20,), (3, 64), (20, 3), (2, 3, 20))
+    x, bias, rows, B, grad = (torch.randn(size, generator=generator) for size in sizes)
+    given, called = interpreter.call(OPERATORS, x, weight, bias, rows, B, grad, crossover)
     assert called == calls
     dense = codec.decode_blocks(
         weight.packed,
@@ -46,7 +47,12 @@ def test_operators_and_gradients_are_those_of_the_formula(interpreter, relative_
     ).view(20, 64)
     assert torch.equal(given["dense"], dense)
     w = dense.double()
+    u = x.double() @ rows.double().T
     expected = {
+        "v": x.double() @ w.T + 0.5 * u @ B.double().T,
+        "u": u,
+        "va": rows.double() @ w.T,
+        "dv": grad.double() @ (w + 0.5 * B.double() @ rows.double()),
         "y": x.double() @ w.T + bias.double(),
         "dx": grad.double() @ w,
         "db": grad.double().sum((0, 1)),
@@ -76,6 +82,23 @@ def test_amd_gpus_with_kernels(name, there):
         mock.patch.object(torch.cuda, "get_device_properties", return_value=properties),
     ):
         assert kernels.has_kernels(CUDA) == there
+    kernels.has_kernels.cache_clear()
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_an_xpu_has_kernels_if_its_triton_is_there(there):
+    kernels.has_kernels.cache_clear()
+    specs = {"triton": 1, "phicore_kernels": 1, "triton.backends.intel": 1 if there else None}
+    with mock.patch.object(kernels, "find_spec", side_effect=specs.__getitem__):
+        assert kernels.has_kernels(torch.device("xpu", 0)) == there
+    kernels.has_kernels.cache_clear()
+
+
+def test_kernels_can_be_turned_off(monkeypatch):
+    kernels.has_kernels.cache_clear()
+    monkeypatch.setenv("PHICORE_KERNELS", "0")
+    with mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)):
+        assert not kernels.has_kernels(CUDA)
     kernels.has_kernels.cache_clear()
 
 

@@ -1,0 +1,119 @@
+"""An NF4 product with a low-rank pair beside it as one operator: y = x W^T + bias + scale * (x A^T) B^T.
+
+On a GPU the low-rank term is the epilogue of the product, forward and backward; y, and dx, are then written once. As in
+phicore.nf4.ops, the implementations here are the torch reference, and phicore.nf4.kernels overrides them.
+"""
+
+import torch
+from torch import Tensor
+
+from phicore.nf4.ops import PARTS, nf4_dequantize, nf4_linear
+
+torch.library.define(
+    "phicore::nf4_low_rank",
+    f"(Tensor x, Tensor A, Tensor B, float scale, {PARTS}, Tensor? bias, SymInt[] shape, int block_size, "
+    "bool with_rows) -> (Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "phicore::nf4_low_rank_dx",
+    f"(Tensor grad, Tensor left, Tensor right, {PARTS}, SymInt[] shape, int block_size) -> Tensor",
+)
+
+nf4_low_rank = torch.ops.phicore.nf4_low_rank
+"""x [..., in], A [rank, in], B [out, rank], bias [out] or None, all in one dtype -> y [..., out]; u = x A^T
+[..., rank], which the backward pass needs; and, with_rows, A W^T [rank, out] without a gradient (else [0, out]).
+with_rows takes no bias."""
+
+nf4_low_rank_dx = torch.ops.phicore.nf4_low_rank_dx
+"""grad [..., out], left [..., rank], right [rank, in] -> grad W + left right [..., in]."""
+
+
+def flat(x: Tensor) -> Tensor:
+    """[..., n] -> [rows, n]."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+def _plus_product(y: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
+    """y += scale * left right, in place."""
+    flat(y).addmm_(flat(left), right, alpha=scale)
+    return y
+
+
+def reference_low_rank(
+    x, A, B, scale, packed, absmax, nested_absmax, offset, bias, shape, block_size, with_rows
+):  # fmt: skip
+    weight = nf4_dequantize(packed, absmax, nested_absmax, offset, shape, block_size, x.dtype)  # [out, in]
+    u = torch.nn.functional.linear(x, A)
+    y = torch.nn.functional.linear(x, weight, bias)
+    rows = torch.nn.functional.linear(A, weight) if with_rows else A.new_empty((0, shape[0]))
+    return _plus_product(y, u, B.t(), scale), u, rows
+
+
+def reference_low_rank_dx(grad, left, right, packed, absmax, nested_absmax, offset, shape, block_size):
+    weight = nf4_dequantize(packed, absmax, nested_absmax, offset, shape, block_size, grad.dtype)  # [out, in]
+    return _plus_product(grad @ weight, left, right)
+
+
+torch.library.impl("phicore::nf4_low_rank", "default", reference_low_rank)
+torch.library.impl("phicore::nf4_low_rank_dx", "default", reference_low_rank_dx)
+
+
+@torch.library.register_fake("phicore::nf4_low_rank")
+def _(x, A, B, scale, packed, absmax, nested_absmax, offset, bias, shape, block_size, with_rows):
+    rows = A.new_empty((A.shape[0] if with_rows else 0, shape[0]))
+    return x.new_empty((*x.shape[:-1], shape[0])), x.new_empty((*x.shape[:-1], A.shape[0])), rows
+
+
+@torch.library.register_fake("phicore::nf4_low_rank_dx")
+def _(grad, left, right, packed, absmax, nested_absmax, offset, shape, block_size):
+    return grad.new_empty((*grad.shape[:-1], shape[1]))
+
+
+def _setup(ctx, inputs, output):
+    x, A, B, scale, *parts, _bias, shape, block_size, _ = inputs
+    _, u, rows = output
+    ctx.save_for_backward(x, A, B, u, *parts)
+    ctx.scale, ctx.shape, ctx.block_size = scale, shape, block_size
+    ctx.mark_non_differentiable(rows)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad, grad_u, _grad_rows):
+    """u has a gradient of its own only where the backward pass is itself differentiated."""
+    x, A, B, u, *parts = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    if grad is None:
+        grad = x.new_zeros((*x.shape[:-1], ctx.shape[0]))
+    g = flat(grad)
+    dx = dA = dB = dbias = None
+    if needs[0] or needs[1]:
+        du = ctx.scale * (grad @ B)  # [..., rank]
+        du = du if grad_u is None else du + grad_u
+        if needs[0]:
+            dx = nf4_low_rank_dx(grad, du, A, *parts, ctx.shape, ctx.block_size)
+        if needs[1]:
+            dA = flat(du).t() @ flat(x)
+    if needs[2]:
+        dB = ctx.scale * (g.t() @ flat(u))
+    if needs[8]:
+        dbias = g.sum(0)
+    return dx, dA, dB, None, None, None, None, None, dbias, None, None, None
+
+
+def _dx_setup(ctx, inputs, output):
+    _, left, right, *parts, shape, block_size = inputs
+    ctx.save_for_backward(left, right, *parts)
+    ctx.shape, ctx.block_size = shape, block_size
+
+
+def _dx_backward(ctx, grad):
+    left, right, *parts = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    grad_g = nf4_linear(grad, *parts, None, ctx.shape, ctx.block_size) if needs[0] else None
+    grad_left = grad @ right.t() if needs[1] else None
+    grad_right = flat(left).t() @ flat(grad) if needs[2] else None
+    return grad_g, grad_left, grad_right, None, None, None, None, None, None
+
+
+torch.library.register_autograd("phicore::nf4_low_rank", _backward, setup_context=_setup)
+torch.library.register_autograd("phicore::nf4_low_rank_dx", _dx_backward, setup_context=_dx_setup)
