@@ -1,24 +1,28 @@
-"""Step time and saved bytes of LoRA, DoRA, QLoRA and QDoRA layers beside PEFT's (over bitsandbytes for the last two).
+"""LoRA, DoRA, QLoRA and QDoRA layers beside PEFT's (over bitsandbytes for the last two): a step's time, the bytes that
+it saves, and what torch.compile makes of the layer.
 
-A step is the forward and the backward pass of one linear layer, gradients to x and to the adapter. Each line is a
-ratio of alternating pairs in this process, with PEFT's layer against itself as the noise.
+A step is the forward and the backward pass of one linear layer, gradients to x and to the adapter. Times are of
+alternating turns in this process: PEFT's layer, phicore's, the frozen base, PEFT's again.
 
-    python -m benchmarks.layers [--dtype bfloat16] [--width 2048] [--tokens 512] [--rank 16 128] [--pairs 15]
+    python -m benchmarks.layers [--quick] [--dtype auto] [--width 576 2048] [--tokens 512] [--rank 16 128] [--json FILE]
 """
 
 import argparse
-import platform
+import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 import phicore
-from benchmarks.pairs import compare
+from benchmarks import figures
+from benchmarks.figures import Figure
+from benchmarks.pairs import ratio, rounds
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 METHODS = ("lora", "dora", "qlora", "qdora")
+COMPILED_WIDTH, COMPILED_TOKENS, COMPILED_RANK = 256, 64, 16  # compiling costs the same at any size
 
 
 def our_layer(method: str, weight: Tensor, rank: int, dropout: float) -> nn.Module:
@@ -84,41 +88,96 @@ def saved_bytes(layer: nn.Module, x: Tensor) -> int:
     return sum(kept.values())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    parser.add_argument("--width", type=int, default=2048)
-    parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--rank", type=int, nargs="+", default=[16, 128])
-    parser.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.1])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
-    parser.add_argument("--pairs", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    dtype, width = DTYPES[options.dtype], options.width
-    print(
-        f"{width} x {width}, {options.tokens} tokens, {options.dtype}, {options.threads} threads, "
-        f"torch {torch.__version__}, {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    )
+def peer_name(method: str) -> str:
+    return "peft + bitsandbytes" if method.startswith("q") else "peft"
+
+
+def measure(width: int, tokens: int, dtype: torch.dtype, options: argparse.Namespace) -> list[Figure]:
+    """Step times and saved bytes of every method, rank and dropout at one width."""
     weight = torch.randn(width, width).div(width**0.5).to(dtype)
-    x = torch.randn(options.tokens, width, dtype=dtype, requires_grad=True)
-    grad = torch.randn(options.tokens, width, dtype=dtype)
+    x = torch.randn(tokens, width, dtype=dtype, requires_grad=True)
+    grad = torch.randn(tokens, width, dtype=dtype)
     bases = {False: linear(weight), True: phicore.NF4Linear.from_linear(linear(weight))}
-    print("method  rank  dropout  / peft                                    / frozen base  saved bytes (peft)")
+    found = []
     for method in options.methods:
         for rank in options.rank:
             for dropout in options.dropout:
+                name = f"{method}, {width} wide, rank {rank}" + (f", dropout {dropout:g}" if dropout else "")
                 ours, peer = (make(method, weight, rank, dropout) for make in (our_layer, peft_layer))
-                run = step(ours, x, grad)
-                to_peer = compare(run, step(peer, x, grad), options.pairs)
-                to_base = compare(run, step(bases[method.startswith("q")], x, grad), options.pairs)
-                print(
-                    f"{method:6}  {rank:4}  {dropout:7}  {to_peer!s:40}  {to_base.ratio:13.3f}  "
-                    f"{saved_bytes(ours, x):,} ({saved_bytes(peer, x):,})",
-                    flush=True,
-                )
+                runs = [step(layer, x, grad) for layer in (peer, ours, bases[method.startswith("q")], peer)]
+                turns = rounds([runs[0], runs[1], runs[2], runs[0]], options.turns)
+                to_peer = ratio((before, mine, after) for before, mine, _, after in turns)
+                to_base = ratio((base, mine, base) for _, mine, base, _ in turns)
+                kept = [saved_bytes(layer, x) / 1e6 for layer in (ours, peer)]
+                found += [
+                    figures.timed("step time", name, peer_name(method), to_peer),
+                    figures.counted("saved for the backward pass", name, "MB", kept[0], peer_name(method), kept[1]),
+                    figures.counted(
+                        "step time beside the frozen base alone", name, "ms", 1e3 * to_base.seconds, "frozen base",
+                        1e3 * to_base.peer_seconds, noise=to_peer.noise,
+                    ),
+                ]  # fmt: skip
+                beside = f"/ peft {to_peer}; / frozen base {to_base.ratio:.3f}"
+                print(f"{name:40} {beside}; saved MB {kept[0]:.2f} ({kept[1]:.2f})", flush=True)
+    return found
+
+
+def compiled(layer: nn.Module, dtype: torch.dtype) -> tuple[float, int]:
+    """Seconds that torch.compile needs for a first step, nothing cached, and the graphs that it made of the layer."""
+    from torch._dynamo.utils import counters
+    from torch._inductor import config
+
+    torch._dynamo.reset()
+    counters.clear()
+    x = torch.randn(COMPILED_TOKENS, COMPILED_WIDTH, dtype=dtype, requires_grad=True)
+    with config.patch(force_disable_caches=True), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        start = time.perf_counter()
+        torch.compile(layer)(x).sum().backward()
+        seconds = time.perf_counter() - start
+    return seconds, counters["stats"]["unique_graphs"]
+
+
+def measure_compiled(dtype: torch.dtype, methods: list[str]) -> list[Figure]:
+    weight = torch.randn(COMPILED_WIDTH, COMPILED_WIDTH).div(COMPILED_WIDTH**0.5).to(dtype)
+    compiled(linear(weight), dtype)  # starts the compiler's own processes
+    found = []
+    for method in methods:
+        ours, peer = (compiled(make(method, weight, COMPILED_RANK, 0.0), dtype) for make in (our_layer, peft_layer))
+        found += [
+            figures.counted("torch.compile: first step", method, "s", ours[0], peer_name(method), peer[0], noise=0.1),
+            figures.counted("torch.compile: graphs", method, "", ours[1], peer_name(method), peer[1]),
+        ]
+        print(f"{method:6} compiled in {ours[0]:.1f} s ({peer[0]:.1f}), graphs {ours[1]} ({peer[1]})", flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("--quick", action="store_true", help="width 1024, three turns, compile LoRA and QDoRA only")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    parser.add_argument("--width", type=int, nargs="+", default=[576, 2048])
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--rank", type=int, nargs="+", default=[16, 128])
+    parser.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.1])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--turns", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    options = parser.parse_args()
+    if options.quick:
+        options.width, options.tokens, options.turns = [1024], 256, 3
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    dtype, why = figures.dtype(options.dtype)
+    print(f"{options.tokens} tokens, {dtype}: {why}", flush=True)
+    found = [figure for width in options.width for figure in measure(width, options.tokens, dtype, options)]
+    if not options.no_compile:
+        found += measure_compiled(dtype, ["lora", "qdora"] if options.quick else options.methods)
+    if options.json:
+        settings = {"dtype": f"{str(dtype).removeprefix('torch.')} ({why})", "tokens": options.tokens}
+        figures.write(options.json, settings | {"turns": options.turns}, found)
 
 
 if __name__ == "__main__":

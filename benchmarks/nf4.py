@@ -1,31 +1,39 @@
-"""NF4 encoding and decoding on the CPU beside bitsandbytes (and torchao, if it is installed): time, and extra memory.
+"""NF4 on the CPU beside bitsandbytes and torchao: time, error and extra memory of encoding and decoding; time and
+memory of quantizing a model's directory beside transformers with bitsandbytes.
 
-    python benchmarks/nf4.py [--rows 3072 --columns 3072] [--turns 15] [--threads 1]
+    python -m benchmarks.nf4 [--quick] [--rows 3072 --columns 3072] [--turns 9] [--threads 2] [--json FILE]
 
-Time: each turn runs phicore, the other, and phicore again. The ratio is the median over the turns of other / phicore,
-the noise the median of phicore / phicore with its spread. Both are warmed before. Each decodes what it encoded.
+Time: alternating turns of the peer, phicore and the peer again, all warmed before. Each decodes what it encoded.
+
+Error: ||decoded - w|| / ||w|| of weights from a normal distribution, in float32.
 
 Memory: a fresh process for each figure. After a small and a whole call the allocator gives back what it has kept, the
-kernel's high-water mark of resident memory is reset, and read after one more call. The result is part of the figure, so
-its bytes are printed beside. Linux only.
+kernel's high-water mark of resident memory is reset, and read after one more call. The result is part of the figure.
+Linux only.
+
+torchao's NF4 is another format: levels of four digits, scales in linear int8, always double-quantised.
 """
 
 import argparse
 import ctypes
 import json
-import statistics
+import logging
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks import figures, quantize_memory
+from benchmarks.figures import Figure
+from benchmarks.pairs import compare
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BLOCK_SIZE = 64
 Call = Callable[[], Any]
+logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns of GPU libraries that it does not load
 
 
 # ===== the libraries: (encode, decode of what it gave) =====
@@ -57,31 +65,7 @@ def torchao_calls(weight: torch.Tensor, double_quant: bool) -> tuple[Call, Calla
 
 
 LIBRARIES = {"phicore": phicore_calls, "bitsandbytes": bitsandbytes_calls, "torchao": torchao_calls}
-
-
-# ===== time =====
-
-
-def seconds(call: Call) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-def compare(ours: Call, theirs: Call, turns: int) -> dict[str, float]:
-    """Medians over alternating turns of ours, theirs and ours again."""
-    for call in (ours, theirs, ours, theirs):
-        call()
-    timed = [(seconds(ours), seconds(theirs), seconds(ours)) for _ in range(turns)]
-    again = sorted(c / a for a, _, c in timed)
-    return {
-        "ours_ms": 1e3 * statistics.median(a for a, _, _ in timed),
-        "theirs_ms": 1e3 * statistics.median(b for _, b, _ in timed),
-        "ratio": statistics.median(b / ((a + c) / 2) for a, b, c in timed),
-        "noise": statistics.median(again),
-        "noise_low": again[len(again) // 10],
-        "noise_high": again[-1 - len(again) // 10],
-    }
+PEERS = ("bitsandbytes", "torchao")
 
 
 # ===== memory, in a process of its own =====
@@ -113,37 +97,24 @@ def extra_memory(library: str, what: str, dtype: str, double_quant: bool, rows: 
 
 
 def in_fresh_process(*arguments: Any) -> float:
-    command = [sys.executable, __file__, "--memory", json.dumps(arguments)]
+    """Megabytes of `extra_memory` with these arguments."""
+    command = [sys.executable, "-m", "benchmarks.nf4", "--memory", json.dumps(arguments)]
     run = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     return int(run.stdout.splitlines()[-1]) / 1e6
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="NF4 encoding and decoding beside bitsandbytes.")
-    parser.add_argument("--rows", type=int, default=3072)
-    parser.add_argument("--columns", type=int, default=3072)
-    parser.add_argument("--turns", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--memory", type=json.loads, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.memory:
-        print(extra_memory(*options.memory))
-        return
-    torch.set_num_threads(options.threads)
-    peers = ["bitsandbytes"]
-    try:
-        torchao_calls(torch.zeros(64, 64), True)
-        peers.append("torchao")
-    except ImportError as error:
-        print(f"without torchao: {error}")
-    print(f"{options.rows * options.columns / 1e6:.1f}M weights, {torch.get_num_threads()} thread(s)")
-    print(f"{'':46} {'phicore':>9} {'other':>9} {'other/phicore':>13}  phicore/phicore (noise, 10 % to 90 %)")
-    for dtype in DTYPES:
+# ===== figures =====
+
+
+def timed(options: argparse.Namespace) -> list[Figure]:
+    """Encoding and decoding beside each peer that has the format."""
+    found = []
+    for dtype in options.dtypes:
         weight = torch.randn(options.rows, options.columns).to(DTYPES[dtype])
-        for double_quant in (False, True):
+        for double_quant in (True,) if options.quick else (False, True):
             encode, decode = phicore_calls(weight, double_quant)
             coded = encode()
-            for peer in peers:
+            for peer in PEERS:
                 if peer == "torchao" and not double_quant:
                     continue
                 their_encode, their_decode = LIBRARIES[peer](weight, double_quant)
@@ -152,23 +123,83 @@ def main() -> None:
                     ("encode", encode, their_encode),
                     ("decode", lambda: decode(coded), lambda: their_decode(their_coded)),  # noqa: B023 (called at once)
                 ):
-                    found = compare(ours, theirs, options.turns)
-                    print(
-                        f"{what} {dtype:9} {'double' if double_quant else 'single':7} beside {peer:14}"
-                        f"{found['ours_ms']:>12.2f} {found['theirs_ms']:>9.2f} ms {found['ratio']:>10.2f}  "
-                        f"{found['noise']:>7.3f} ({found['noise_low']:.2f} to {found['noise_high']:.2f})",
-                        flush=True,
-                    )
-    print("\nextra resident memory at its peak, result included, MB")
-    for dtype in DTYPES:
+                    pair = compare(ours, theirs, options.turns)
+                    name = f"{dtype}{', double-quantised' if double_quant else ''}, beside {peer}"
+                    found.append(figures.timed(f"time to {what}", name, peer, pair))
+                    print(f"{what} {name:45} / peer {pair}", flush=True)
+    return found
+
+
+def errors(options: argparse.Namespace) -> list[Figure]:
+    """Relative error of a weight that went through the format."""
+    weight = torch.randn(options.rows, options.columns)
+
+    def error(library: str) -> float:
+        encode, decode = LIBRARIES[library](weight, True)
+        return float((decode(encode()) - weight).norm() / weight.norm())
+
+    ours = error("phicore")
+    return [
+        figures.counted("error of normal weights, double-quantised", f"beside {peer}", "", ours, peer, error(peer))
+        for peer in PEERS
+    ]
+
+
+def memory(options: argparse.Namespace) -> list[Figure]:
+    """Extra memory of encoding and decoding, double-quantised."""
+    found = []
+    for dtype in options.dtypes:
         for what in ("encode", "decode"):
-            figures = [
-                f"{library} {in_fresh_process(library, what, dtype, True, options.rows, options.columns):.1f}"
-                for library in ("phicore", *peers)
-            ]
-            n = options.rows * options.columns
-            size = n / 2 + n / BLOCK_SIZE if what == "encode" else n * DTYPES[dtype].itemsize
-            print(f"{what} {dtype:9} double: {', '.join(figures)}; the result has {size / 1e6:.1f}", flush=True)
+            taken = {
+                library: in_fresh_process(library, what, dtype, True, options.rows, options.columns)
+                for library in LIBRARIES
+            }
+            for peer in PEERS:
+                name = f"{dtype}, beside {peer}"
+                found.append(
+                    figures.counted(
+                        f"extra memory to {what}", name, "MB", taken["phicore"], peer, taken[peer], noise=0.05
+                    )
+                )
+            print(f"{what} {dtype:9} extra MB: {', '.join(f'{k} {v:.1f}' for k, v in taken.items())}", flush=True)
+    return found
+
+
+def whole_model(options: argparse.Namespace) -> list[Figure]:
+    """Quantizing a directory of bfloat16 weights into another one."""
+    size = (1, 512, 1000) if options.quick else (4, 1536, 16_000)
+    ours, theirs = quantize_memory.beside_transformers(*size)
+    peer = "transformers + bitsandbytes"
+    return [
+        figures.counted("quantizing a model's directory", "time", "s", ours["seconds"], peer, theirs["seconds"],
+                        noise=0.1),
+        figures.counted("quantizing a model's directory", "peak memory", "MB", ours["VmHWM"] / 1e6, peer,
+                        theirs["VmHWM"] / 1e6, noise=0.05),
+    ]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("--quick", action="store_true", help="1M weights, bfloat16, five turns")
+    parser.add_argument("--rows", type=int, default=3072)
+    parser.add_argument("--columns", type=int, default=3072)
+    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
+    parser.add_argument("--turns", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--memory", type=json.loads, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.memory:
+        print(extra_memory(*options.memory))
+        return
+    if options.quick:
+        options.rows, options.columns, options.dtypes, options.turns = 1024, 1024, ["bfloat16"], 5
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    found = [*timed(options), *errors(options), *memory(options), *whole_model(options)]
+    if options.json:
+        weights = f"{options.rows * options.columns / 1e6:.1f}M"
+        figures.write(options.json, {"weights": weights, "block size": BLOCK_SIZE, "turns": options.turns}, found)
 
 
 if __name__ == "__main__":

@@ -1,24 +1,45 @@
-"""Ratios of two callables, measured in alternating pairs, with the first against itself as the noise."""
+"""Ratios of two callables, measured in alternating pairs, with the peer against itself as the noise."""
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 Run = Callable[[], object]
+Turn = tuple[float, float, float]  # seconds of peer, ours, peer again
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """How long one takes beside another: medians over pairs; `noise` is what the same measure says of two equals."""
+    """How long one takes beside another; all are medians over turns.
+
+    Attributes:
+        ratio: ours / peer within a turn, the peer being the mean of its two runs.
+        self_pair: peer again / peer, what the same measure says of two equals.
+        noise: how far one self-pair lies from 1.
+        seconds, peer_seconds: of one run.
+    """
 
     ratio: float
+    self_pair: float
     noise: float
     seconds: float
     peer_seconds: float
 
     def __str__(self) -> str:
-        return f"{self.ratio:.3f} (self-pair {self.noise:.3f}; {self.seconds * 1e3:.2f} ms)"
+        return f"{self.ratio:.3f} (self-pair {self.self_pair:.3f}; {self.seconds * 1e3:.2f} ms)"
+
+
+def ratio(turns: Iterable[Turn]) -> Ratio:
+    """The medians of turns that were measured elsewhere (in other processes, over ranks)."""
+    turns = list(turns)
+    return Ratio(
+        ratio=statistics.median(2 * mine / (before + after) for before, mine, after in turns),
+        self_pair=statistics.median(after / before for before, _, after in turns),
+        noise=statistics.median(abs(after / before - 1) for before, _, after in turns),
+        seconds=statistics.median(mine for _, mine, _ in turns),
+        peer_seconds=statistics.median(before for before, _, _ in turns),
+    )
 
 
 def seconds(run: Run) -> float:
@@ -27,14 +48,14 @@ def seconds(run: Run) -> float:
     return time.perf_counter() - start
 
 
-def compare(ours: Run, peer: Run, pairs: int) -> Ratio:
-    """Times peer, ours, peer again, `pairs` times after a warm-up; all three are medians of within-turn ratios."""
-    for run in (peer, ours, peer, ours):
-        run()
-    turns = [(seconds(peer), seconds(ours), seconds(peer)) for _ in range(pairs)]
-    return Ratio(
-        ratio=statistics.median(2 * mine / (before + after) for before, mine, after in turns),
-        noise=statistics.median(after / before for before, _, after in turns),
-        seconds=statistics.median(mine for _, mine, _ in turns),
-        peer_seconds=statistics.median(before for before, _, _ in turns),
-    )
+def rounds(runs: Sequence[Run], turns: int) -> list[tuple[float, ...]]:
+    """Seconds of each run in each turn, one after the other, after two turns that warm them up."""
+    for _ in range(2):
+        for run in dict.fromkeys(runs):  # once, where one stands twice
+            run()
+    return [tuple(seconds(run) for run in runs) for _ in range(turns)]
+
+
+def compare(ours: Run, peer: Run, turns: int) -> Ratio:
+    """Times peer, ours, peer again in each turn."""
+    return ratio((before, mine, after) for before, mine, after in rounds((peer, ours, peer), turns))

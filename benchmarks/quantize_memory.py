@@ -1,6 +1,6 @@
 """Peak memory of `phicore quantize` on a model directory, and of loading what it wrote, beside the sizes of the model.
 
-    python benchmarks/quantize_memory.py [--layers 8] [--shard-mb 300] [--whole] [--peer]
+    python -m benchmarks.quantize_memory [--layers 8] [--shard-mb 300] [--whole] [--peer]
 
 A Llama of random bfloat16 weights (1.2 GB unless asked otherwise) is written shard by shard into a temporary directory.
 Each measurement is a fresh process that first does the same on a tiny model, so that imports and caches are there, then
@@ -146,14 +146,28 @@ def measure(task: str, small: Path, source: Path, target: Path) -> dict[str, flo
     }
 
 
-def in_fresh_process(task: str, small: Path, source: Path, target: Path) -> None:
-    command = [sys.executable, __file__, "--measure", task, str(small), str(source), str(target)]
+def in_fresh_process(task: str, small: Path, source: Path, target: Path) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.quantize_memory"]
+    command += ["--measure", task, str(small), str(source), str(target)]
     found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
     print(
         f"{task:15} peak above the baseline: VmHWM {found['VmHWM'] / MB:7.1f} MB, RssAnon {found['RssAnon'] / MB:7.1f} "
         f"MB; kept at the end {found['RssAnon_after'] / MB:7.1f} MB; {found['seconds']:.1f} s",
         flush=True,
     )
+    return found
+
+
+def beside_transformers(layers: int, hidden: int, vocabulary: int) -> tuple[dict[str, float], dict[str, float]]:
+    """What `measure` finds of quantizing one model from directory to directory: by phicore, and by transformers."""
+    with tempfile.TemporaryDirectory() as temporary:
+        place = Path(temporary)
+        make_model(place / "small", 1, 256, 64, 1 << 30)
+        make_model(place / "model", layers, hidden, vocabulary, int(100 * MB))
+        return (
+            in_fresh_process("quantize", place / "small", place / "model", place / "ours"),
+            in_fresh_process("quantize_peer", place / "small", place / "model", place / "peer"),
+        )
 
 
 def main() -> None:

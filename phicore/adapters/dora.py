@@ -28,14 +28,39 @@ def factored_norm_squared(base_norm_squared: Tensor, WA: Tensor, A: Tensor, B: T
     A, B, WA = (t.to(base_norm_squared.dtype) for t in (A, B, WA))
     with base_layer.without_autocast(A.device):
         gram = A @ A.t()  # [rank, in] @ [in, rank] -> [rank, rank]
-        cross = (WA * B).sum(1)  # [out]
-        square = ((B @ gram) * B).sum(1)  # [out]
-    return (base_norm_squared + 2 * scale * cross + scale**2 * square).clamp(min=0)
+        both = torch.addmm(WA, B, gram, beta=2 * scale, alpha=scale**2)  # [out, rank]: 2 scale W A^T + scale^2 B A A^T
+    return (base_norm_squared + (both * B).sum(1)).clamp_(min=0)
 
 
 def row_scale(magnitude: Tensor, norm: Tensor) -> Tensor:
     """m / ||V'||, [out]; zero where the norm is zero, so that a zero row stays a finite zero row."""
     return torch.where(norm > 0, magnitude / norm.where(norm > 0, 1), 0)
+
+
+class _ScaledRows(torch.autograd.Function):
+    """v * scale, whose backward pass writes both of its products of v's size into one buffer."""
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(v, scale)
+        return v * scale
+
+    @staticmethod
+    def backward(ctx, grad):
+        v, scale = ctx.saved_tensors
+        flat = grad.reshape(-1, grad.shape[-1])
+        product = flat * v.reshape(flat.shape)
+        grad_scale = product.sum(0)
+        if torch.is_grad_enabled():  # the backward pass is itself differentiated
+            return grad * scale, grad_scale
+        return torch.mul(flat, scale, out=product).view(grad.shape), grad_scale
+
+
+def scaled_rows(v: Tensor, scale: Tensor) -> Tensor:
+    """v * scale: [..., out] * [out] -> [..., out]. Keeps v and scale for the backward pass."""
+    if torch.compiler.is_compiling() or not (v.requires_grad and scale.requires_grad):
+        return v * scale
+    return _ScaledRows.apply(v, scale)
 
 
 # The factored norm subtracts numbers of the size of ||W||^2, so its relative error grows as (||W|| / ||V'||)^2. Rows
@@ -150,7 +175,7 @@ class DoRALinear(DoRALayer, LowRankLinear):
             return self._fused(x)
         v, scale = self._project(x)
         if self.bias is None:
-            return v * scale
+            return scaled_rows(v, scale)
         return torch.addcmul(self.bias.to(v.dtype), v, scale)
 
     def correct(self, residual: Tensor) -> None:
@@ -161,15 +186,15 @@ class DoRALinear(DoRALayer, LowRankLinear):
         """x @ W'^T, without the bias."""
         if not self.enabled:
             return base_layer.project(self.base, x)
-        v, scale = self._project(x)
-        return v * scale
+        return scaled_rows(*self._project(x))
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x V'^T [..., out] and m / ||V'|| [out], both in the base's output dtype."""
         A, B = self.matrices()
-        z, wa = base_layer.project_with_rows(self.base, x, A.detach().to(x.dtype))
-        scale = self.scale(wa.t(), z.dtype)
-        return low_rank_update(z, x, A, B, self.factor, self.active_dropout), scale
+        flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])  # so that the product can be added to in place
+        z, wa = base_layer.project_with_rows(self.base, flat, A.detach().to(x.dtype))
+        v = low_rank_update(z, flat, A, B, self.factor, self.active_dropout, in_place=True)
+        return v.view(*x.shape[:-1], self.out_features), self.scale(wa.t(), z.dtype)
 
     # ===== on a GPU =====
 

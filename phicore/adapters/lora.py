@@ -15,7 +15,9 @@ from phicore.adapters.dropout import dropped_projection
 from phicore.nf4.linear import autocast
 
 
-def low_rank_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
+def low_rank_update(
+    y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0, *, in_place: bool = False
+) -> Tensor:
     """y + scale * (dropout(x) A^T) B^T.
 
     Saves x and dropout(x) A^T for the backward pass, with dropout one bit an element of x too, and makes no other
@@ -28,6 +30,7 @@ def low_rank_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dr
         B: [out, rank].
         scale: factor of the product.
         dropout: probability of zeroing an element of x.
+        in_place: whether y, which is then [tokens, out] and nobody else's, is written to.
 
     Returns:
         [..., out] in y's dtype.
@@ -37,6 +40,8 @@ def low_rank_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dr
         u = dropped_projection(x, A.to(x.dtype), dropout)
     else:
         u = nn.functional.linear(x, A.to(x.dtype))  # [..., in] @ [in, rank] -> [..., rank]
+    if in_place:
+        return y.addmm_(u, B.to(u.dtype).t(), alpha=scale)
     return add_product(y, u, B, scale)
 
 

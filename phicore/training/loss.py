@@ -1,16 +1,25 @@
 """The loss of a causal language model, as a sum and a count: whoever sums over batches and ranks divides once."""
 
 import inspect
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as hooks
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parallel import DistributedDataParallel
 
+from phicore.training.cross_entropy import chunk_elements, linear_cross_entropy
 from phicore.training.encoding import IGNORE_INDEX
 
 
 def causal_lm_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Next-token cross-entropy over the labelled tokens.
+
+    Where the model's logits are what an nn.Linear gives and they would be many, the loss is taken in the head's place,
+    a few rows at a time, and the logits never exist as a whole (see `in_place_of_head`).
 
     Args:
         model: called with input_ids (by position, unless its forward names it) and, where its forward takes them,
@@ -20,29 +29,129 @@ def causal_lm_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tenso
     Returns:
         The summed loss, float32 [], and the number of labelled tokens, int64 [].
     """
-    accepted = inspect.signature(model.forward).parameters
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    accepted = inspect.signature(inner.forward).parameters
     labels = batch["labels"][:, 1:]  # position t predicts the label at t + 1: [B, T - 1]
     # The output head is a fifth of a small model's work: it runs only where some row of the batch has a label.
     positions = (labels != IGNORE_INDEX).any(0).nonzero().squeeze(1)  # [K]
+    targets = labels[:, positions].reshape(-1)  # [B * K]
+    chosen = "logits_to_keep" in accepted  # by the model itself, before its head
     inputs: dict[str, Any] = {}
     if "attention_mask" in accepted and "attention_mask" in batch:
         inputs["attention_mask"] = batch["attention_mask"]
     if "use_cache" in accepted:
         inputs["use_cache"] = False
-    if "logits_to_keep" in accepted:
+    if chosen:
         inputs["logits_to_keep"] = positions
-    if "input_ids" in accepted:
-        output = model(input_ids=batch["input_ids"], **inputs)
-    else:
-        output = model(batch["input_ids"], **inputs)
-    logits = output if isinstance(output, Tensor) else output.logits
-    if "logits_to_keep" not in accepted:
-        logits = logits[:, positions]  # [B, T, V] -> [B, K, V]
-    targets = labels[:, positions].reshape(-1)  # [B * K]
+
+    def run() -> Tensor:
+        if "input_ids" in accepted:
+            output = model(input_ids=batch["input_ids"], **inputs)
+        else:
+            output = model(batch["input_ids"], **inputs)
+        return output if isinstance(output, Tensor) else output.logits
+
+    def of_hidden(head: nn.Linear, hidden: Tensor) -> Tensor | None:
+        """The loss from the head's input, or None where that is not the input that the targets belong to."""
+        length = len(positions) if chosen else batch["input_ids"].shape[1]
+        if hidden.shape[:-1] != (len(labels), length) or (len(targets) and int(targets.max()) >= head.out_features):
+            return None
+        if targets.numel() * head.out_features <= chunk_elements(hidden.device):
+            return None  # as many as a chunk would hold
+        rows = (hidden if chosen else hidden[:, positions]).flatten(0, 1)  # [B * K, in]
+        return linear_cross_entropy(rows, head.weight, head.bias, targets)
+
+    count = (targets != IGNORE_INDEX).sum()
+    found = in_place_of_head(inner, run, of_hidden)
+    if found.dim() == 0:
+        return found.float(), count
+    if not chosen:
+        found = found[:, positions]  # [B, T, V] -> [B, K, V]
     loss = nn.functional.cross_entropy(
-        logits.reshape(-1, logits.shape[-1]).float(), targets, ignore_index=IGNORE_INDEX, reduction="sum"
+        found.reshape(-1, found.shape[-1]).float(), targets, ignore_index=IGNORE_INDEX, reduction="sum"
     )
-    return loss, (targets != IGNORE_INDEX).sum()
+    return loss, count
+
+
+# Models whose logits turned out not to be what their head gives.
+_changes_logits: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def in_place_of_head(
+    model: nn.Module, run: Callable[[], Tensor], of_hidden: Callable[[nn.Linear, Tensor], Tensor | None]
+) -> Tensor:
+    """What of_hidden gives for the input of the model's output head, if the model's logits are that head's output.
+
+    While the model runs, its head answers with a stand-in of the logits' shape that holds only the loss. If run()
+    returns that very object, unwritten, then nothing was done to the logits behind the head, and the loss is theirs.
+    A model that scales or caps its logits (Gemma, Cohere, Granite) returns another tensor; so it is run again from the
+    same random state, this time with its head, and from then on with its head at once. Heads that are not plain
+    nn.Linear (adapted, quantized, hooked) are left alone from the start.
+
+    Args:
+        model: whose head it is.
+        run: runs the model; returns its logits [..., V].
+        of_hidden: maps the head and its input to a loss [], or to None to let the head run.
+
+    Returns:
+        The loss [], or the logits [..., V].
+    """
+    head: Any = output_head(model)
+    if head is None or model in _changes_logits:
+        return run()
+    stand_ins: list[tuple[Tensor, Tensor, int]] = []  # loss, the same as logits, version: how often it was written to
+
+    def forward(hidden: Tensor) -> Tensor:
+        loss = of_hidden(head, hidden)
+        if loss is None:
+            return nn.functional.linear(hidden, head.weight, head.bias)
+        as_logits = loss.expand(*hidden.shape[:-1], head.out_features)  # takes no memory
+        stand_ins.append((loss, as_logits, as_logits._version))
+        return as_logits
+
+    cuda = [head.weight.device] if head.weight.device.type == "cuda" else []
+    random_states = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in cuda]
+    head.forward = forward
+    try:
+        logits = run()
+    except Exception:
+        if not stand_ins:
+            raise
+        logits = None  # a model that cannot go on with the stand-in says nothing about its own run
+    finally:
+        del head.forward
+    if not stand_ins:
+        assert logits is not None
+        return logits
+    loss, as_logits, version = stand_ins[0]
+    if len(stand_ins) == 1 and logits is as_logits and as_logits._version == version:
+        return loss
+    _changes_logits.add(model)
+    torch.set_rng_state(random_states[0])
+    for device, state in zip(cuda, random_states[1], strict=True):
+        torch.cuda.set_rng_state(state, device)
+    return run()
+
+
+def output_head(model: nn.Module) -> nn.Linear | None:
+    """The layer whose output may be a model's logits: what get_output_embeddings says, or else the last nn.Linear.
+
+    None where another forward could not stand in for its own without notice: the head is no plain nn.Linear, or has
+    hooks that see its output; the model is compiled, or has norms whose running means a second run would move.
+    """
+    ask: Any = getattr(model, "get_output_embeddings", None)
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    head = ask() if ask is not None else linears[-1] if linears else None
+    if type(head) is not nn.Linear or "forward" in head.__dict__:
+        return None
+    watched = (
+        head._forward_hooks, head._backward_hooks, head._backward_pre_hooks, hooks._global_forward_hooks,
+        hooks._global_backward_hooks, hooks._global_backward_pre_hooks,
+    )  # fmt: skip
+    compiled = hasattr(model, "_orig_mod") or any(m._compiled_call_impl is not None for m in (model, head))
+    if any(watched) or compiled or any(isinstance(m, _NormBase) for m in model.modules()):
+        return None
+    return head
 
 
 def masked_mean(total: float, count: float, where: str) -> float:

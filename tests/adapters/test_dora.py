@@ -298,11 +298,15 @@ def test_no_temporary_of_the_size_of_the_weight(layer_of, randomize):
 
 def test_flops_are_those_of_lora_and_rank_terms(layer_of, randomize):
     out, inner, tokens, rank = 80, 100, 30, 4
+
+    def in_place(_y, a, b, *, out_shape, **_options):  # which the counter does not know
+        return 2 * a[0] * a[1] * b[1]
+
     counts = []
     for make in (phicore.LoRALinear, phicore.DoRALinear):
         layer = randomize(make(layer_of("linear", out, inner, dtype=torch.float32)[0], rank=rank, alpha=8.0))
         x = torch.randn(tokens, inner, requires_grad=True)
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place}) as counter:
             layer(x).pow(2).sum().backward()
         counts.append(counter.get_total_flops())
     lora, dora_ = counts
@@ -319,6 +323,30 @@ def test_saves_one_output_more_than_lora(layer_of, randomize, saved_for_backward
     kept = saved_for_backward(lambda: layer(x), layer)
     large = sorted(tuple(t.shape) for t in kept if t.numel() > 96)
     assert large == [(50, 4), (50, 64), (50, 96)]  # x A^T, x V'^T (for m's gradient) and x
+
+
+def test_the_gradient_is_itself_differentiable(layer_of, randomize):
+    """The backward pass reuses a buffer, but not where it is differentiated."""
+    layer = random_adapter(layer_of("linear", 5, 6)[0], randomize)
+    x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    grads = torch.autograd.grad(layer(x).pow(3).sum(), (x, *trained(layer)), create_graph=True)
+    given = torch.autograd.grad(sum(g.pow(2).sum() for g in grads), x)[0]
+    scale = layer.magnitude / torch.linalg.vector_norm(layer._direction(), dim=1).detach()
+    y = (x @ layer._direction().t()) * scale + layer.bias
+    grads = torch.autograd.grad(y.pow(3).sum(), (x, *trained(layer)), create_graph=True)
+    expected = torch.autograd.grad(sum(g.pow(2).sum() for g in grads), x)[0]
+    torch.testing.assert_close(given, expected)
+
+
+def test_the_bases_output_is_written_to_in_no_sight_of_others(layer_of, randomize):
+    """Neither x nor what another call returned changes when a layer adds its product in place."""
+    layer = random_adapter(layer_of("linear", 5, 6, bias=False)[0], randomize)
+    x = torch.randn(3, 6, dtype=torch.float64)
+    before, first = x.clone(), layer(x)
+    kept = first.detach().clone()
+    layer(x)
+    assert torch.equal(x, before)
+    assert torch.equal(first, kept)
 
 
 # ===== dtypes, devices, copies =====
