@@ -5,6 +5,7 @@ from phicore.adapters.config import LoRAConfig
 from phicore.adapters.convolution import DoRAConvolution, LoRAConvolution
 from phicore.adapters.dora import DoRALinear
 from phicore.adapters.embedding import DoRAEmbedding, LoRAEmbedding
+from phicore.adapters.fused import FusedDoRALinear, FusedLoRALinear
 from phicore.adapters.lora import LoRALinear
 from phicore.adapters.lora_plus import lora_plus_groups
 from phicore.adapters.switch import activate, mixed
@@ -13,6 +14,8 @@ __all__ = [
     "DoRAConvolution",
     "DoRAEmbedding",
     "DoRALinear",
+    "FusedDoRALinear",
+    "FusedLoRALinear",
     "LoRAConfig",
     "LoRAConvolution",
     "LoRAEmbedding",

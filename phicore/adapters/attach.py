@@ -1,25 +1,23 @@
 """Putting adapters into a model, merging them into its weights and taking them out again."""
 
 import copy
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from phicore.adapters.base import transposed_kinds
-from phicore.adapters.config import LoRAConfig
+from phicore.adapters.config import LoRAConfig, pattern_value
 from phicore.adapters.convolution import CONVOLUTIONS, DoRAConvolution, LoRAConvolution, LowRankConvolution
 from phicore.adapters.dora import DoRALinear
 from phicore.adapters.embedding import DoRAEmbedding, LoRAEmbedding, LowRankEmbedding
+from phicore.adapters.fused import FusedDoRALinear, FusedLoRALinear, Split, splits
 from phicore.adapters.lora import LoRALinear, LowRankLayer, LowRankLinear
-from phicore.modules import matches, no_match, replace, select
+from phicore.modules import matches, no_match, parts_of, replace, select
 from phicore.nf4.linear import NF4Linear
 from phicore.nf4.tensor import quantize
-
-T = TypeVar("T")
 
 
 def linear_kinds() -> tuple[type[nn.Module], ...]:
@@ -72,14 +70,6 @@ class TrainedCopy(nn.Module):
 AdapterLayer = LowRankLayer | TrainedCopy
 
 
-def pattern_value(pattern: Mapping[str, T], name: str, default: T) -> T:
-    """The value whose key, a regular expression, is the whole name or its end after a dot; the first that fits."""
-    for key, value in pattern.items():
-        if re.fullmatch(rf"(.*\.)?({key})", name):
-            return value
-    return default
-
-
 def plan(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
     """Which modules `attach` would adapt and which it would copy whole, by name; the model is not changed.
 
@@ -116,9 +106,11 @@ def plan(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, nn.Module], di
             f"modules_to_save={list(config.modules_to_save)!r} holds every module that "
             f"target_modules={config.target_modules!r} means, which leaves none to adapt"
         )
+    parts = splits(model, config, targets)
+    names = targets | {parts_of(path)[part]: targets[path] for path, split in parts.items() for part in split.ranks}
     for what, pattern in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         for key in pattern:
-            if not any(pattern_value({key: True}, name, False) for name in targets):
+            if not any(pattern_value({key: True}, name, False) for name in names):
                 raise ValueError(no_match(f'{what} key "{key}"', key, targets))
     for name, module in targets.items():
         weight: Any = None if isinstance(module, NF4Linear | LowRankLayer) else module.weight
@@ -131,6 +123,11 @@ def plan(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, nn.Module], di
             )
         if config.init in ("pissa", "olora") and not isinstance(module, linear_kinds()):
             raise ValueError(f'init "{config.init}" is for linear layers, and {name} is a {type(module).__name__}')
+        if config.init not in ("kaiming", "gaussian") and name in parts:
+            raise ValueError(
+                f'init "{config.init}" decomposes a whole weight and cannot start the parts of {name}; use "kaiming" '
+                f'or "gaussian", or fused_targets="map"'
+            )
         layer_class(module, config.dora).pair_shapes(module, pattern_value(config.rank_pattern, name, config.rank))
     return targets, saved
 
@@ -160,6 +157,7 @@ def attach(model: nn.Module, config: LoRAConfig, name: str = "default") -> nn.Mo
     if any(merged_layers(model)):
         raise ValueError("the model's adapters are merged; unmerge it before attaching another")
     targets, saved = plan(model, config)
+    parts = splits(model, config, targets)
     layers: dict[nn.Module, nn.Module] = {}
     for path, module in targets.items():
         if module in layers:  # a layer that stands in two places gets one adapter
@@ -167,15 +165,7 @@ def attach(model: nn.Module, config: LoRAConfig, name: str = "default") -> nn.Mo
         dense, base = module, module
         if config.init == "loftq":
             base = NF4Linear.from_linear(cast(nn.Linear, dense))
-        layer = layer_class(module, config.dora)(
-            base,
-            pattern_value(config.rank_pattern, path, config.rank),
-            pattern_value(config.alpha_pattern, path, config.alpha),
-            config.dropout,
-            rslora=config.rslora,
-            init=config.init,
-            dtype=config.adapter_dtype,
-        )
+        layer = _adapter(base, path, config, parts.get(path))
         if config.init == "loftq":
             exact = cast(LowRankLinear, layer).dense_base()
             cast(LowRankLinear, layer).correct(cast(nn.Linear, dense).weight.detach().to(exact.dtype) - exact)
@@ -190,6 +180,20 @@ def attach(model: nn.Module, config: LoRAConfig, name: str = "default") -> nn.Mo
         replace(model, path, copies[module])
         copies[module].trained.requires_grad_(True)
     return model
+
+
+def _adapter(base: nn.Module, path: str, config: LoRAConfig, split: Split | None) -> LowRankLayer:
+    options: dict[str, Any] = {"rslora": config.rslora, "init": config.init, "dtype": config.adapter_dtype}
+    if split is not None:
+        fused = FusedDoRALinear if config.dora else FusedLoRALinear
+        return fused(base, split.sizes, split.ranks, split.alphas, config.dropout, **options)
+    return layer_class(base, config.dora)(
+        base,
+        pattern_value(config.rank_pattern, path, config.rank),
+        pattern_value(config.alpha_pattern, path, config.alpha),
+        config.dropout,
+        **options,
+    )
 
 
 def adapter_layers(

@@ -5,6 +5,9 @@ A key is "base_model.model." + the module's name + ".lora_A.weight" [rank, in], 
 of a convolution ".lora_A.weight" [rank, in, *kernel], ".lora_B.weight" [out, rank / groups, 1, ...] and a magnitude
 [1, out, 1, ...]; or, for a module trained whole, the name of one of its own tensors. The adapter's name is not in the
 file.
+
+An adapter for each part of a fused layer is written as the plain adapter that it amounts to. Which parts it has stands
+in the metadata of the safetensors file, which other readers pass over.
 """
 
 import json
@@ -38,13 +41,16 @@ from phicore.adapters.config import LoRAConfig
 from phicore.adapters.convolution import LowRankConvolution
 from phicore.adapters.dora import DoRALayer
 from phicore.adapters.embedding import LowRankEmbedding
+from phicore.adapters.fused import FusedLinear, diagonal_blocks, part_sizes, splits
 from phicore.adapters.lora import LowRankLayer, LowRankLinear
-from phicore.formats.safetensors_files import NO_PICKLE, TensorFile, read_json
-from phicore.modules import ALL_LINEAR, leaves, matches, output_heads
+from phicore.formats.safetensors_files import NO_PICKLE, TensorFile, parse_json, read_json
+from phicore.modules import ALL_LINEAR, leaves, matches, output_heads, parts_of
 
 DEFAULT_RANK, DEFAULT_ALPHA = 8, 8  # PEFT's, for a file that does not say
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
+PARTS = "phicore.parts"
+"""Key of the metadata: JSON, name of a fused layer -> its adapted parts -> their [rank, alpha]."""
 
 # Fields that say nothing about what the adapter computes once its weights are there.
 NEUTRAL = {
@@ -74,7 +80,10 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str 
     """
     tensors = {key: tensor.detach().contiguous().cpu() for key, tensor in adapter_tensors(model, name).items()}
     config = adapter_config(model, name)
-    atomic.write_bytes(Path(directory) / WEIGHTS, save(tensors, metadata={"format": "pt"}))
+    data = save(tensors, metadata={"format": "pt"})
+    if parts := _split_parts(model, name):
+        data = _with_metadata(data, PARTS, json.dumps(parts, sort_keys=True))
+    atomic.write_bytes(Path(directory) / WEIGHTS, data)
     atomic.write_text(Path(directory) / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
@@ -99,25 +108,31 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str 
     directory = Path(directory)
     raw = _read_config(directory)
     tensors = read_tensors(directory / WEIGHTS)
+    parts = _read_parts(directory / WEIGHTS)
     present = name in {layer.adapter_name for _, layer in adapter_layers(model)}
     if any(merged_layers(model)):
         raise ValueError("the model's adapters are merged; unmerge it before loading one")
     if present:
         expected = adapter_tensors(model, name)
         config = None
-        unlike = _differences(model, raw, name)
+        unlike = _differences(model, raw, parts, name)
         if unlike:
             raise ValueError(f'the adapter "{name}" of the model and {directory} differ: ' + "; ".join(unlike))
     else:
-        config = _lora_config(model, raw, tensors)
+        config = _lora_config(model, raw, tensors, parts)
         expected = _expected_tensors(model, config)
     _drop_tables(model, tensors, directory)
     _check_keys(expected, tensors, directory)
+    _check_parts(model, config, name, tensors, directory)
     if config is not None:
         attach(model, config, name)
     with torch.no_grad():
-        for key, parameter in adapter_tensors(model, name).items():
-            parameter.copy_(tensors[key])
+        for path, layer in adapter_layers(model, name):
+            if isinstance(layer, FusedLinear):
+                _fill_parts(path, layer, tensors)
+                continue
+            for key, parameter in _layer_tensors(path, layer).items():
+                parameter.copy_(tensors[key])
     for _, layer in adapter_layers(model):
         if isinstance(layer, DoRALayer) and isinstance(layer.base, LowRankLayer):
             layer.refresh_base_norm()  # the adapter under it may be the one that was loaded
@@ -126,7 +141,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str 
 
 def adapter_tensors(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
     """The adapter's own tensors (not copies) by their keys in PEFT's file; of a start that is taken off again (pissa,
-    olora), the plain pairs that the layers amount to.
+    olora) and of the parts of a fused layer, the plain pairs that the layers amount to.
 
     Raises:
         ValueError: the model has no such adapter, or is merged.
@@ -148,7 +163,86 @@ def _layer_tensors(path: str, layer: AdapterLayer) -> dict[str, Tensor]:
     if isinstance(layer, DoRALayer):
         shape = _magnitude_shape(type(layer), layer.lora_B.shape)
         tensors[PREFIX + path + magnitude] = layer.magnitude.view(shape)  # a view: writing to it writes to the layer
+    if isinstance(layer, FusedLinear):  # whose magnitudes beside the parts are the base's norms, in float32
+        tensors = {key: tensor.to(A.dtype) for key, tensor in tensors.items()}
     return tensors
+
+
+# ===== adapters for parts of fused layers =====
+
+
+Parts = dict[str, dict[str, tuple[int, float]]]  # name of a fused layer -> its adapted parts -> their rank and alpha
+
+
+def _parts_of(layer: LowRankLayer) -> dict[str, tuple[int, float]]:
+    if not isinstance(layer, FusedLinear):
+        return {}
+    return {part: (rank, layer.alphas[part]) for part, rank in layer.ranks.items()}
+
+
+def _split_parts(model: nn.Module, name: str) -> Parts:
+    """The layers of an adapter that `attach` would split as they are."""
+    found: Parts = {}
+    for path, layer in adapter_layers(model, name):
+        if isinstance(layer, FusedLinear):
+            try:
+                known = part_sizes(model, path) == layer.sizes
+            except ValueError:
+                known = False  # put there by hand; a plain adapter of the same values is what a file can say
+            if known:
+                found[path] = _parts_of(layer)
+    return found
+
+
+def _with_metadata(data: bytes, key: str, value: str) -> bytes:
+    """A safetensors file with one more text in its metadata. Its own writer would put them in a random order."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["__metadata__"][key] = value
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format aligns the tensors to 8 bytes
+    return len(text).to_bytes(8, "little") + text + data[8 + length :]
+
+
+def _read_parts(path: Path) -> Parts:
+    text = TensorFile(path).metadata.get(PARTS, "{}")
+    try:
+        parts = parse_json(text.encode())
+    except ValueError as error:
+        raise ValueError(f"{path}: its metadata {PARTS} is no JSON: {error}") from error
+    sound = all(
+        isinstance(of, dict)
+        and of.keys() <= parts_of(name).keys()
+        and all(isinstance(v, list) and len(v) == 2 and _is_whole(v[0]) and _is_number(v[1]) for v in of.values())
+        for name, of in parts.items()
+    )
+    if not sound:
+        raise ValueError(f"{path}: its metadata {PARTS} must give rank and alpha of parts of layers, got {text[:200]}")
+    return {name: {part: (rank, alpha) for part, (rank, alpha) in of.items()} for name, of in parts.items()}
+
+
+def _check_parts(
+    model: nn.Module, config: LoRAConfig | None, name: str, tensors: dict[str, Tensor], directory: Path
+) -> None:
+    """Raises ValueError where parts of a fused layer are to be loaded from an adapter that is none of parts."""
+    if config is not None:
+        split = splits(model, config, plan(model, config)[0])
+        parts = {path: (of.sizes, of.ranks) for path, of in split.items()}
+    else:
+        layers = adapter_layers(model, name)
+        parts = {path: (layer.sizes, layer.ranks) for path, layer in layers if isinstance(layer, FusedLinear)}
+    for path, (sizes, ranks) in parts.items():
+        try:
+            diagonal_blocks(tensors[PREFIX + path + ".lora_B.weight"], sizes, ranks)
+        except ValueError as error:
+            raise ValueError(f"{directory}: {path}: {error}; load it into a model without this adapter") from error
+
+
+def _fill_parts(path: str, layer: FusedLinear, tensors: dict[str, Tensor]) -> None:
+    key_A, key_B, magnitude = (PREFIX + path + ending for ending in _endings(type(layer)))
+    layer.set_matrices(tensors[key_A], tensors[key_B])
+    if isinstance(layer, DoRALayer):
+        layer.set_magnitude(tensors[magnitude])
 
 
 def _start_is_taken_off(layer: LowRankLayer) -> bool:
@@ -179,7 +273,7 @@ def _magnitude_shape(kind: type[LowRankLayer], shape_B: tuple[int, ...]) -> tupl
     return (1, shape_B[0], *shape_B[2:]) if issubclass(kind, LowRankConvolution) else (shape_B[0],)
 
 
-def _differences(model: nn.Module, raw: dict[str, Any], name: str) -> list[str]:
+def _differences(model: nn.Module, raw: dict[str, Any], parts: "Parts", name: str) -> list[str]:
     """Settings of the file that differ from those of the attached layers, each with the first layer it differs at.
 
     They are compared layer by layer, since patterns that are written differently can mean the same.
@@ -197,6 +291,7 @@ def _differences(model: nn.Module, raw: dict[str, Any], name: str) -> list[str]:
                 ),
                 ("use_dora", bool(raw.get("use_dora")), isinstance(layer, DoRALayer)),
                 ("use_rslora", bool(raw.get("use_rslora")), layer.rslora),
+                ("parts", parts.get(path, _parts_of(layer)), _parts_of(layer)),
             ):
                 if there != here:
                     unlike.setdefault(key, f"{key} of {path}: {there!r} in the file, {here!r} here")
@@ -346,7 +441,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return {key: file.read(key) for key in file.entries}
 
 
-def _lora_config(model: nn.Module, raw: dict[str, Any], tensors: dict[str, Tensor]) -> LoRAConfig:
+def _lora_config(model: nn.Module, raw: dict[str, Any], tensors: dict[str, Tensor], parts: "Parts") -> LoRAConfig:
     """The configuration that attaches what the file holds: its own modules, by their whole names.
 
     PEFT passes over targets that match nothing, so target_modules alone does not say what was adapted.
@@ -362,15 +457,20 @@ def _lora_config(model: nn.Module, raw: dict[str, Any], tensors: dict[str, Tenso
             f"the model's layers like {list(candidates)[:2]}, and each key must start with {PREFIX!r}"
         )
     floating = [t.dtype for t in tensors.values() if t.is_floating_point()]
+    parts = {path: of for path, of in parts.items() if path in known}
+    named = {parts_of(path)[part]: values for path, of in parts.items() for part, values in of.items()}
     return LoRAConfig(
         rank=raw.get("r", DEFAULT_RANK),
         alpha=raw.get("lora_alpha", DEFAULT_ALPHA),
-        target_modules="|".join(re.escape(path) for path in known),
+        target_modules="|".join(re.escape(path) for path in [*(p for p in known if p not in parts), *named]),
+        fused_targets="split" if parts else "raise",
         dropout=raw.get("lora_dropout") or 0.0,
         dora=bool(raw.get("use_dora")),
         rslora=bool(raw.get("use_rslora")),
-        rank_pattern={k: v for k, v in (raw.get("rank_pattern") or {}).items() if _ends_some(k, known)},
-        alpha_pattern={k: v for k, v in (raw.get("alpha_pattern") or {}).items() if _ends_some(k, known)},
+        rank_pattern={re.escape(path): rank for path, (rank, _) in named.items()}
+        | {k: v for k, v in (raw.get("rank_pattern") or {}).items() if _ends_some(k, known)},
+        alpha_pattern={re.escape(path): alpha for path, (_, alpha) in named.items()}
+        | {k: v for k, v in (raw.get("alpha_pattern") or {}).items() if _ends_some(k, known)},
         # For some tasks PEFT writes the names that a head can have, of which the model has one.
         modules_to_save=[
             entry
@@ -399,6 +499,7 @@ def _meant(model: nn.Module, raw: dict[str, Any], candidates: dict[str, nn.Modul
 def _expected_tensors(model: nn.Module, config: LoRAConfig) -> dict[str, Tensor]:
     """Keys of the adapter that config would attach, with tensors of the right shapes and kinds (on the meta device)."""
     targets, saved = plan(model, config)
+    split = splits(model, config, targets)
     dtype = config.adapter_dtype or torch.get_default_dtype()
     tensors: dict[str, Tensor] = {}
     seen: set[nn.Module] = set()
@@ -412,6 +513,8 @@ def _expected_tensors(model: nn.Module, config: LoRAConfig) -> dict[str, Tensor]
         kind = layer_class(module, config.dora)
         key_A, key_B, magnitude = _endings(kind)
         shape_A, shape_B = kind.pair_shapes(module, pattern_value(config.rank_pattern, path, config.rank))
+        if path in split:
+            shape_A, shape_B = split[path].shapes(shape_A[1])
         shapes = {key_A: shape_A, key_B: shape_B}
         if config.dora:
             shapes[magnitude] = _magnitude_shape(kind, shape_B)
