@@ -13,6 +13,7 @@ from phicore.adapters.config import LoRAConfig, pattern_value
 from phicore.adapters.convolution import CONVOLUTIONS, DoRAConvolution, LoRAConvolution, LowRankConvolution
 from phicore.adapters.dora import DoRALinear
 from phicore.adapters.embedding import DoRAEmbedding, LoRAEmbedding, LowRankEmbedding
+from phicore.adapters.experts import LoRAExperts, plan_parameters
 from phicore.adapters.fused import FusedDoRALinear, FusedLoRALinear, Split, splits
 from phicore.adapters.lora import LoRALinear, LowRankLayer, LowRankLinear
 from phicore.modules import matches, no_match, parts_of, replace, select
@@ -67,7 +68,7 @@ class TrainedCopy(nn.Module):
             return getattr(super().__getattr__("trained"), name)
 
 
-AdapterLayer = LowRankLayer | TrainedCopy
+AdapterLayer = LowRankLayer | TrainedCopy | LoRAExperts
 
 
 def plan(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
@@ -88,30 +89,32 @@ def plan(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, nn.Module], di
                 raise ValueError(f'modules_to_save entry "{entry}" matches {name}, which has an adapter in it already')
         saved |= found
     whole = tuple(f"{path}." for path in saved)
-    targets = {
-        path: module
-        for path, module in select(
+    only_parameters = bool(config.target_parameters) and not config.target_modules
+    chosen: dict[str, nn.Module] = {}
+    if not only_parameters:
+        chosen = select(
             model,
             config.target_modules,
             config.exclude_modules,
             adaptable_kinds(),
-            closed=(TrainedCopy,),
+            closed=(TrainedCopy, LoRAExperts),
             all_linear=linear_kinds(),
             fused_targets=config.fused_targets,
-        ).items()
-        if path not in saved and not path.startswith(whole)
-    }
-    if not targets:
+        )
+    targets = {path: module for path, module in chosen.items() if path not in saved and not path.startswith(whole)}
+    if not targets and not only_parameters:
         raise ValueError(
             f"modules_to_save={list(config.modules_to_save)!r} holds every module that "
             f"target_modules={config.target_modules!r} means, which leaves none to adapt"
         )
     parts = splits(model, config, targets)
     names = targets | {parts_of(path)[part]: targets[path] for path, split in parts.items() for part in split.ranks}
+    for path, (module, ranks, _) in plan_parameters(model, config, targets, saved).items():
+        names |= {f"{path}.{parameter}": module for parameter in ranks}
     for what, pattern in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         for key in pattern:
             if not any(pattern_value({key: True}, name, False) for name in names):
-                raise ValueError(no_match(f'{what} key "{key}"', key, targets))
+                raise ValueError(no_match(f'{what} key "{key}"', key, names))
     for name, module in targets.items():
         weight: Any = None if isinstance(module, NF4Linear | LowRankLayer) else module.weight
         if weight is not None and not weight.is_floating_point():
@@ -140,7 +143,8 @@ def attach(model: nn.Module, config: LoRAConfig, name: str = "default") -> nn.Mo
 
     Args:
         model: any module; its linear layers (nn.Linear, NF4Linear, transformers' Conv1D) can be adapted, and its
-            nn.Embedding and nn.Conv1d, 2d and 3d where target_modules names them.
+            nn.Embedding and nn.Conv1d, 2d and 3d where target_modules names them, and the parameters that
+            target_parameters names.
         config: which layers and how.
         name: of the adapter, for saving and switching.
 
@@ -171,11 +175,22 @@ def attach(model: nn.Module, config: LoRAConfig, name: str = "default") -> nn.Mo
             cast(LowRankLinear, layer).correct(cast(nn.Linear, dense).weight.detach().to(exact.dtype) - exact)
         layer.adapter_name = name
         layers[module] = layer
+    experts: dict[nn.Module, LoRAExperts] = {}
+    stacks = plan_parameters(model, config, targets, saved)
+    for module, ranks, alphas in stacks.values():
+        if module not in experts:
+            experts[module] = LoRAExperts(
+                module, ranks, alphas, rslora=config.rslora, init=config.init, dtype=config.adapter_dtype
+            )
+            experts[module].adapter_name = name
     copies = {module: TrainedCopy(module, name) for module in saved.values()}
     model.requires_grad_(False)
     for path, module in targets.items():
         replace(model, path, layers[module].requires_grad_(True))
         layers[module].base.requires_grad_(False)
+    for path, (module, _, _) in stacks.items():
+        replace(model, path, experts[module])
+        experts[module].pairs.requires_grad_(True)
     for path, module in saved.items():
         replace(model, path, copies[module])
         copies[module].trained.requires_grad_(True)
@@ -257,7 +272,7 @@ def merge(model: nn.Module, *, requantize: bool = False) -> dict[str, float]:
     made: dict[AdapterLayer, tuple[nn.Module, float]] = {}
     for layer in outermost.values():
         if layer not in made:
-            made[layer] = (layer.trained, 0.0) if isinstance(layer, TrainedCopy) else _merged_layer(layer, requantize)
+            made[layer] = _merged_layer(layer, requantize)
     for path, layer in outermost.items():
         merged, _ = made[layer]
         merged.__dict__["merged_from"] = layer  # past nn.Module's registry: not a submodule, not in state dicts
@@ -265,7 +280,11 @@ def merge(model: nn.Module, *, requantize: bool = False) -> dict[str, float]:
     return {path: made[layer][1] for path, layer in outermost.items()}
 
 
-def _merged_layer(layer: LowRankLayer, requantize: bool) -> tuple[nn.Module, float]:
+def _merged_layer(layer: AdapterLayer, requantize: bool) -> tuple[nn.Module, float]:
+    if isinstance(layer, TrainedCopy):
+        return layer.trained, 0.0
+    if isinstance(layer, LoRAExperts):
+        return layer.merged()
     exact = layer.merged_weight()  # [out, in]
     innermost = layer.innermost
     if requantize and isinstance(innermost, NF4Linear):

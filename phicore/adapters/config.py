@@ -29,6 +29,11 @@ class LoRAConfig:
     """Layers to adapt: "all-linear" (all but the output head), a list of names or ".name" suffixes, or a regular
     expression that matches whole names."""
 
+    target_parameters: Sequence[str] = field(default_factory=list)
+    """Parameters to adapt that stand in no layer of their own, as names or ".name" suffixes: the stacked weights of a
+    mixture of experts (["experts.gate_up_proj", "experts.down_proj"]). In addition to target_modules, which can then be
+    an empty list."""
+
     exclude_modules: Sequence[str] = field(default_factory=list)
     """Names or suffixes of layers, or of containers with all that is in them, to leave out."""
 
@@ -77,6 +82,8 @@ class LoRAConfig:
         for what, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
             for key in pattern:
                 check_expression(what, key)
+        if isinstance(self.target_parameters, str):
+            raise ValueError(f"target_parameters must be a list of names, got {self.target_parameters!r}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout!r}")
         if self.init not in INITS:

@@ -6,6 +6,10 @@ of a convolution ".lora_A.weight" [rank, in, *kernel], ".lora_B.weight" [out, ra
 [1, out, 1, ...]; or, for a module trained whole, the name of one of its own tensors. The adapter's name is not in the
 file.
 
+The pairs of a parameter of a module (target_parameters) are one, A [experts * rank, in] and B [out, rank * experts],
+under the module's name. Where several of its parameters are adapted, PEFT nests a wrapper for each: that of the last
+parameter stands at the module's name, and each other one a ".base_layer" further in.
+
 An adapter for each part of a fused layer is written as the plain adapter that it amounts to. Which parts it has stands
 in the metadata of the safetensors file, which other readers pass over.
 """
@@ -15,7 +19,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +45,7 @@ from phicore.adapters.config import LoRAConfig
 from phicore.adapters.convolution import LowRankConvolution
 from phicore.adapters.dora import DoRALayer
 from phicore.adapters.embedding import LowRankEmbedding
+from phicore.adapters.experts import LoRAExperts, named_stacks, plan_parameters, stacked_shape
 from phicore.adapters.fused import FusedLinear, diagonal_blocks, part_sizes, splits
 from phicore.adapters.lora import LowRankLayer, LowRankLinear
 from phicore.formats.safetensors_files import NO_PICKLE, TensorFile, parse_json, read_json
@@ -61,7 +66,7 @@ NEUTRAL = {
 }  # fmt: skip
 READ = {
     "peft_type", "r", "lora_alpha", "target_modules", "exclude_modules", "use_dora", "use_rslora", "rank_pattern",
-    "alpha_pattern", "modules_to_save", "bias", "fan_in_fan_out",
+    "alpha_pattern", "modules_to_save", "bias", "fan_in_fan_out", "target_parameters",
 }  # fmt: skip
 
 PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # those that leave the base's weights as they are
@@ -131,6 +136,9 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str 
             if isinstance(layer, FusedLinear):
                 _fill_parts(path, layer, tensors)
                 continue
+            if isinstance(layer, LoRAExperts):
+                _fill_experts(path, layer, tensors)
+                continue
             for key, parameter in _layer_tensors(path, layer).items():
                 parameter.copy_(tensors[key])
     for _, layer in adapter_layers(model):
@@ -157,6 +165,8 @@ def adapter_tensors(model: nn.Module, name: str = "default") -> dict[str, Tensor
 def _layer_tensors(path: str, layer: AdapterLayer) -> dict[str, Tensor]:
     if isinstance(layer, TrainedCopy):
         return {f"{PREFIX}{path}.{key}": tensor for key, tensor in layer.trained.state_dict(keep_vars=True).items()}
+    if isinstance(layer, LoRAExperts):
+        return _expert_tensors(path, layer)
     key_A, key_B, magnitude = _endings(type(layer))
     A, B = layer.matrices() if _start_is_taken_off(layer) else (layer.lora_A, layer.lora_B)
     tensors: dict[str, Tensor] = {PREFIX + path + key_A: A, PREFIX + path + key_B: B}
@@ -168,13 +178,45 @@ def _layer_tensors(path: str, layer: AdapterLayer) -> dict[str, Tensor]:
     return tensors
 
 
+# ===== parameters, above all stacked experts =====
+
+
+def _expert_paths(path: str, module: nn.Module, adapted: Iterable[str]) -> dict[str, str]:
+    """Where the pairs of a module's parameters stand in the file, by the parameter's name."""
+    names = [name for name, _ in module.named_parameters(recurse=False) if name in adapted]
+    return {name: PREFIX + path + ".base_layer" * depth for depth, name in enumerate(reversed(names))}
+
+
+def _expert_tensors(path: str, layer: LoRAExperts) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for name, place in _expert_paths(path, layer.innermost, layer.ranks).items():
+        pair: Any = layer.pairs[name]
+        tensors[place + ".lora_A.weight"] = pair.lora_A.flatten(0, 1)  # [experts * rank, in]
+        tensors[place + ".lora_B.weight"] = pair.lora_B.permute(1, 2, 0).flatten(1)  # [out, rank * experts]
+    return tensors
+
+
+def _fill_experts(path: str, layer: LoRAExperts, tensors: dict[str, Tensor]) -> None:
+    for name, place in _expert_paths(path, layer.innermost, layer.ranks).items():
+        pair: Any = layer.pairs[name]
+        experts, out, rank = pair.lora_B.shape
+        pair.lora_A.copy_(tensors[place + ".lora_A.weight"].view(pair.lora_A.shape))
+        pair.lora_B.copy_(tensors[place + ".lora_B.weight"].view(out, rank, experts).permute(2, 0, 1))
+
+
+def _named_parameters(model: nn.Module) -> dict[str, str]:
+    """Every parameter that `attach` could find by target_parameters -> its module's name."""
+    stacks = named_stacks(model, (LowRankLayer, TrainedCopy))
+    return {f"{path}.{name}": path for path, _, own in stacks if path for name in own}
+
+
 # ===== adapters for parts of fused layers =====
 
 
 Parts = dict[str, dict[str, tuple[int, float]]]  # name of a fused layer -> its adapted parts -> their rank and alpha
 
 
-def _parts_of(layer: LowRankLayer) -> dict[str, tuple[int, float]]:
+def _parts_of(layer: LowRankLayer | LoRAExperts) -> dict[str, tuple[int, float]]:
     if not isinstance(layer, FusedLinear):
         return {}
     return {part: (rank, layer.alphas[part]) for part, rank in layer.ranks.items()}
@@ -245,20 +287,20 @@ def _fill_parts(path: str, layer: FusedLinear, tensors: dict[str, Tensor]) -> No
         layer.set_magnitude(tensors[magnitude])
 
 
-def _start_is_taken_off(layer: LowRankLayer) -> bool:
+def _start_is_taken_off(layer: LowRankLayer | LoRAExperts) -> bool:
     """Whether the layer computes W + scaling * (B A - its start): a plain pair of twice the rank, for a reader."""
     return isinstance(layer, LowRankLinear) and layer.start_A is not None
 
 
-def _rank_in_file(layer: LowRankLayer) -> int:
-    return 2 * layer.rank if _start_is_taken_off(layer) else layer.rank
+def _doubled_rank(layer: LowRankLayer | LoRAExperts, rank: int) -> int:
+    return 2 * rank if _start_is_taken_off(layer) else rank
 
 
-def _alpha_in_file(layer: LowRankLayer) -> float:
+def _doubled_alpha(layer: LowRankLayer | LoRAExperts, alpha: float) -> float:
     """What gives the layer's scaling with the rank in the file."""
     if not _start_is_taken_off(layer):
-        return layer.alpha
-    return layer.alpha * (math.sqrt(2) if layer.rslora else 2)
+        return alpha
+    return alpha * (math.sqrt(2) if layer.rslora else 2)
 
 
 def _endings(kind: type[LowRankLayer]) -> tuple[str, str, str]:
@@ -279,33 +321,47 @@ def _differences(model: nn.Module, raw: dict[str, Any], parts: "Parts", name: st
     They are compared layer by layer, since patterns that are written differently can mean the same.
     """
     unlike: dict[str, str] = {}
-    for path, layer in adapter_layers(model, name):
-        if isinstance(layer, LowRankLayer):
-            for key, there, here in (
-                ("r", pattern_value(raw.get("rank_pattern") or {}, path, raw.get("r", DEFAULT_RANK)), layer.rank),
-                ("start", "plain", layer.init if _start_is_taken_off(layer) else "plain"),
-                (
-                    "lora_alpha",
-                    pattern_value(raw.get("alpha_pattern") or {}, path, raw.get("lora_alpha", DEFAULT_ALPHA)),
-                    layer.alpha,
-                ),
-                ("use_dora", bool(raw.get("use_dora")), isinstance(layer, DoRALayer)),
-                ("use_rslora", bool(raw.get("use_rslora")), layer.rslora),
-                ("parts", parts.get(path, _parts_of(layer)), _parts_of(layer)),
-            ):
-                if there != here:
-                    unlike.setdefault(key, f"{key} of {path}: {there!r} in the file, {here!r} here")
+    for path, layer, rank, alpha in _ranks_and_alphas(model, name):
+        for key, there, here in (
+            ("r", pattern_value(raw.get("rank_pattern") or {}, path, raw.get("r", DEFAULT_RANK)), rank),
+            ("start", "plain", layer.init if _start_is_taken_off(layer) else "plain"),
+            (
+                "lora_alpha",
+                pattern_value(raw.get("alpha_pattern") or {}, path, raw.get("lora_alpha", DEFAULT_ALPHA)),
+                alpha,
+            ),
+            ("use_dora", bool(raw.get("use_dora")), isinstance(layer, DoRALayer)),
+            ("use_rslora", bool(raw.get("use_rslora")), layer.rslora),
+            ("parts", parts.get(path, _parts_of(layer)), _parts_of(layer)),
+        ):
+            if there != here:
+                unlike.setdefault(key, f"{key} of {path}: {there!r} in the file, {here!r} here")
     return list(unlike.values())
+
+
+def _ranks_and_alphas(model: nn.Module, name: str) -> Iterator[tuple[str, LowRankLayer | LoRAExperts, int, float]]:
+    """Each layer or parameter that an adapter adapts, by its name: layer, rank and alpha as attached."""
+    for path, layer in adapter_layers(model, name):
+        if isinstance(layer, LoRAExperts):
+            for parameter in layer.pairs:
+                yield f"{path}.{parameter}", layer, layer.ranks[parameter], layer.alphas[parameter]
+        elif isinstance(layer, LowRankLayer):
+            yield path, layer, layer.rank, layer.alpha
 
 
 def adapter_config(model: nn.Module, name: str = "default") -> dict[str, Any]:
     """adapter_config.json for an attached adapter: the fields that readers need and those that differ from default."""
     layers = [(path, layer) for path, layer in adapter_layers(model, name) if isinstance(layer, LowRankLayer)]
+    settings = [
+        (path, _doubled_rank(layer, rank), _doubled_alpha(layer, alpha), layer)
+        for path, layer, rank, alpha in _ranks_and_alphas(model, name)
+    ]
+    parameters = [path for path, _, _, layer in settings if isinstance(layer, LoRAExperts)]
     saved = [path for path, layer in adapter_layers(model, name) if isinstance(layer, TrainedCopy)]
-    ranks = Counter(_rank_in_file(layer) for _, layer in layers)
-    alphas = Counter(_alpha_in_file(layer) for _, layer in layers)
+    ranks = Counter(rank for _, rank, _, _ in settings)
+    alphas = Counter(alpha for _, _, alpha, _ in settings)
     rank, alpha = ranks.most_common(1)[0][0], alphas.most_common(1)[0][0]
-    first = layers[0][1]
+    first = layers[0][1] if layers else None
     linear = [layer.innermost for _, layer in layers if isinstance(layer, LowRankLinear)]
     base_config = getattr(model, "config", None)
     config = {
@@ -314,20 +370,20 @@ def adapter_config(model: nn.Module, name: str = "default") -> dict[str, Any]:
         "task_type": _task_type(model),
         "r": rank,
         "lora_alpha": _integer_if_whole(alpha),
-        "lora_dropout": first.dropout,
+        "lora_dropout": first.dropout if first else 0.0,
         "target_modules": _shortest_targets(model, [path for path, _ in layers]),
         "use_dora": isinstance(first, DoRALayer),
-        "use_rslora": first.rslora,
-        "rank_pattern": {re.escape(p): r for p, layer in layers if (r := _rank_in_file(layer)) != rank},
-        "alpha_pattern": {
-            re.escape(p): _integer_if_whole(a) for p, layer in layers if (a := _alpha_in_file(layer)) != alpha
-        },
+        "use_rslora": settings[0][3].rslora,
+        "rank_pattern": {re.escape(path): r for path, r, _, _ in settings if r != rank},
+        "alpha_pattern": {re.escape(path): _integer_if_whole(a) for path, _, a, _ in settings if a != alpha},
         "modules_to_save": sorted(saved) or None,
         "bias": "none",
         # PEFT warns where this is not what the layers are; it has one value for all of them.
         "fan_in_fan_out": bool(linear) and isinstance(linear[0], transposed_kinds()),
         "inference_mode": True,
     }
+    if parameters:
+        config["target_parameters"] = _shortest_parameters(model, parameters)
     return config
 
 
@@ -354,6 +410,13 @@ def _shortest_targets(model: nn.Module, paths: list[str]) -> list[str]:
     last = sorted({path.rsplit(".", 1)[-1] for path in paths})
     inside = tuple(f"{path}." for path, _ in adapter_layers(model))
     meant = {name for name, _ in model.named_modules() if matches(name, last) and not name.startswith(inside)}
+    return last if meant == set(paths) else sorted(paths)
+
+
+def _shortest_parameters(model: nn.Module, paths: list[str]) -> list[str]:
+    """Names of parameters with their module's last name if they mean just these, whole names otherwise; sorted."""
+    last = sorted({".".join(path.rsplit(".", 2)[-2:]) for path in paths})
+    meant = {name for name in _named_parameters(model) if matches(name, last)}
     return last if meant == set(paths) else sorted(paths)
 
 
@@ -419,6 +482,7 @@ _RIGHT: dict[str, Callable[[Any], bool]] = {
     "target_modules": lambda value: _is_expression(value) or _are_names(value),
     "exclude_modules": lambda value: _is_expression(value) or _are_names(value),
     "modules_to_save": _are_names,
+    "target_parameters": _are_names,
     "rank_pattern": lambda value: (
         isinstance(value, dict) and all(_is_expression(k) and _is_whole(v) for k, v in value.items())
     ),
@@ -449,9 +513,11 @@ def _lora_config(model: nn.Module, raw: dict[str, Any], tensors: dict[str, Tenso
     endings = r"\.(lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)$"
     adapted = sorted({re.sub(endings, "", key[len(PREFIX) :]) for key in tensors if re.search(endings, key)})
     candidates = dict(leaves(model, adaptable_kinds()))
+    parameters = [n for n in _named_parameters(model) if matches(n, raw.get("target_parameters") or [])]
+    owners = {name.rpartition(".")[0] for name in parameters}
     meant = set(adapted) | _meant(model, raw, candidates)
-    known = sorted(path for path in meant if path in candidates)
-    if not known:
+    known = sorted(path for path in meant if path in candidates and path not in owners)
+    if not known and not parameters:
         raise ValueError(
             f"no key of the adapter names a layer of {type(model).__name__}; keys start like {sorted(tensors)[:2]}, "
             f"the model's layers like {list(candidates)[:2]}, and each key must start with {PREFIX!r}"
@@ -463,14 +529,15 @@ def _lora_config(model: nn.Module, raw: dict[str, Any], tensors: dict[str, Tenso
         rank=raw.get("r", DEFAULT_RANK),
         alpha=raw.get("lora_alpha", DEFAULT_ALPHA),
         target_modules="|".join(re.escape(path) for path in [*(p for p in known if p not in parts), *named]),
+        target_parameters=parameters,
         fused_targets="split" if parts else "raise",
         dropout=raw.get("lora_dropout") or 0.0,
         dora=bool(raw.get("use_dora")),
         rslora=bool(raw.get("use_rslora")),
         rank_pattern={re.escape(path): rank for path, (rank, _) in named.items()}
-        | {k: v for k, v in (raw.get("rank_pattern") or {}).items() if _ends_some(k, known)},
+        | {k: v for k, v in (raw.get("rank_pattern") or {}).items() if _ends_some(k, [*known, *parameters])},
         alpha_pattern={re.escape(path): alpha for path, (_, alpha) in named.items()}
-        | {k: v for k, v in (raw.get("alpha_pattern") or {}).items() if _ends_some(k, known)},
+        | {k: v for k, v in (raw.get("alpha_pattern") or {}).items() if _ends_some(k, [*known, *parameters])},
         # For some tasks PEFT writes the names that a head can have, of which the model has one.
         modules_to_save=[
             entry
@@ -520,6 +587,16 @@ def _expected_tensors(model: nn.Module, config: LoRAConfig) -> dict[str, Tensor]
             shapes[magnitude] = _magnitude_shape(kind, shape_B)
         for ending, shape in shapes.items():
             tensors[PREFIX + path + ending] = torch.empty(shape, dtype=dtype, device="meta")
+    for path, (module, ranks, _) in plan_parameters(model, config, targets, saved).items():
+        if module not in seen:
+            seen.add(module)
+            inner: Any = module.innermost if isinstance(module, LoRAExperts) else module
+            for name, place in _expert_paths(path, inner, ranks).items():
+                transposed = getattr(inner, "is_transposed", False)
+                experts, out, width = stacked_shape(inner.get_parameter(name), transposed)
+                rank = ranks[name]
+                tensors[place + ".lora_A.weight"] = torch.empty(experts * rank, width, dtype=dtype, device="meta")
+                tensors[place + ".lora_B.weight"] = torch.empty(out, rank * experts, dtype=dtype, device="meta")
     return tensors
 
 

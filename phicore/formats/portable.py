@@ -179,7 +179,7 @@ _A_OR_B = re.compile(
 _MAGNITUDE = re.compile(r".*\.lora_magnitude_vector(\.weight)?")
 _BIAS = re.compile(r".*\.(lora_B|base_layer)\.bias")
 RESOLVED = {"exclude_modules", "layers_to_transform", "layers_pattern"}  # which layers they mean stands in the keys
-KNOWN = NEUTRAL | READ | RESOLVED | {"lora_bias"}
+KNOWN = (NEUTRAL | READ | RESOLVED | {"lora_bias"}) - {"target_parameters"}  # no server is known to take these
 TRUE_BY_DEFAULT = {"init_lora_weights": True, "megatron_core": "megatron.core", "qalora_group_size": 16}
 
 
