@@ -8,15 +8,22 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from phicore.adapters.attention import (
+    OpenAttention,
+    allow_fused_paths,
+    keep_off_fused_paths,
+    layer_setting,
+    projections,
+)
 from phicore.adapters.base import transposed_kinds
 from phicore.adapters.config import LoRAConfig, pattern_value
 from phicore.adapters.convolution import CONVOLUTIONS, DoRAConvolution, LoRAConvolution, LowRankConvolution
 from phicore.adapters.dora import DoRALinear
 from phicore.adapters.embedding import DoRAEmbedding, LoRAEmbedding, LowRankEmbedding
 from phicore.adapters.experts import LoRAExperts, plan_parameters
-from phicore.adapters.fused import FusedDoRALinear, FusedLoRALinear, Split, splits
+from phicore.adapters.fused import FusedDoRALinear, FusedLoRALinear, Split, part_paths, splits
 from phicore.adapters.lora import LoRALinear, LowRankLayer, LowRankLinear
-from phicore.modules import matches, no_match, parts_of, replace, select
+from phicore.modules import matches, no_match, replace, select
 from phicore.nf4.linear import NF4Linear
 from phicore.nf4.tensor import quantize
 
@@ -28,7 +35,9 @@ def linear_kinds() -> tuple[type[nn.Module], ...]:
 
 def adaptable_kinds() -> tuple[type[nn.Module], ...]:
     """What a target can name."""
-    return (*linear_kinds(), nn.Embedding, LowRankEmbedding, *CONVOLUTIONS, LowRankConvolution)
+    return (
+        *linear_kinds(), nn.Embedding, LowRankEmbedding, *CONVOLUTIONS, LowRankConvolution, nn.MultiheadAttention,
+    )  # fmt: skip
 
 
 def layer_class(base: nn.Module, dora: bool) -> type[LowRankLayer]:
@@ -101,14 +110,27 @@ def plan(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, nn.Module], di
             all_linear=linear_kinds(),
             fused_targets=config.fused_targets,
         )
-    targets = {path: module for path, module in chosen.items() if path not in saved and not path.startswith(whole)}
+    chosen = {path: module for path, module in chosen.items() if path not in saved and not path.startswith(whole)}
+    targets = _with_projections(chosen)
+    if isinstance(model, nn.MultiheadAttention):
+        raise ValueError(
+            f"the model itself is an {type(model).__name__}; put it into another module, and name it there"
+        )
+    if both := sorted(targets.keys() & saved.keys()):
+        raise ValueError(
+            f"target_modules means {both[0]}, as a projection of an attention, and so does modules_to_save"
+        )
     if not targets and not only_parameters:
         raise ValueError(
             f"modules_to_save={list(config.modules_to_save)!r} holds every module that "
             f"target_modules={config.target_modules!r} means, which leaves none to adapt"
         )
     parts = splits(model, config, targets)
-    names = targets | {parts_of(path)[part]: targets[path] for path, split in parts.items() for part in split.ranks}
+    names = (
+        chosen
+        | targets
+        | {part_paths(path)[part]: targets[path] for path, split in parts.items() for part in split.ranks}
+    )
     for path, (module, ranks, _) in plan_parameters(model, config, targets, saved).items():
         names |= {f"{path}.{parameter}": module for parameter in ranks}
     for what, pattern in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
@@ -135,6 +157,35 @@ def plan(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, nn.Module], di
     return targets, saved
 
 
+def _with_projections(targets: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """The targets with the projections of each nn.MultiheadAttention in its place."""
+    found: dict[str, nn.Module] = {}
+    made: dict[nn.Module, dict[str, nn.Module]] = {}
+    for path, module in targets.items():
+        if isinstance(module, nn.MultiheadAttention):
+            layers = made.setdefault(module, projections(module))
+            found |= {f"{path}.{name}": layer for name, layer in layers.items()}
+        else:
+            found[path] = module
+    return found
+
+
+def _opened(model: nn.Module, targets: dict[str, nn.Module]) -> tuple[dict[str, nn.Module], dict[str, OpenAttention]]:
+    """The targets with projections of nn.MultiheadAttention as layers of an OpenAttention each, and these by the name
+    of the place that they are to take; the model is not changed."""
+    found, opened = dict(targets), {}
+    made: dict[nn.Module, OpenAttention] = {}
+    for path in targets:
+        parent, _, last = path.rpartition(".")
+        owner = model.get_submodule(parent)
+        if isinstance(owner, nn.MultiheadAttention) and not isinstance(owner, OpenAttention):
+            if owner not in made:
+                made[owner] = OpenAttention(owner)
+            opened[parent] = made[owner]
+            found[path] = getattr(made[owner], last)
+    return found, opened
+
+
 def attach(model: nn.Module, config: LoRAConfig, name: str = "default") -> nn.Module:
     """Freezes a model and puts adapter layers in it, in place.
 
@@ -143,8 +194,8 @@ def attach(model: nn.Module, config: LoRAConfig, name: str = "default") -> nn.Mo
 
     Args:
         model: any module; its linear layers (nn.Linear, NF4Linear, transformers' Conv1D) can be adapted, and its
-            nn.Embedding and nn.Conv1d, 2d and 3d where target_modules names them, and the parameters that
-            target_parameters names.
+            nn.Embedding, nn.Conv1d, 2d and 3d and nn.MultiheadAttention where target_modules names them, and the
+            parameters that target_parameters names.
         config: which layers and how.
         name: of the adapter, for saving and switching.
 
@@ -162,6 +213,8 @@ def attach(model: nn.Module, config: LoRAConfig, name: str = "default") -> nn.Mo
         raise ValueError("the model's adapters are merged; unmerge it before attaching another")
     targets, saved = plan(model, config)
     parts = splits(model, config, targets)
+    stacks = plan_parameters(model, config, targets, saved)
+    targets, opened = _opened(model, targets)
     layers: dict[nn.Module, nn.Module] = {}
     for path, module in targets.items():
         if module in layers:  # a layer that stands in two places gets one adapter
@@ -169,14 +222,17 @@ def attach(model: nn.Module, config: LoRAConfig, name: str = "default") -> nn.Mo
         dense, base = module, module
         if config.init == "loftq":
             base = NF4Linear.from_linear(cast(nn.Linear, dense))
-        layer = _adapter(base, path, config, parts.get(path))
+        rank, alpha = (
+            layer_setting(model, pattern, path, default)
+            for pattern, default in ((config.rank_pattern, config.rank), (config.alpha_pattern, config.alpha))
+        )
+        layer = _adapter(base, rank, alpha, config, parts.get(path))
         if config.init == "loftq":
             exact = cast(LowRankLinear, layer).dense_base()
             cast(LowRankLinear, layer).correct(cast(nn.Linear, dense).weight.detach().to(exact.dtype) - exact)
         layer.adapter_name = name
         layers[module] = layer
     experts: dict[nn.Module, LoRAExperts] = {}
-    stacks = plan_parameters(model, config, targets, saved)
     for module, ranks, alphas in stacks.values():
         if module not in experts:
             experts[module] = LoRAExperts(
@@ -185,6 +241,8 @@ def attach(model: nn.Module, config: LoRAConfig, name: str = "default") -> nn.Mo
             experts[module].adapter_name = name
     copies = {module: TrainedCopy(module, name) for module in saved.values()}
     model.requires_grad_(False)
+    for path, attention in opened.items():
+        replace(model, path, attention)
     for path, module in targets.items():
         replace(model, path, layers[module].requires_grad_(True))
         layers[module].base.requires_grad_(False)
@@ -194,21 +252,16 @@ def attach(model: nn.Module, config: LoRAConfig, name: str = "default") -> nn.Mo
     for path, module in saved.items():
         replace(model, path, copies[module])
         copies[module].trained.requires_grad_(True)
+    keep_off_fused_paths(model)
     return model
 
 
-def _adapter(base: nn.Module, path: str, config: LoRAConfig, split: Split | None) -> LowRankLayer:
+def _adapter(base: nn.Module, rank: Any, alpha: Any, config: LoRAConfig, split: Split | None) -> LowRankLayer:
     options: dict[str, Any] = {"rslora": config.rslora, "init": config.init, "dtype": config.adapter_dtype}
     if split is not None:
         fused = FusedDoRALinear if config.dora else FusedLoRALinear
         return fused(base, split.sizes, split.ranks, split.alphas, config.dropout, **options)
-    return layer_class(base, config.dora)(
-        base,
-        pattern_value(config.rank_pattern, path, config.rank),
-        pattern_value(config.alpha_pattern, path, config.alpha),
-        config.dropout,
-        **options,
-    )
+    return layer_class(base, config.dora)(base, rank, alpha, config.dropout, **options)
 
 
 def adapter_layers(
@@ -235,7 +288,7 @@ def adapter_layers(
         yield path, module
 
 
-def merged_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, AdapterLayer]]:
+def merged_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, AdapterLayer | OpenAttention]]:
     """The layers that `merge` made: name, merged layer, and the adapter layer that it stands for."""
     for path, module in model.named_modules(remove_duplicate=False):
         layer = module.__dict__.get("merged_from")
@@ -277,7 +330,20 @@ def merge(model: nn.Module, *, requantize: bool = False) -> dict[str, float]:
         merged, _ = made[layer]
         merged.__dict__["merged_from"] = layer  # past nn.Module's registry: not a submodule, not in state dicts
         replace(model, path, merged)
+    _close(model)
+    allow_fused_paths(model)
     return {path: made[layer][1] for path, layer in outermost.items()}
+
+
+def _close(model: nn.Module) -> None:
+    """Puts nn.MultiheadAttention back where all projections are plain again."""
+    closed: dict[nn.Module, nn.Module] = {}
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, OpenAttention) and all(isinstance(m, nn.Linear) for m in projections(module).values()):
+            if module not in closed:
+                closed[module] = module.closed()
+                closed[module].__dict__["merged_from"] = module
+            replace(model, path, closed[module])
 
 
 def _merged_layer(layer: AdapterLayer, requantize: bool) -> tuple[nn.Module, float]:
@@ -307,13 +373,14 @@ def unmerge(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the model is not merged.
     """
-    found = list(merged_layers(model))
-    if not found:
+    if not any(merged_layers(model)):
         raise ValueError("the model is not merged")
-    for path, merged, layer in found:
-        merged.__dict__.pop("merged_from", None)
-        where = next((t.device for t in [*merged.parameters(), *merged.buffers()]), None)
-        replace(model, path, layer.to(where).train(merged.training))
+    while found := list(merged_layers(model)):  # twice where the layers of an attention stand in one
+        for path, merged, layer in found:
+            merged.__dict__.pop("merged_from", None)
+            where = next((t.device for t in [*merged.parameters(), *merged.buffers()]), None)
+            replace(model, path, layer.to(where).train(merged.training))
+    keep_off_fused_paths(model)
     return model
 
 

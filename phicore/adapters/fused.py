@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from phicore.adapters import base as base_layer
+from phicore.adapters.attention import SEPARATE, layer_setting
 from phicore.adapters.config import LoRAConfig, pattern_value, scaling
 from phicore.adapters.dora import DoRALinear
 from phicore.adapters.lora import LoRALinear, LowRankLinear, start_pair
@@ -241,11 +242,6 @@ class Split:
     ranks: dict[str, int]
     alphas: dict[str, float]
 
-    def shapes(self, inner: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of the plain pair A and B that it amounts to."""
-        total = sum(self.ranks.values())
-        return (total, inner), (sum(self.sizes.values()), total)
-
 
 def splits(model: nn.Module, config: LoRAConfig, targets: Iterable[str]) -> dict[str, Split]:
     """Which of the targets are fused layers of which config means parts only, by name; none unless it says "split".
@@ -258,29 +254,45 @@ def splits(model: nn.Module, config: LoRAConfig, targets: Iterable[str]) -> dict
         return found
     every = dict(model.named_modules(remove_duplicate=False))
     for path in targets:
-        meant = parts_meant(path, config.target_modules, every)
+        if _is_packed_attention(model, path):
+            meant = list(SEPARATE)
+        else:
+            meant = parts_meant(path, config.target_modules, every)
         if not meant:
             continue
         if matches(path, config.target_modules):
             raise ValueError(f"target_modules names {path} whole and its parts {meant}; name one or the other")
-        names = parts_of(path)
+        names = part_paths(path)
         ranks, alphas = (
-            {part: pattern_value(pattern, names[part], pattern_value(pattern, path, default)) for part in meant}
+            {part: pattern_value(pattern, names[part], layer_setting(model, pattern, path, default)) for part in meant}
             for pattern, default in ((config.rank_pattern, config.rank), (config.alpha_pattern, config.alpha))
         )
         found[path] = Split(part_sizes(model, path), ranks, alphas)  # type: ignore[arg-type]
     return found
 
 
+def part_paths(path: str) -> dict[str, str]:
+    """The parts of a fused layer, in_proj of nn.MultiheadAttention among them: their own names -> whole names."""
+    parent, dot, last = path.rpartition(".")
+    return {part: f"{parent}{dot}{part}" for part in SEPARATE} if last == "in_proj" else parts_of(path)
+
+
+def _is_packed_attention(model: nn.Module, path: str) -> bool:
+    parent, _, last = path.rpartition(".")
+    return last == "in_proj" and isinstance(model.get_submodule(parent), nn.MultiheadAttention)
+
+
 def part_sizes(model: nn.Module, path: str) -> dict[str, int]:
-    """The rows of each part of a fused layer of transformers (Phi-3, GLM and their relatives).
+    """The rows of each part of a fused layer of transformers (Phi-3, GLM and relatives) or of nn.MultiheadAttention.
 
     Raises:
         ValueError: a layer that is laid out in another way, or in one that cannot be told.
     """
-    _, out = base_layer.features(model.get_submodule(path))
     parent, _, last = path.rpartition(".")
     owner: Any = model.get_submodule(parent)
+    if _is_packed_attention(model, path):
+        return dict.fromkeys(SEPARATE, owner.embed_dim)
+    _, out = base_layer.features(model.get_submodule(path))
     if last == "gate_up_proj" and out % 2 == 0:
         return {"gate_proj": out // 2, "up_proj": out // 2}
     head, groups = getattr(owner, "head_dim", None), getattr(owner, "num_key_value_heads", None)

@@ -286,7 +286,7 @@ def features(adapter: Adapter) -> dict[str, str]:
     for layer in adapter.layers:
         if layer.A.endswith(".lora_embedding_A"):
             kinds.setdefault("embedding", []).append(layer.A)
-        elif layer.A.endswith(".lora_A"):
+        elif layer.A.endswith(".lora_A") or ".base_layer.out_proj.lora_A" in layer.A:
             kinds.setdefault("attention", []).append(layer.A)
         elif adapter.tensors[layer.A].dim() > 2:
             kinds.setdefault("convolution", []).append(layer.A)
