@@ -75,8 +75,9 @@ def select(
         closed: kinds of modules whose inside is left alone.
         all_linear: those of the kinds that "all-linear" means; None for all.
         fused_targets: what targets do that mean a projection (q_proj) which the model holds fused with others
-            (qkv_proj): "raise", or "map" to the whole fused module, with a warning that says so. None raises too, for
-            callers that do not offer the choice.
+            (qkv_proj): "raise", "map" to the whole fused module, with a warning that says so, or "split", for a caller
+            that takes the parts of what is chosen from `parts_meant`. None raises too, for callers that do not offer
+            the choice.
 
     Raises:
         ValueError: a target or an exclusion that matches nothing, naming it and what is near; a target that means a
@@ -127,9 +128,11 @@ def select(
         mapped = {whole for wholes in fused.values() for whole in wholes}
         if fused:
             told = _fused_message(type(model).__name__, fused)
-            if fused_targets != "map":
-                raise ValueError(f"{told}; name those" + (' or set fused_targets="map"' if fused_targets else ""))
-            warnings.warn(f"{told}, which are taken whole in their place", stacklevel=4)  # attach's caller
+            if fused_targets == "map":
+                warnings.warn(f"{told}, which are taken whole in their place", stacklevel=4)  # attach's caller
+            elif fused_targets != "split":
+                choice = ' or set fused_targets="map" (or "split", for an adapter a part)' if fused_targets else ""
+                raise ValueError(f"{told}; name those{choice}")
         chosen = {n: module for n, module in candidates.items() if n in mapped or matches(n, target_modules)}
     left_out = {name for name in every if matches(name, exclude_modules)}
     inside = tuple(f"{name}." for name in left_out)
@@ -147,13 +150,18 @@ def fused_wholes(target: str | Sequence[str], candidates: Iterable[str], every: 
 
     A model that has layers.0.qkv_proj has no layers.0.q_proj, but a target that would match one means a part of it.
     """
-    wholes = []
-    for name in candidates:
-        parent, dot, last = name.rpartition(".")
-        parts = (f"{parent}{dot}{part}" for part, whole in FUSED.items() if whole == f'"{last}"')
-        if not matches(name, target) and any(part not in every and matches(part, target) for part in parts):
-            wholes.append(name)
-    return wholes
+    return [name for name in candidates if not matches(name, target) and parts_meant(name, target, every)]
+
+
+def parts_of(name: str) -> dict[str, str]:
+    """The parts of a fused layer of this name: their own names -> their names in the model's tree, were they there."""
+    parent, dot, last = name.rpartition(".")
+    return {part: f"{parent}{dot}{part}" for part, whole in FUSED.items() if whole == f'"{last}"'}
+
+
+def parts_meant(name: str, target: str | Sequence[str], every: Container[str]) -> list[str]:
+    """Those of a fused layer's parts that a target matches."""
+    return [part for part, path in parts_of(name).items() if path not in every and matches(path, target)]
 
 
 def _fused_message(model: str, fused: dict[str, list[str]]) -> str:

@@ -156,6 +156,16 @@ def tiny() -> Callable[..., nn.Module]:
                 transformers.GPT2Config(vocab_size=48, n_embd=32, n_layer=2, n_head=4, n_positions=32, **no_ids),
                 transformers.GPT2LMHeadModel,
             )
+        elif family == "mixtral":
+            config = transformers.MixtralConfig(**options, **fewer, num_local_experts=4)
+            config._experts_implementation, kind = (
+                "eager",
+                transformers.MixtralForCausalLM,
+            )  # the others know no float64
+        elif family == "gpt-oss":
+            more_options = {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}
+            config = transformers.GptOssConfig(**options, **fewer, **more_options, layer_types=["full_attention"] * 2)
+            config._experts_implementation, kind = "eager", transformers.GptOssForCausalLM
         else:
             raise ValueError(family)
         with torch.random.fork_rng():

@@ -5,6 +5,8 @@ from phicore.adapters.config import LoRAConfig
 from phicore.adapters.convolution import DoRAConvolution, LoRAConvolution
 from phicore.adapters.dora import DoRALinear
 from phicore.adapters.embedding import DoRAEmbedding, LoRAEmbedding
+from phicore.adapters.experts import LoRAExperts
+from phicore.adapters.fused import FusedDoRALinear, FusedLoRALinear
 from phicore.adapters.lora import LoRALinear
 from phicore.adapters.lora_plus import lora_plus_groups
 from phicore.adapters.switch import activate, mixed
@@ -13,9 +15,12 @@ __all__ = [
     "DoRAConvolution",
     "DoRAEmbedding",
     "DoRALinear",
+    "FusedDoRALinear",
+    "FusedLoRALinear",
     "LoRAConfig",
     "LoRAConvolution",
     "LoRAEmbedding",
+    "LoRAExperts",
     "LoRALinear",
     "activate",
     "adapter_layers",

@@ -1,25 +1,31 @@
 """Putting adapters into a model, merging them into its weights and taking them out again."""
 
 import copy
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from phicore.adapters.attention import (
+    OpenAttention,
+    allow_fused_paths,
+    keep_off_fused_paths,
+    layer_setting,
+    projections,
+)
 from phicore.adapters.base import transposed_kinds
-from phicore.adapters.config import LoRAConfig
+from phicore.adapters.config import LoRAConfig, pattern_value
 from phicore.adapters.convolution import CONVOLUTIONS, DoRAConvolution, LoRAConvolution, LowRankConvolution
 from phicore.adapters.dora import DoRALinear
 from phicore.adapters.embedding import DoRAEmbedding, LoRAEmbedding, LowRankEmbedding
+from phicore.adapters.experts import LoRAExperts, plan_parameters
+from phicore.adapters.fused import FusedDoRALinear, FusedLoRALinear, Split, part_paths, splits
 from phicore.adapters.lora import LoRALinear, LowRankLayer, LowRankLinear
 from phicore.modules import matches, no_match, replace, select
 from phicore.nf4.linear import NF4Linear
 from phicore.nf4.tensor import quantize
-
-T = TypeVar("T")
 
 
 def linear_kinds() -> tuple[type[nn.Module], ...]:
@@ -29,7 +35,9 @@ def linear_kinds() -> tuple[type[nn.Module], ...]:
 
 def adaptable_kinds() -> tuple[type[nn.Module], ...]:
     """What a target can name."""
-    return (*linear_kinds(), nn.Embedding, LowRankEmbedding, *CONVOLUTIONS, LowRankConvolution)
+    return (
+        *linear_kinds(), nn.Embedding, LowRankEmbedding, *CONVOLUTIONS, LowRankConvolution, nn.MultiheadAttention,
+    )  # fmt: skip
 
 
 def layer_class(base: nn.Module, dora: bool) -> type[LowRankLayer]:
@@ -69,15 +77,7 @@ class TrainedCopy(nn.Module):
             return getattr(super().__getattr__("trained"), name)
 
 
-AdapterLayer = LowRankLayer | TrainedCopy
-
-
-def pattern_value(pattern: Mapping[str, T], name: str, default: T) -> T:
-    """The value whose key, a regular expression, is the whole name or its end after a dot; the first that fits."""
-    for key, value in pattern.items():
-        if re.fullmatch(rf"(.*\.)?({key})", name):
-            return value
-    return default
+AdapterLayer = LowRankLayer | TrainedCopy | LoRAExperts
 
 
 def plan(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
@@ -98,28 +98,45 @@ def plan(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, nn.Module], di
                 raise ValueError(f'modules_to_save entry "{entry}" matches {name}, which has an adapter in it already')
         saved |= found
     whole = tuple(f"{path}." for path in saved)
-    targets = {
-        path: module
-        for path, module in select(
+    only_parameters = bool(config.target_parameters) and not config.target_modules
+    chosen: dict[str, nn.Module] = {}
+    if not only_parameters:
+        chosen = select(
             model,
             config.target_modules,
             config.exclude_modules,
             adaptable_kinds(),
-            closed=(TrainedCopy,),
+            closed=(TrainedCopy, LoRAExperts),
             all_linear=linear_kinds(),
             fused_targets=config.fused_targets,
-        ).items()
-        if path not in saved and not path.startswith(whole)
-    }
-    if not targets:
+        )
+    chosen = {path: module for path, module in chosen.items() if path not in saved and not path.startswith(whole)}
+    targets = _with_projections(chosen)
+    if isinstance(model, nn.MultiheadAttention):
+        raise ValueError(
+            f"the model itself is an {type(model).__name__}; put it into another module, and name it there"
+        )
+    if both := sorted(targets.keys() & saved.keys()):
+        raise ValueError(
+            f"target_modules means {both[0]}, as a projection of an attention, and so does modules_to_save"
+        )
+    if not targets and not only_parameters:
         raise ValueError(
             f"modules_to_save={list(config.modules_to_save)!r} holds every module that "
             f"target_modules={config.target_modules!r} means, which leaves none to adapt"
         )
+    parts = splits(model, config, targets)
+    names = (
+        chosen
+        | targets
+        | {part_paths(path)[part]: targets[path] for path, split in parts.items() for part in split.ranks}
+    )
+    for path, (module, ranks, _) in plan_parameters(model, config, targets, saved).items():
+        names |= {f"{path}.{parameter}": module for parameter in ranks}
     for what, pattern in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         for key in pattern:
-            if not any(pattern_value({key: True}, name, False) for name in targets):
-                raise ValueError(no_match(f'{what} key "{key}"', key, targets))
+            if not any(pattern_value({key: True}, name, False) for name in names):
+                raise ValueError(no_match(f'{what} key "{key}"', key, names))
     for name, module in targets.items():
         weight: Any = None if isinstance(module, NF4Linear | LowRankLayer) else module.weight
         if weight is not None and not weight.is_floating_point():
@@ -131,8 +148,42 @@ def plan(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, nn.Module], di
             )
         if config.init in ("pissa", "olora") and not isinstance(module, linear_kinds()):
             raise ValueError(f'init "{config.init}" is for linear layers, and {name} is a {type(module).__name__}')
+        if config.init not in ("kaiming", "gaussian") and name in parts:
+            raise ValueError(
+                f'init "{config.init}" decomposes a whole weight and cannot start the parts of {name}; use "kaiming" '
+                f'or "gaussian", or fused_targets="map"'
+            )
         layer_class(module, config.dora).pair_shapes(module, pattern_value(config.rank_pattern, name, config.rank))
     return targets, saved
+
+
+def _with_projections(targets: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """The targets with the projections of each nn.MultiheadAttention in its place."""
+    found: dict[str, nn.Module] = {}
+    made: dict[nn.Module, dict[str, nn.Module]] = {}
+    for path, module in targets.items():
+        if isinstance(module, nn.MultiheadAttention):
+            layers = made.setdefault(module, projections(module))
+            found |= {f"{path}.{name}": layer for name, layer in layers.items()}
+        else:
+            found[path] = module
+    return found
+
+
+def _opened(model: nn.Module, targets: dict[str, nn.Module]) -> tuple[dict[str, nn.Module], dict[str, OpenAttention]]:
+    """The targets with projections of nn.MultiheadAttention as layers of an OpenAttention each, and these by the name
+    of the place that they are to take; the model is not changed."""
+    found, opened = dict(targets), {}
+    made: dict[nn.Module, OpenAttention] = {}
+    for path in targets:
+        parent, _, last = path.rpartition(".")
+        owner = model.get_submodule(parent)
+        if isinstance(owner, nn.MultiheadAttention) and not isinstance(owner, OpenAttention):
+            if owner not in made:
+                made[owner] = OpenAttention(owner)
+            opened[parent] = made[owner]
+            found[path] = getattr(made[owner], last)
+    return found, opened
 
 
 def attach(model: nn.Module, config: LoRAConfig, name: str = "default") -> nn.Module:
@@ -143,7 +194,8 @@ def attach(model: nn.Module, config: LoRAConfig, name: str = "default") -> nn.Mo
 
     Args:
         model: any module; its linear layers (nn.Linear, NF4Linear, transformers' Conv1D) can be adapted, and its
-            nn.Embedding and nn.Conv1d, 2d and 3d where target_modules names them.
+            nn.Embedding, nn.Conv1d, 2d and 3d and nn.MultiheadAttention where target_modules names them, and the
+            parameters that target_parameters names.
         config: which layers and how.
         name: of the adapter, for saving and switching.
 
@@ -160,6 +212,9 @@ def attach(model: nn.Module, config: LoRAConfig, name: str = "default") -> nn.Mo
     if any(merged_layers(model)):
         raise ValueError("the model's adapters are merged; unmerge it before attaching another")
     targets, saved = plan(model, config)
+    parts = splits(model, config, targets)
+    stacks = plan_parameters(model, config, targets, saved)
+    targets, opened = _opened(model, targets)
     layers: dict[nn.Module, nn.Module] = {}
     for path, module in targets.items():
         if module in layers:  # a layer that stands in two places gets one adapter
@@ -167,29 +222,46 @@ def attach(model: nn.Module, config: LoRAConfig, name: str = "default") -> nn.Mo
         dense, base = module, module
         if config.init == "loftq":
             base = NF4Linear.from_linear(cast(nn.Linear, dense))
-        layer = layer_class(module, config.dora)(
-            base,
-            pattern_value(config.rank_pattern, path, config.rank),
-            pattern_value(config.alpha_pattern, path, config.alpha),
-            config.dropout,
-            rslora=config.rslora,
-            init=config.init,
-            dtype=config.adapter_dtype,
+        rank, alpha = (
+            layer_setting(model, pattern, path, default)
+            for pattern, default in ((config.rank_pattern, config.rank), (config.alpha_pattern, config.alpha))
         )
+        layer = _adapter(base, rank, alpha, config, parts.get(path))
         if config.init == "loftq":
             exact = cast(LowRankLinear, layer).dense_base()
             cast(LowRankLinear, layer).correct(cast(nn.Linear, dense).weight.detach().to(exact.dtype) - exact)
         layer.adapter_name = name
         layers[module] = layer
+    experts: dict[nn.Module, LoRAExperts] = {}
+    for module, ranks, alphas in stacks.values():
+        if module not in experts:
+            experts[module] = LoRAExperts(
+                module, ranks, alphas, rslora=config.rslora, init=config.init, dtype=config.adapter_dtype
+            )
+            experts[module].adapter_name = name
     copies = {module: TrainedCopy(module, name) for module in saved.values()}
     model.requires_grad_(False)
+    for path, attention in opened.items():
+        replace(model, path, attention)
     for path, module in targets.items():
         replace(model, path, layers[module].requires_grad_(True))
         layers[module].base.requires_grad_(False)
+    for path, (module, _, _) in stacks.items():
+        replace(model, path, experts[module])
+        experts[module].pairs.requires_grad_(True)
     for path, module in saved.items():
         replace(model, path, copies[module])
         copies[module].trained.requires_grad_(True)
+    keep_off_fused_paths(model)
     return model
+
+
+def _adapter(base: nn.Module, rank: Any, alpha: Any, config: LoRAConfig, split: Split | None) -> LowRankLayer:
+    options: dict[str, Any] = {"rslora": config.rslora, "init": config.init, "dtype": config.adapter_dtype}
+    if split is not None:
+        fused = FusedDoRALinear if config.dora else FusedLoRALinear
+        return fused(base, split.sizes, split.ranks, split.alphas, config.dropout, **options)
+    return layer_class(base, config.dora)(base, rank, alpha, config.dropout, **options)
 
 
 def adapter_layers(
@@ -216,7 +288,7 @@ def adapter_layers(
         yield path, module
 
 
-def merged_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, AdapterLayer]]:
+def merged_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, AdapterLayer | OpenAttention]]:
     """The layers that `merge` made: name, merged layer, and the adapter layer that it stands for."""
     for path, module in model.named_modules(remove_duplicate=False):
         layer = module.__dict__.get("merged_from")
@@ -253,15 +325,32 @@ def merge(model: nn.Module, *, requantize: bool = False) -> dict[str, float]:
     made: dict[AdapterLayer, tuple[nn.Module, float]] = {}
     for layer in outermost.values():
         if layer not in made:
-            made[layer] = (layer.trained, 0.0) if isinstance(layer, TrainedCopy) else _merged_layer(layer, requantize)
+            made[layer] = _merged_layer(layer, requantize)
     for path, layer in outermost.items():
         merged, _ = made[layer]
         merged.__dict__["merged_from"] = layer  # past nn.Module's registry: not a submodule, not in state dicts
         replace(model, path, merged)
+    _close(model)
+    allow_fused_paths(model)
     return {path: made[layer][1] for path, layer in outermost.items()}
 
 
-def _merged_layer(layer: LowRankLayer, requantize: bool) -> tuple[nn.Module, float]:
+def _close(model: nn.Module) -> None:
+    """Puts nn.MultiheadAttention back where all projections are plain again."""
+    closed: dict[nn.Module, nn.Module] = {}
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, OpenAttention) and all(isinstance(m, nn.Linear) for m in projections(module).values()):
+            if module not in closed:
+                closed[module] = module.closed()
+                closed[module].__dict__["merged_from"] = module
+            replace(model, path, closed[module])
+
+
+def _merged_layer(layer: AdapterLayer, requantize: bool) -> tuple[nn.Module, float]:
+    if isinstance(layer, TrainedCopy):
+        return layer.trained, 0.0
+    if isinstance(layer, LoRAExperts):
+        return layer.merged()
     exact = layer.merged_weight()  # [out, in]
     innermost = layer.innermost
     if requantize and isinstance(innermost, NF4Linear):
@@ -284,13 +373,14 @@ def unmerge(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the model is not merged.
     """
-    found = list(merged_layers(model))
-    if not found:
+    if not any(merged_layers(model)):
         raise ValueError("the model is not merged")
-    for path, merged, layer in found:
-        merged.__dict__.pop("merged_from", None)
-        where = next((t.device for t in [*merged.parameters(), *merged.buffers()]), None)
-        replace(model, path, layer.to(where).train(merged.training))
+    while found := list(merged_layers(model)):  # twice where the layers of an attention stand in one
+        for path, merged, layer in found:
+            merged.__dict__.pop("merged_from", None)
+            where = next((t.device for t in [*merged.parameters(), *merged.buffers()]), None)
+            replace(model, path, layer.to(where).train(merged.training))
+    keep_off_fused_paths(model)
     return model
 
 

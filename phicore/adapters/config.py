@@ -1,15 +1,18 @@
 """LoRAConfig: which layers are adapted and how."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 
 from phicore.modules import check_expression
 
 INITS = ("kaiming", "gaussian", "pissa", "olora", "loftq")
-FUSED_TARGETS = ("raise", "map")
+FUSED_TARGETS = ("raise", "map", "split")
+
+T = TypeVar("T")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -26,12 +29,18 @@ class LoRAConfig:
     """Layers to adapt: "all-linear" (all but the output head), a list of names or ".name" suffixes, or a regular
     expression that matches whole names."""
 
+    target_parameters: Sequence[str] = field(default_factory=list)
+    """Parameters to adapt that stand in no layer of their own, as names or ".name" suffixes: the stacked weights of a
+    mixture of experts (["experts.gate_up_proj", "experts.down_proj"]). In addition to target_modules, which can then be
+    an empty list."""
+
     exclude_modules: Sequence[str] = field(default_factory=list)
     """Names or suffixes of layers, or of containers with all that is in them, to leave out."""
 
-    fused_targets: Literal["raise", "map"] = "raise"
+    fused_targets: Literal["raise", "map", "split"] = "raise"
     """What to do with target_modules that name a projection (q_proj) which the model fuses with others (qkv_proj of
-    Phi-3): "raise" an error, or "map" them to the whole fused layer, with a warning."""
+    Phi-3): "raise" an error, "map" them to the whole fused layer, with a warning, or "split" the fused layer into its
+    parts and give those that are named an adapter each (`phicore.adapters.FusedLoRALinear`)."""
 
     dropout: float = 0.0
     """Probability of zeroing an input of the low-rank path while training."""
@@ -73,12 +82,22 @@ class LoRAConfig:
         for what, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
             for key in pattern:
                 check_expression(what, key)
+        if isinstance(self.target_parameters, str):
+            raise ValueError(f"target_parameters must be a list of names, got {self.target_parameters!r}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout!r}")
         if self.init not in INITS:
             raise ValueError(f"init must be one of {', '.join(INITS)}, got {self.init!r}")
         if self.fused_targets not in FUSED_TARGETS:
             raise ValueError(f"fused_targets must be one of {', '.join(FUSED_TARGETS)}, got {self.fused_targets!r}")
+
+
+def pattern_value(pattern: Mapping[str, T], name: str, default: T) -> T:
+    """The value whose key, a regular expression, is the whole name or its end after a dot; the first that fits."""
+    for key, value in pattern.items():
+        if re.fullmatch(rf"(.*\.)?({key})", name):
+            return value
+    return default
 
 
 def scaling(rank: int, alpha: float, rslora: bool) -> float:

@@ -82,13 +82,15 @@ class DoRALayer(LowRankLayer):
 
     def __init__(self, base: nn.Module, rank: int = 16, alpha: float = 32.0, dropout: float = 0.0, **options: Any):
         super().__init__(base, rank, alpha, dropout, **options)
-        out = self.lora_B.shape[0]
-        self.magnitude = nn.Parameter(torch.empty(out, dtype=self.lora_A.dtype, device=self.lora_A.device))
         accumulate = base_layer.accumulate_dtype(self.dtype)
-        norm_squared = torch.empty(out, dtype=accumulate, device=self.lora_A.device)
+        norm_squared = torch.empty(self.lora_B.shape[0], dtype=accumulate, device=self.lora_A.device)
         self.register_buffer("base_norm_squared", norm_squared, persistent=False)
+        self._make_magnitude(self.lora_B.shape[0])
         self.register_load_state_dict_post_hook(_refresh_after_load)
         self.reset_parameters()
+
+    def _make_magnitude(self, out: int) -> None:
+        self.magnitude = nn.Parameter(torch.empty(out, dtype=self.lora_A.dtype, device=self.lora_A.device))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -100,8 +102,13 @@ class DoRALayer(LowRankLayer):
     @torch.no_grad()
     def reset_magnitude(self) -> None:
         """Sets m to ||V'||."""
-        if not self.magnitude.is_meta:
-            self.magnitude.copy_(torch.linalg.vector_norm(self._direction(), dim=1))
+        if not self.lora_A.is_meta:
+            self.set_magnitude(torch.linalg.vector_norm(self._direction(), dim=1))
+
+    @torch.no_grad()
+    def set_magnitude(self, magnitude: Tensor) -> None:
+        """Sets m, [out]."""
+        self.magnitude.copy_(magnitude)
 
     @torch.no_grad()
     def refresh_base_norm(self) -> None:

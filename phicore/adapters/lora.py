@@ -71,6 +71,15 @@ def _widened(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return (nn.functional.pad(B, (0, missing)), nn.functional.pad(A, (0, 0, 0, missing))) if missing else (B, A)
 
 
+def start_pair(A: Tensor, B: Tensor, init: str) -> None:
+    """Fills A [rank, ...] by "kaiming" or "gaussian" and B with zeros, in place."""
+    if init == "kaiming":
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+    else:
+        nn.init.normal_(A, std=1 / A.shape[0])
+    nn.init.zeros_(B)
+
+
 @dataclass(frozen=True)
 class Rows:
     """Some rows of a batch: their indices, int64 [k], and how many the batch has."""
@@ -126,10 +135,13 @@ class LowRankLayer(nn.Module):
             "dtype": dtype or base_layer.compute_dtype(base),
             "device": base_layer.device(base),
         }
-        shape_A, shape_B = self.pair_shapes(base, rank)
+        self._make_pair(base, where)
+        self.train(base.training)
+
+    def _make_pair(self, base: nn.Module, where: dict[str, Any]) -> None:
+        shape_A, shape_B = self.pair_shapes(base, self.rank)
         self.lora_A = nn.Parameter(torch.empty(shape_A, **where))
         self.lora_B = nn.Parameter(torch.empty(shape_B, **where))
-        self.train(base.training)
 
     @classmethod
     def fits(cls, base: nn.Module) -> bool:
@@ -151,13 +163,9 @@ class LowRankLayer(nn.Module):
         Raises:
             ValueError: an init that this kind of layer does not know.
         """
-        if self.init == "kaiming":
-            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        elif self.init == "gaussian":
-            nn.init.normal_(self.lora_A, std=1 / self.rank)
-        else:
+        if self.init not in ("kaiming", "gaussian"):
             raise ValueError(f'init "{self.init}" is for linear layers, not for {type(self.base).__name__}')
-        nn.init.zeros_(self.lora_B)
+        start_pair(self.lora_A, self.lora_B, self.init)
 
     @property
     def weight(self) -> Tensor:

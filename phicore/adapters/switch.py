@@ -8,6 +8,7 @@ from torch import nn
 
 from phicore.adapters.attach import AdapterLayer, TrainedCopy, adapter_layers, merged_layers
 from phicore.adapters.dora import DoRALayer
+from phicore.adapters.experts import LoRAExperts
 from phicore.adapters.lora import LowRankLayer, Rows
 
 
@@ -39,7 +40,7 @@ def activate(model: nn.Module, adapters: str | Sequence[str] | Mapping[str, floa
             )
     for _, layer in layers:
         layer.enabled = layer.adapter_name in strengths
-        if isinstance(layer, LowRankLayer):
+        if isinstance(layer, LowRankLayer | LoRAExperts):
             layer.strength = float(strengths.get(layer.adapter_name, 1.0))
     for _, layer in layers:
         if isinstance(layer, DoRALayer) and isinstance(layer.base, LowRankLayer):
@@ -58,13 +59,14 @@ def mixed(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
 
     Raises:
         ValueError: a name that the model does not have; a merged model; DoRA (whose rows would need norms of their own)
-            or modules trained whole (which would need a pass of their own) among the adapters; in the forward pass, a
-            layer whose input has another number of rows.
+            or modules trained whole or parameters (which would need a pass of their own) among the adapters; in the
+            forward pass, a layer whose input has another number of rows.
     """
     layers = _layers(model, [name for name in names if name is not None])
     for path, layer in layers:
         if layer.adapter_name in names and not (isinstance(layer, LowRankLayer) and not isinstance(layer, DoRALayer)):
-            kind = "a module trained whole" if isinstance(layer, TrainedCopy) else "DoRA"
+            kinds = {TrainedCopy: "a module trained whole", LoRAExperts: "a parameter's, for all rows alike"}
+            kind = kinds.get(type(layer), "DoRA")
             raise ValueError(
                 f'{path} of "{layer.adapter_name}" is {kind}, which cannot be mixed with others in a batch'
             )

@@ -179,7 +179,7 @@ _A_OR_B = re.compile(
 _MAGNITUDE = re.compile(r".*\.lora_magnitude_vector(\.weight)?")
 _BIAS = re.compile(r".*\.(lora_B|base_layer)\.bias")
 RESOLVED = {"exclude_modules", "layers_to_transform", "layers_pattern"}  # which layers they mean stands in the keys
-KNOWN = NEUTRAL | READ | RESOLVED | {"lora_bias"}
+KNOWN = (NEUTRAL | READ | RESOLVED | {"lora_bias"}) - {"target_parameters"}  # no server is known to take these
 TRUE_BY_DEFAULT = {"init_lora_weights": True, "megatron_core": "megatron.core", "qalora_group_size": 16}
 
 
@@ -286,7 +286,7 @@ def features(adapter: Adapter) -> dict[str, str]:
     for layer in adapter.layers:
         if layer.A.endswith(".lora_embedding_A"):
             kinds.setdefault("embedding", []).append(layer.A)
-        elif layer.A.endswith(".lora_A"):
+        elif layer.A.endswith(".lora_A") or ".base_layer.out_proj.lora_A" in layer.A:
             kinds.setdefault("attention", []).append(layer.A)
         elif adapter.tensors[layer.A].dim() > 2:
             kinds.setdefault("convolution", []).append(layer.A)

@@ -58,6 +58,10 @@ class TensorFile:
     Args:
         path: of the file. It is opened here and at each `read`, and not kept open.
 
+    Attributes:
+        entries: what the header says of each tensor.
+        metadata: the header's own texts; those that are not texts are passed over.
+
     Raises:
         FileNotFoundError: no such file.
         ValueError: not a whole safetensors file, naming it and, where there is one, the tensor.
@@ -69,7 +73,7 @@ class TensorFile:
             raise FileNotFoundError(f"no such file: {self.path}")
         try:
             with self.path.open("rb") as file:
-                self.entries: dict[str, Entry] = _read_header(file)
+                self.entries, self.metadata = _read_header(file)
         except ValueError as error:
             raise ValueError(f"{self.path} is not a whole safetensors file: {error}") from error
 
@@ -97,7 +101,7 @@ def _fill(file: RawIOBase, buffer: memoryview, what: str) -> None:
         filled += count
 
 
-def _read_header(file: BinaryIO) -> dict[str, Entry]:
+def _read_header(file: BinaryIO) -> tuple[dict[str, Entry], dict[str, str]]:
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > size - 8:
@@ -105,7 +109,8 @@ def _read_header(file: BinaryIO) -> dict[str, Entry]:
     if length > TEXT_LIMIT:
         raise ValueError(f"its header of {length} bytes is longer than {TEXT_LIMIT}")
     header = parse_json(file.read(length))
-    header.pop("__metadata__", None)
+    given = header.pop("__metadata__", None)
+    metadata = {k: v for k, v in given.items() if isinstance(v, str)} if isinstance(given, dict) else {}
     entries = {name: _entry(name, described, 8 + length) for name, described in header.items()}
     end, previous = 8 + length, "the header"
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
@@ -117,7 +122,7 @@ def _read_header(file: BinaryIO) -> dict[str, Entry]:
         end, previous = entry.stop, name
     if end != size:
         raise ValueError(f"its last tensor ({previous}) ends at byte {end}, the file at {size}")
-    return entries
+    return entries, metadata
 
 
 def _entry(name: str, described: Any, begin: int) -> Entry:

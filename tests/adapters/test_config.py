@@ -21,7 +21,7 @@ from phicore.adapters.config import scaling
         ({"dropout": 1}, "dropout must be at least 0 and below 1, got 1"),
         ({"dropout": float("nan")}, "dropout must be at least 0 and below 1, got nan"),
         ({"init": "eva"}, "init must be one of kaiming, gaussian, pissa, olora, loftq, got 'eva'"),
-        ({"fused_targets": "split"}, "fused_targets must be one of raise, map, got 'split'"),
+        ({"fused_targets": "halve"}, "fused_targets must be one of raise, map, split, got 'halve'"),
     ],
 )
 def test_values_out_of_range_are_refused(options, message):

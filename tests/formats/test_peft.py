@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import bitsandbytes
 import peft
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 import phicore
 from phicore.adapters import adapter_layers
 from phicore.formats.bitsandbytes import save_quantized
-from phicore.formats.peft import CONFIG, PREFIX, WEIGHTS
+from phicore.formats.peft import CONFIG, PREFIX, WEIGHTS, _with_metadata
 
 IDS = torch.arange(1, 13).view(2, 6)
 LLAMA = ["q_proj", "v_proj", "down_proj"]
@@ -680,3 +681,250 @@ def test_merged_models_neither_save_nor_load(tmp_path, saved, toy, unchanged):
         with pytest.raises(ValueError, match='no adapter named "default"'):
             phicore.save_adapter(toy(), tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+# ===== adapters for parts of fused layers =====
+
+PARTS = ["q_proj", "v_proj", "gate_proj", "o_proj"]
+SPLIT = {
+    "plain": {},
+    "dora": {"dora": True},
+    "patterns": {"rslora": True, "rank_pattern": {"1.self_attn.q_proj": 2}, "alpha_pattern": {"v_proj": 3}},
+}
+
+
+def split_adapter(tiny, randomize, **options) -> nn.Module:
+    config = phicore.LoRAConfig(**{"rank": 4, "alpha": 7, "target_modules": PARTS, "fused_targets": "split", **options})
+    return randomize(phicore.attach(tiny("phi3"), config))
+
+
+@pytest.mark.parametrize("options", SPLIT.values(), ids=SPLIT)
+def test_parts_of_fused_layers(tmp_path, tiny, randomize, options):
+    """PEFT reads them as a plain adapter; we as what they are; the same bytes come out again."""
+    model = split_adapter(tiny, randomize, **options)
+    phicore.save_adapter(model, tmp_path)
+    torch.testing.assert_close(logits(load_in_peft(tiny("phi3"), tmp_path)), logits(model), rtol=1e-6, atol=1e-6)
+    stored = load_file(tmp_path / WEIGHTS)
+    assert stored[f"{PREFIX}model.layers.0.self_attn.qkv_proj.lora_A.weight"].shape == (8, 32)  # q and v, of rank 4
+
+    fresh = phicore.load_adapter(tiny("phi3"), tmp_path)
+    torch.testing.assert_close(logits(fresh), logits(model), rtol=1e-12, atol=1e-12)
+    assert kinds(fresh) == kinds(model)
+    assert [(n, p.shape) for n, p in fresh.named_parameters()] == [(n, p.shape) for n, p in model.named_parameters()]
+    phicore.save_adapter(fresh, tmp_path / "again")
+    for name in (WEIGHTS, CONFIG):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / name).read_bytes()
+
+    other = randomize(split_adapter(tiny, randomize, **options), seed=9)
+    phicore.load_adapter(other, tmp_path)
+    torch.testing.assert_close(logits(other), logits(model), rtol=1e-12, atol=1e-12)
+
+
+def test_parts_whose_metadata_is_lost_are_a_plain_adapter(tmp_path, tiny, randomize):
+    model = split_adapter(tiny, randomize, dora=True)
+    phicore.save_adapter(model, tmp_path)
+    edit_tensors(tmp_path, lambda tensors: tensors)  # writes the metadata {"format": "pt"} alone
+    fresh = phicore.load_adapter(tiny("phi3"), tmp_path)
+    torch.testing.assert_close(logits(fresh), logits(model))
+    assert {type(layer) for _, layer in adapter_layers(fresh)} == {phicore.DoRALinear}
+    phicore.load_adapter(split_adapter(tiny, randomize, dora=True), tmp_path)  # which is split, and the file's can be
+
+
+def test_a_plain_adapter_does_not_load_into_parts(tmp_path, tiny, randomize, unchanged):
+    plain = phicore.LoRAConfig(rank=8, alpha=14, target_modules=["qkv_proj"])
+    phicore.save_adapter(randomize(phicore.attach(tiny("phi3"), plain)), tmp_path)
+    model = split_adapter(tiny, randomize, target_modules=["q_proj", "v_proj"])
+    with unchanged(model), pytest.raises(ValueError, match=r"qkv_proj: the adapter mixes the parts .*cannot be split"):
+        phicore.load_adapter(model, tmp_path)
+
+
+def test_parts_that_differ_from_the_files_are_named(tmp_path, tiny, randomize, unchanged):
+    ranks = {"self_attn.q_proj": 2, "self_attn.v_proj": 6}
+    phicore.save_adapter(split_adapter(tiny, randomize, target_modules=["q_proj", "v_proj"]), tmp_path)
+    model = split_adapter(
+        tiny, randomize, target_modules=["q_proj", "v_proj"], rank_pattern=ranks, alpha_pattern={"q_proj": 3.5}
+    )
+    with unchanged(model), pytest.raises(ValueError, match=r"parts of .*qkv_proj: .*'q_proj': \(4, 7\).* in the file"):
+        phicore.load_adapter(model, tmp_path)
+
+
+def test_parts_put_there_by_hand_are_saved_as_a_plain_adapter(tmp_path, randomize):
+    def build() -> nn.Module:
+        torch.manual_seed(2)
+        return nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3))
+
+    model = build()
+    model[0] = phicore.adapters.FusedLoRALinear(model[0], {"a": 5, "b": 3}, rank={"a": 2, "b": 1}, alpha=3)
+    randomize(model.requires_grad_(False)[0].parts.requires_grad_(True))
+    phicore.save_adapter(model, tmp_path)
+    x = torch.randn(4, 6)
+    torch.testing.assert_close(phicore.load_adapter(build(), tmp_path)(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"x": 1}', '{"a.qkv_proj": {"x": [1, 2]}}', '{"a.qkv_proj": {"q_proj": 4}}']
+)
+def test_metadata_that_is_not_right(spoiled, refused, text):
+    data = (spoiled / WEIGHTS).read_bytes()
+    (spoiled / WEIGHTS).write_bytes(_with_metadata(data, "phicore.parts", text))
+    refused(spoiled, r"its metadata phicore\.parts")
+
+
+# ===== parameters =====
+
+EXPERTS = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+STACKS = {
+    "both": EXPERTS,
+    "one": {"target_modules": [], "target_parameters": ["experts.down_proj"]},
+    "rslora and patterns": {**EXPERTS, "rank_pattern": {"1.mlp.experts.down_proj": 2}, "rslora": True},
+    "some blocks": {"target_modules": [], "target_parameters": ["layers.1.mlp.experts.gate_up_proj"]},
+    "one of one": {"target_modules": ["o_proj"], "target_parameters": ["experts.down_proj", "0.mlp.gate.weight"]},
+}
+
+
+@pytest.fixture(params=["mixtral", "gpt-oss"])
+def mixture(request, tiny):
+    """Builds a mixture of experts: its weights lie as [experts, out, in], or as [experts, in, out] in GPT-OSS."""
+    return lambda: tiny(request.param)
+
+
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match")  # PEFT's mistake: it heeds them
+@pytest.mark.parametrize("options", STACKS.values(), ids=STACKS)
+def test_parameters(tmp_path, mixture, randomize, options):
+    if any("gate.weight" in name for name in options["target_parameters"]) and not hasattr(
+        mixture().model.layers[0].mlp, "gate"
+    ):
+        options = {**options, "target_parameters": ["experts.down_proj", "0.mlp.router.weight"]}
+    base = logits(mixture())
+    model = randomize(phicore.attach(mixture(), phicore.LoRAConfig(rank=4, alpha=7, **options)))
+    assert not torch.allclose(logits(model), base, rtol=1e-2)
+    phicore.save_adapter(model, tmp_path / "ours")
+    torch.testing.assert_close(logits(load_in_peft(mixture(), tmp_path / "ours")), logits(model))
+    fresh = phicore.load_adapter(mixture(), tmp_path / "ours")
+    assert torch.equal(logits(fresh), logits(model))
+    phicore.save_adapter(fresh, tmp_path / "again")
+    for name in (WEIGHTS, CONFIG):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "ours" / name).read_bytes()
+
+    theirs = {**options, "use_rslora": options.get("rslora", False)}
+    theirs.pop("rslora", None)
+    config = peft.LoraConfig(r=4, lora_alpha=7, task_type="CAUSAL_LM", **theirs)
+    other = randomize(peft.get_peft_model(mixture(), config, autocast_adapter_dtype=False).eval(), seed=5)
+    other.save_pretrained(tmp_path / "theirs")
+    stored, read = load_file(tmp_path / "ours" / WEIGHTS), load_file(tmp_path / "theirs" / WEIGHTS)
+    assert {key: t.shape for key, t in stored.items()} == {key: t.shape for key, t in read.items()}
+    torch.testing.assert_close(logits(phicore.load_adapter(mixture(), tmp_path / "theirs")), logits(other))
+    torch.testing.assert_close(logits(phicore.load_adapter(model, tmp_path / "theirs")), logits(other))
+
+
+def test_parameters_that_differ_from_the_files_are_named(tmp_path, mixture, unchanged):
+    def attached(**options) -> nn.Module:
+        return phicore.attach(mixture(), phicore.LoRAConfig(**{"rank": 4, "alpha": 7, **EXPERTS, **options}))
+
+    phicore.save_adapter(attached(), tmp_path)
+    for options, message in (
+        ({"alpha": 8}, "lora_alpha of .*: 7 in the file, 8 here"),
+        ({"rank_pattern": {"experts.down_proj": 3}}, r"r of .*\.down_proj: 4 in the file, 3 here"),
+        ({"target_parameters": ["experts.down_proj"]}, "unexpected keys: .*experts.base_layer.lora_A.weight"),
+    ):
+        model = attached(**options)
+        with unchanged(model), pytest.raises(ValueError, match=message):
+            phicore.load_adapter(model, tmp_path)
+    edit_tensors(tmp_path, lambda t: {k: v for k, v in t.items() if "1.mlp.experts.lora_B" not in k})
+    model = mixture()
+    with unchanged(model), pytest.raises(ValueError, match=r"missing keys: .*1\.mlp\.experts\.lora_B\.weight"):
+        phicore.load_adapter(model, tmp_path)
+
+
+# ===== nn.MultiheadAttention =====
+
+
+class Attending(nn.Module):
+    """Token ids [B, T] -> .logits [B, T, 7]."""
+
+    def __init__(self, **options) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(48, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True, **options)
+        self.head = nn.Linear(8, 7)
+
+    def forward(self, input_ids: Tensor):
+        x = self.embed(input_ids)
+        widths = self.attention.kdim, self.attention.vdim
+        return SimpleNamespace(logits=self.head(self.attention(x, *(x[..., :width] for width in widths))[0]))
+
+
+def attending(**options) -> nn.Module:
+    torch.manual_seed(3)
+    return Attending(**options).double().eval()
+
+
+ATTENTIONS = {
+    "plain": {},
+    "rslora": {"rslora": True},
+    "pattern": {"rank_pattern": {"attention": 2}, "alpha_pattern": {"attention": 3}},
+    "parts": {"fused_targets": "split"},
+    "parts of two ranks": {"fused_targets": "split", "rslora": True, "rank_pattern": {"attention.k_proj": 3}},
+    "two ranks": {"rank_pattern": {"out_proj": 2}, "alpha_pattern": {"out_proj": 3.5}},
+    "larger out_proj": {"rank_pattern": {"out_proj": 6}, "alpha_pattern": {"out_proj": 10.5}},
+}
+
+
+@pytest.mark.parametrize("options", ATTENTIONS.values(), ids=ATTENTIONS)
+def test_attention(tmp_path, randomize, options):
+    config = phicore.LoRAConfig(rank=4, alpha=7, target_modules=["attention", "head"], **options)
+    model = randomize(phicore.attach(attending(), config))
+    phicore.save_adapter(model, tmp_path / "ours")
+    other = load_in_peft(attending(), tmp_path / "ours")
+    assert not torch.allclose(logits(model), logits(attending()), rtol=1e-2)
+    torch.testing.assert_close(logits(other), logits(model))
+    fresh = phicore.load_adapter(attending(), tmp_path / "ours")
+    torch.testing.assert_close(logits(fresh), logits(model))
+    assert kinds(fresh) == kinds(model)
+    assert [(n, p.shape) for n, p in fresh.named_parameters()] == [(n, p.shape) for n, p in model.named_parameters()]
+    phicore.save_adapter(fresh, tmp_path / "again")
+    for name in (WEIGHTS, CONFIG):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "ours" / name).read_bytes()
+    again = randomize(phicore.attach(attending(), config), seed=8)
+    torch.testing.assert_close(logits(phicore.load_adapter(again, tmp_path / "ours")), logits(model))
+
+
+def test_attention_that_peft_wrote(tmp_path, randomize):
+    config = peft.LoraConfig(r=4, lora_alpha=7, target_modules=["attention", "head"], rank_pattern={"attention": 2})
+    other = randomize(peft.get_peft_model(attending(), config, autocast_adapter_dtype=False).eval())
+    other.save_pretrained(tmp_path / "theirs")
+    model = phicore.load_adapter(attending(), tmp_path / "theirs")
+    torch.testing.assert_close(logits(model), logits(other))
+    phicore.save_adapter(model, tmp_path / "ours")
+    stored, read = load_file(tmp_path / "ours" / WEIGHTS), load_file(tmp_path / "theirs" / WEIGHTS)
+    assert stored.keys() == read.keys()
+    assert all(torch.equal(tensor, read[key]) for key, tensor in stored.items())
+
+
+@pytest.mark.parametrize(("options", "dora"), [({}, True), ({"kdim": 6, "vdim": 5}, False), ({"kdim": 6}, True)])
+@pytest.mark.parametrize("fused_targets", ["raise", "split"])
+def test_attention_that_peft_refuses(tmp_path, randomize, options, dora, fused_targets):
+    config = phicore.LoRAConfig(rank=4, alpha=7, target_modules=["attention"], dora=dora, fused_targets=fused_targets)
+    model = randomize(phicore.attach(attending(**options), config))
+    phicore.save_adapter(model, tmp_path)
+    fresh = phicore.load_adapter(attending(**options), tmp_path)
+    torch.testing.assert_close(logits(fresh), logits(model))
+    assert kinds(fresh) == kinds(model)
+    with pytest.raises(ValueError, match=r"MultiheadAttention does not support DoRA|Only same embed for query"):
+        peft.PeftModel.from_pretrained(attending(**options), tmp_path)
+
+
+def test_attention_that_a_file_cannot_hold_is_named(tmp_path, randomize, unchanged):
+    config = phicore.LoRAConfig(rank=4, alpha=7, target_modules=["attention"], alpha_pattern={"out_proj": 9})
+    model = phicore.attach(attending(), config)
+    with (
+        unchanged(model),
+        pytest.raises(ValueError, match=r"one rank and one alpha for in_proj and out_proj of attent"),
+    ):
+        phicore.save_adapter(model, tmp_path / "never")
+    larger = phicore.LoRAConfig(rank=4, alpha=7, target_modules=["attention"])
+    phicore.save_adapter(randomize(phicore.attach(attending(), larger)), tmp_path)
+    config.alpha_pattern, config.rank_pattern = {"out_proj": 3.5}, {"out_proj": 2}
+    model = phicore.attach(attending(), config)
+    with unchanged(model), pytest.raises(ValueError, match=r"attention\.out_proj has a higher rank than 2"):
+        phicore.load_adapter(model, tmp_path)
