@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,6 +23,7 @@ from phicore.cli.options import parse
 from phicore.training.checkpoint import latest_checkpoint, read_state
 from phicore.training.config import TrainConfig
 from phicore.training.data import TokenDataset, load_dataset
+from phicore.training.distributed import world_size
 from phicore.training.encoding import prompt_and_reference
 from phicore.training.metrics import peak_memory_bytes
 from phicore.training.precision import DTYPES, choose_dtype
@@ -90,6 +91,10 @@ class FinetuneOptions:
     threads: int | None = None
     """CPU threads; torch's own choice by default."""
 
+    deepspeed: str | None = None
+    """A DeepSpeed configuration (JSON) to take batch sizes, optimizer, schedule and dtype from; what it leaves open or
+    says "auto" to stays as the other options have it, and what both say differently is an error."""
+
     adapter: AdapterOptions = field(default_factory=AdapterOptions)
     train: TrainConfig = field(default_factory=TrainConfig)
 
@@ -108,6 +113,8 @@ def finetune(options: FinetuneOptions) -> dict[str, Any]:
     from phicore.formats.huggingface import load_model, save_model
 
     start = time.perf_counter()
+    if options.deepspeed:
+        options = _with_deepspeed(options, options.deepspeed)
     output = Path(options.train.output)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -187,6 +194,22 @@ def _dtype(options: FinetuneOptions, device: torch.device) -> tuple[torch.dtype,
     if options.method == "full":
         return torch.float32, "all weights train, and AdamW's steps vanish in 16 bits"
     return choose_dtype(device)
+
+
+def _with_deepspeed(options: FinetuneOptions, path: str) -> FinetuneOptions:
+    """The options with what a DeepSpeed configuration says."""
+    from phicore.formats.deepspeed_config import read_config
+
+    found = read_config(path, options.train, world_size())
+    for note in found.notes:
+        say(f"{path}: {note}")
+    if found.dtype is None:
+        return replace(options, train=found.train)
+    dtype = str(found.dtype).removeprefix("torch.")
+    if found.dtype == torch.float16 or options.dtype not in ("auto", dtype):
+        asked = "--dtype takes float32 or bfloat16" if options.dtype == "auto" else f"--dtype says {options.dtype}"
+        raise ValueError(f"{path} asks for {dtype}, but {asked}")
+    return replace(options, train=found.train, dtype=dtype)  # type: ignore[arg-type]
 
 
 def _load(path: str, tokenizer: Any, sequence_length: int, limit: int | None) -> TokenDataset:
