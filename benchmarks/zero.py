@@ -247,10 +247,14 @@ def _ratio(times: list[float], base: list[float]) -> float:
 def measure_memory(rank: int, world_size: int, name: str) -> dict[str, float]:
     network = model()
     parameters = sum(p.nbytes for p in network.parameters())
-    warm_up = model()  # what the first step of any kind needs
+    # First what is needed once, whatever the model's size: the contender's code and torch's, read in when it first
+    # runs, and the buffers of the first collectives. Of ZeroOptimizer that is 8 MB, twice its bucket.
+    warm_up = model()
     warm_up(torch.randn(TOKENS, WIDTH)).sum().backward()
     torch.optim.AdamW(warm_up.parameters()).step()
-    del warm_up
+    small_step, _ = contenders()[name](nn.Sequential(nn.Linear(WIDTH, 2)))
+    small_step(torch.randn(TOKENS, WIDTH), 1)
+    del warm_up, small_step
     _trim()
     construction = Peak()
     step, _ = contenders()[name](network)

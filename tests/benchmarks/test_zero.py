@@ -33,3 +33,9 @@ def test_the_trace_of_a_real_step_shows_overlap(tmp_path, capsys):
     assert found["others"] > 0
     zero.print_overlap(str(path))
     assert "within it" in capsys.readouterr().out
+
+
+def test_making_the_optimizer_needs_memory_for_one_bucket():
+    bucket = 1 / zero.LAYERS  # of the parameters
+    for costs in zero.on_ranks(2, zero.measure_memory, "ZeroOptimizer 2"):
+        assert costs["start"] < 1.3 * bucket
