@@ -28,8 +28,11 @@ $(VENV)/.installed-test: $(VENV)/.installed-run pyproject.toml constraints.txt
 demo-data: $(VENV)/.installed-run ## fetch the demo model and data into .cache/addresses
 	$(BIN)/python examples/addresses/prepare.py
 
-finetune: demo-data ## fine-tune SmolLM2-135M with NF4-QLoRA on real addresses (ARGS="--steps 5" overrides)
-	$(BIN)/phicore finetune --config examples/addresses/finetune.toml $(ARGS)
+# NPROC=2 trains on as many processes of this machine.
+PHICORE = $(if $(NPROC),$(BIN)/python -m torch.distributed.run --standalone --nproc-per-node $(NPROC) -m phicore,$(BIN)/phicore)
+
+finetune: demo-data ## fine-tune SmolLM2-135M with NF4-QLoRA on real addresses (ARGS="--steps 5" overrides; NPROC=2)
+	$(PHICORE) finetune --config examples/addresses/finetune.toml $(ARGS)
 
 lint: $(VENV)/.installed-test ## ruff and the type check
 	$(BIN)/ruff format --check .

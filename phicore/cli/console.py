@@ -1,27 +1,32 @@
-"""What commands print."""
+"""What commands print, on rank 0 alone."""
 
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from phicore.training.distributed import rank
+
 
 def say(text: str) -> None:
     """A line for the user, at once."""
-    print(text, flush=True)
+    if rank() == 0:
+        print(text, flush=True)
 
 
 @contextmanager
 def stage(what: str) -> Iterator[None]:
     """Says what is done, and how long it took."""
     start = time.perf_counter()
-    print(f"{what} ...", flush=True)
+    say(f"{what} ...")
     yield
-    print(f"{what}: {time.perf_counter() - start:.1f} s", flush=True)
+    say(f"{what}: {time.perf_counter() - start:.1f} s")
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, lines: bool = False) -> None:
     """A table on standard output, as wide as the terminal (120 columns where there is none)."""
+    if rank() != 0:
+        return
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

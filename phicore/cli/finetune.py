@@ -20,12 +20,13 @@ from phicore import atomic
 from phicore.adapters.config import LoRAConfig
 from phicore.cli.console import gigabytes, say, stage, table
 from phicore.cli.options import parse
+from phicore.training import distributed
 from phicore.training.checkpoint import latest_checkpoint, read_state
 from phicore.training.config import TrainConfig
 from phicore.training.data import TokenDataset, load_dataset
-from phicore.training.distributed import world_size
 from phicore.training.encoding import prompt_and_reference
 from phicore.training.metrics import peak_memory_bytes
+from phicore.training.output import after_restart
 from phicore.training.precision import DTYPES, choose_dtype
 from phicore.training.scoring import exact_match, span_f1
 
@@ -107,20 +108,27 @@ def main(arguments: Sequence[str]) -> None:
 def finetune(options: FinetuneOptions) -> dict[str, Any]:
     """Runs a fine-tuning from the files to the saved adapter; returns what result.json holds.
 
+    On several ranks (torchrun) each loads the model and the data, all share the training, the evaluations and the
+    answers, and rank 0 prints and writes.
+
     Writes into options.train.output: adapter/ (PEFT's format; model/ for method full), checkpoints/, metrics.jsonl,
     answers.jsonl, loss.png and result.json.
     """
     from phicore.formats.huggingface import load_model, save_model
 
     start = time.perf_counter()
+    distributed.join(options.train.first_step_timeout)
     if options.deepspeed:
         options = _with_deepspeed(options, options.deepspeed)
+    options = replace(options, train=after_restart(options.train))
     output = Path(options.train.output)
     if options.threads:
         torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype, why = _dtype(options, device)
-    say(f"computing in {str(dtype).removeprefix('torch.')} on {device}: {why}")
+    dtype, why = distributed.on_first_rank(lambda: _dtype(options, device))
+    ranks = distributed.world_size()
+    several = f", on {ranks} ranks" if ranks > 1 else ""
+    say(f"computing in {str(dtype).removeprefix('torch.')} on {device}{several}: {why}")
     with stage(f"loading {options.model}"):
         model, tokenizer = load_model(options.model, dtype)
         torch.nn.Module.to(model, device)
@@ -152,9 +160,9 @@ def finetune(options: FinetuneOptions) -> dict[str, Any]:
     before = _held_out(options, trainer, tokenizer, eval_data, "before")
     trained = trainer.fit()
     if options.method == "full":
-        save_model(model, tokenizer, output / "model", overwrite=True)
+        distributed.on_first_rank(lambda: save_model(model, tokenizer, output / "model", overwrite=True))
     else:
-        phicore.save_adapter(model, output / "adapter")
+        distributed.on_first_rank(lambda: phicore.save_adapter(model, output / "adapter"))
     after = _held_out(options, trainer, tokenizer, eval_data, "after")
 
     result = {
@@ -174,11 +182,13 @@ def finetune(options: FinetuneOptions) -> dict[str, Any]:
         "dtype": str(dtype).removeprefix("torch."),
         "options": asdict(options) | {"adapter": _plain(asdict(options.adapter))},
         "machine": {"system": platform.platform(), "threads": torch.get_num_threads(), "device": str(device)},
+        "ranks": ranks,
         "versions": {name: version(name) for name in ("phicore", "torch", "transformers")},
     }
-    _write_answers(output, before["answers"], after["answers"])
-    _plot_loss(output)
-    atomic.write_text(output / "result.json", json.dumps(result, indent=2) + "\n")
+    if distributed.rank() == 0:
+        _write_answers(output, before["answers"], after["answers"])
+        _plot_loss(output)
+        atomic.write_text(output / "result.json", json.dumps(result, indent=2) + "\n")
     _show(result, before["answers"], after["answers"], options.samples)
     what = "model" if options.method == "full" else "adapter"
     say(f"{what}: {output / what}   figures: {output / 'result.json'}   loss: {output / 'loss.png'}")
@@ -200,7 +210,7 @@ def _with_deepspeed(options: FinetuneOptions, path: str) -> FinetuneOptions:
     """The options with what a DeepSpeed configuration says."""
     from phicore.formats.deepspeed_config import read_config
 
-    found = read_config(path, options.train, world_size())
+    found = read_config(path, options.train, distributed.world_size())
     for note in found.notes:
         say(f"{path}: {note}")
     if found.dtype is None:
@@ -249,9 +259,13 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
 def _held_out(options: FinetuneOptions, trainer: Any, tokenizer: Any, data: Any, when: str) -> dict[str, Any]:
     """Scores and answers on the held-out data. Those before training are kept for a run that is resumed."""
     kept = Path(options.train.output) / "before.json"
-    resuming = options.train.resume and latest_checkpoint(trainer.checkpoints) is not None
-    if when == "before" and resuming and kept.is_file():
-        return json.loads(kept.read_text())
+
+    def read_kept() -> dict[str, Any] | None:
+        resuming = options.train.resume and latest_checkpoint(trainer.checkpoints) is not None
+        return json.loads(kept.read_text()) if when == "before" and resuming and kept.is_file() else None
+
+    if (known := distributed.on_first_rank(read_kept)) is not None:
+        return known
     scores: dict[str, float | None] = {"eval_loss": None, "span_f1": None, "exact_match": None}
     answers: list[dict[str, str]] = []
     if data:
@@ -262,20 +276,24 @@ def _held_out(options: FinetuneOptions, trainer: Any, tokenizer: Any, data: Any,
 
         pairs = [prompt_and_reference(record, tokenizer) for record in data.records[: options.answers]]
         with stage(f"answering {len(pairs)} held-out examples {when} training"), _merged(trainer.model):
-            texts = generate(
+            rank, ranks = distributed.rank(), distributed.world_size()
+            mine = generate(
                 trainer.model,
                 tokenizer,
-                [prompt for prompt, _ in pairs],
+                [prompt for prompt, _ in pairs[rank::ranks]],
                 options.max_new_tokens,
                 batch_size=64,
                 add_special_tokens=data.records[0].messages is None,  # a chat template writes its own
             )
+            texts = [""] * len(pairs)
+            for other, part in enumerate(distributed.together(lambda: mine)):
+                texts[other::ranks] = part
         references = [reference for _, reference in pairs]
         scores["span_f1"] = span_f1(texts, references)
         scores["exact_match"] = exact_match(texts, references)
         answers = [{"prompt": p, "reference": r, "answer": t} for (p, r), t in zip(pairs, texts, strict=True)]
     found = {"scores": scores, "answers": answers}
-    if when == "before":
+    if when == "before" and distributed.rank() == 0:
         atomic.write_text(kept, json.dumps(found))
     return found
 

@@ -113,7 +113,7 @@ def read_config(
     top.only("communication_data_type", None)
     settings.set("max_norm", top.number("gradient_clipping", least=0), "gradient_clipping")
     dtype, scaler = _precision(top)
-    optimizer = _zero(top.block("zero_optimization"), dtype)
+    optimizer = _zero(top.block("zero_optimization"), dtype, settings)
     _optimizer(top.block("optimizer"), settings)
     _schedule(top.block("scheduler"), settings)
     _batch(top, settings, world_size)
@@ -169,7 +169,7 @@ def _precision(top: "_Block") -> tuple[torch.dtype | None, dict[str, Any] | None
     return None, None
 
 
-def _zero(zero: "_Block", dtype: torch.dtype | None) -> dict[str, Any]:
+def _zero(zero: "_Block", dtype: torch.dtype | None, settings: "_Settings") -> dict[str, Any]:
     for key in (*ZERO_NO_EFFECT, *[key for key in zero.values if key.startswith("stage3_")]):
         zero.no_effect(key)
     for key in ("offload_optimizer", "offload_param"):
@@ -190,7 +190,8 @@ def _zero(zero: "_Block", dtype: torch.dtype | None) -> dict[str, Any]:
     if stage == 0:
         zero.notes.append("zero_optimization.stage 0 runs as stage 1, which computes the same")
     if stage in (0, 1, 2):
-        found["stage"] = max(1, stage)
+        settings.set("zero_stage", max(1, stage), zero.path + "stage")
+    found["stage"] = settings.get("zero_stage")
     if elements is not None:
         found["bucket_bytes"] = elements * (2 if dtype is not None else 4)
     return found

@@ -1,68 +1,81 @@
-"""Checkpoints of a run: trained tensors, optimizer state, random state and position.
+"""Checkpoints of a run: directories that are whole or absent, written by all ranks at once.
 
 A checkpoint is a directory step-00000040 with
 
-    state.json            step, tokens, settings, format version
-    model.safetensors     trained parameters (and buffers that training changed) by name, not the frozen base
-    rank-0.safetensors    this rank's optimizer state, "name of the state" / "name of the parameter", and torch's RNG
-    rank-0.json           Python's and NumPy's RNG
+    state.json            step, tokens, settings; each tensor's shape; each file's SHA-256; format version
+    rank-0.safetensors    what rank 0 of the run's ranks holds, see `phicore.training.shards`
+    rank-1.safetensors    ...
 
 written under a temporary name and renamed when whole. `latest` names the newest and is written after it, so a kill at
 any moment leaves a run that loads. Nothing in it is pickled.
 """
 
+import hashlib
 import json
 import os
-import random
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import numpy
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+import torch.distributed as dist
 
 from phicore import atomic
+from phicore.training.distributed import on_first_rank, rank, together, world_size
+from phicore.training.shards import Part, digest, write_shard
 
-FORMAT = 1
+FORMAT = 2
 LATEST = "latest"
+
+
+def directory_name(step: int) -> str:
+    """Of the checkpoint of a step."""
+    return f"step-{step:08d}"
 
 
 def save_checkpoint(
     directory: str | os.PathLike[str],
     state: Mapping[str, Any],
-    model: Mapping[str, Tensor],
-    optimizer: Mapping[str, Tensor],
+    parts: Mapping[str, Part],
     keep: int,
-    rank: int = 0,
+    *,
+    random: str | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> Path:
-    """Writes a checkpoint and then removes the oldest beyond `keep`.
+    """Writes a checkpoint and then removes the oldest beyond `keep`; every rank must call it at the same point.
 
     Args:
-        directory: of all checkpoints of the run.
+        directory: of all checkpoints of the run, on a file system that all ranks share.
         state: what state.json shall hold; needs "step".
-        model: trained tensors by name.
-        optimizer: this rank's optimizer state, from `optimizer_tensors`.
+        parts: what this rank holds.
         keep: how many of the newest stay.
-        rank: of this process.
+        random: see `write_shard`.
+        group: in which the ranks agree; default all.
 
     Returns:
         The new checkpoint's directory.
+
+    Raises:
+        OSError: a rank could not write its file, on every rank; the checkpoints are as they were.
     """
     directory = Path(directory)
-    name = f"step-{state['step']:08d}"
-    with atomic.new_directory(directory / name, overwrite=True) as new:
-        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in model.items()}, new / "model.safetensors")
-        save_file(
-            {**{key: tensor.detach().cpu().contiguous() for key, tensor in optimizer.items()}, **_torch_rng()},
-            new / f"rank-{rank}.safetensors",
-        )
-        (new / f"rank-{rank}.json").write_text(json.dumps(_python_rng()))
-        (new / "state.json").write_text(json.dumps({"format": FORMAT, **state}, indent=2))
+    name = directory_name(state["step"])
+    with ExitStack() as stack:
+        # Only rank 0 has the directory on its stack: an error takes it away, the stack's end puts it in its place.
+        new = on_first_rank(lambda: stack.enter_context(atomic.new_directory(directory / name, overwrite=True)), group)
+        files = dict(together(lambda: write_shard(new, rank(), parts, random), group))
+        on_first_rank(lambda: _publish(stack, new, {**state, "world_size": world_size(), "files": files}, keep), group)
+    return directory / name
+
+
+def _publish(stack: ExitStack, new: Path, state: Mapping[str, Any], keep: int) -> None:
+    """Rank 0's part, once all files are there."""
+    directory, name = new.parent, directory_name(state["step"])
+    state = {"format": FORMAT, **state}
+    (new / "state.json").write_text(json.dumps({**state, "sha256": _digest_of_state(state)}, indent=2))
+    stack.close()
     atomic.write_text(directory / LATEST, name + "\n")
     # Not beyond this one: after going back to an earlier checkpoint there are later ones, which will be written again.
     for old in sorted(path for path in directory.glob("step-*") if path.name <= name)[:-keep]:
@@ -71,7 +84,10 @@ def save_checkpoint(
         shutil.rmtree(leftover)
     for leftover in directory.glob(f".{LATEST}.*"):
         leftover.unlink()
-    return directory / name
+
+
+def _digest_of_state(state: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def latest_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
@@ -98,98 +114,34 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """The contents of a checkpoint's state.json.
 
     Raises:
+        FileNotFoundError: it is not there.
         ValueError: it is damaged, or was written in another format.
     """
-    state = _read_json(checkpoint / "state.json")
-    if state.get("format") != FORMAT:
-        raise ValueError(f"{checkpoint} has checkpoint format {state.get('format')!r}; this version reads {FORMAT}")
-    return state
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of one of a checkpoint's files.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
+    path = checkpoint / "state.json"
     try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-
-
-def read_rng(checkpoint: Path, rank: int = 0) -> dict[str, Any]:
-    """Python's and NumPy's random state, for `restore_rng`.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
-    return _read_json(checkpoint / f"rank-{rank}.json")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
+        state = json.loads(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(value, dict):
+    if not isinstance(state, dict):
         raise ValueError(f"{path} is damaged: it holds no JSON object")
-    return value
-
-
-def restore_rng(tensors: Mapping[str, Tensor], states: Mapping[str, Any]) -> None:
-    """Sets torch's (from the rank's tensors), Python's and NumPy's random state (from `read_rng`)."""
-    torch.set_rng_state(tensors["rng/cpu"])
-    if "rng/cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["rng/cuda"])
-    version, internal, gauss = states["python"]
-    random.setstate((version, tuple(internal), gauss))
-    kind, keys, position, has_gauss, cached = states["numpy"]
-    numpy.random.set_state((kind, numpy.array(keys, dtype=numpy.uint32), position, has_gauss, cached))
-
-
-def _torch_rng() -> dict[str, Tensor]:
-    state = {"rng/cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["rng/cuda"] = torch.cuda.get_rng_state()
+    if state.get("format") != FORMAT:
+        raise ValueError(
+            f"{checkpoint} has checkpoint format {state.get('format')!r}; this version reads {FORMAT}. Finish the run "
+            f"with the version that began it, or start anew in another output"
+        )
+    if state.pop("sha256", None) != _digest_of_state(state):
+        raise ValueError(f"{path} is damaged: its contents do not have the checksum that it names")
     return state
 
 
-def _python_rng() -> dict[str, Any]:
-    state: Any = numpy.random.get_state(legacy=True)
-    kind, keys, position, has_gauss, cached = state
-    return {"python": random.getstate(), "numpy": [kind, keys.tolist(), position, has_gauss, cached]}
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
-    """The optimizer's state by "state/parameter", for parameters whose name is given."""
-    return {
-        f"{key}/{names[parameter]}": value if isinstance(value, Tensor) else torch.tensor(value)
-        for parameter, states in optimizer.state.items()
-        for key, value in states.items()
-    }
-
-
-def load_optimizer_tensors(
-    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
-) -> None:
-    """Inverse of `optimizer_tensors`: each state goes to its parameter's device; "rng/" entries are passed over.
+def check_files(checkpoint: Path, state: Mapping[str, Any], rank: int = 0, world_size: int = 1) -> None:
+    """Compares the files, or a rank's share of them, with the checksums that were taken when they were written.
 
     Raises:
-        ValueError: a state of a parameter that the model does not train, or of another shape.
+        FileNotFoundError, ValueError: one is missing or damaged.
     """
-    loaded: dict[Tensor, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        state, _, name = key.partition("/")
-        if state == "rng":
-            continue
-        parameter = parameters.get(name)
-        if parameter is None or (value.dim() and value.shape != parameter.shape):
-            shape = None if parameter is None else list(parameter.shape)
+    for name in sorted(state["files"])[rank::world_size]:
+        if (found := digest(checkpoint / name)) != state["files"][name]:
             raise ValueError(
-                f"optimizer state {state} of {name}: {list(value.shape)} in the file, {shape} in the model"
+                f"{checkpoint / name} is damaged: its SHA-256 is {found}, it was written with {state['files'][name]}"
             )
-        # AdamW keeps its step count on the CPU.
-        loaded.setdefault(parameter, {})[state] = value if state == "step" else value.to(parameter.device)
-    for parameter, states in loaded.items():
-        optimizer.state[parameter] = states

@@ -1,6 +1,7 @@
 """TrainConfig: what the training loop needs to know."""
 
 from dataclasses import dataclass, fields
+from typing import Literal
 
 
 @dataclass(kw_only=True, slots=True)
@@ -17,7 +18,8 @@ class TrainConfig:
     """Examples a step, over all micro-batches and ranks."""
 
     accumulation: int = 1
-    """Micro-batches that a step's examples are cut into; more of them need less memory and give the same step."""
+    """Micro-batches that each rank's share of a step is cut into; more of them need less memory and give the same
+    step."""
 
     learning_rate: float = 2e-4
     """Peak learning rate of AdamW."""
@@ -43,6 +45,10 @@ class TrainConfig:
     max_norm: float = 1.0
     """Gradients are scaled down to this total norm; 0 leaves them."""
 
+    zero_stage: Literal[1, 2] = 2
+    """What several ranks split: 1 the optimizer's state, 2 the gradients too. With accumulation, stage 1 keeps a whole
+    gradient and sends it once a step; stage 2 keeps a rank's share of it and sends it after each micro-batch."""
+
     seed: int = 0
     """Seed of the data order, of the adapters' start and of dropout."""
 
@@ -61,11 +67,21 @@ class TrainConfig:
     save_every: int = 0
     """Steps between checkpoints; one is always written at the end and on SIGTERM. 0 for no other."""
 
+    async_save: bool = False
+    """Write checkpoints while training goes on, from a copy in memory of what each rank saves: its share of the trained
+    parameters and of their optimizer state."""
+
     keep_checkpoints: int = 2
     """How many of the newest checkpoints stay."""
 
     log_every: int = 10
     """Steps between lines of metrics.jsonl; the first step is always logged."""
+
+    first_step_timeout: float = 300.0
+    """Seconds that a rank waits for the others until the first step is done."""
+
+    step_timeout: float = 100.0
+    """Seconds that a rank waits for the others afterwards: for a step, an evaluation or a checkpoint of the slowest."""
 
     resume: bool = False
     """Go on from the newest checkpoint in output, if there is one."""
@@ -80,14 +96,16 @@ class TrainConfig:
         for name in ("warmup_steps", "min_learning_rate", "weight_decay", "max_norm", "eval_every", "save_every"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be below 0, got {getattr(self, name)!r}")
-        for name in ("learning_rate", "lora_plus_ratio"):
+        for name in ("learning_rate", "lora_plus_ratio", "first_step_timeout", "step_timeout"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)!r}")
+        if self.zero_stage not in (1, 2):
+            raise ValueError(f"zero_stage must be 1 or 2, got {self.zero_stage!r}")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other: one goes on with a run, one starts it anew")
 
 
-# What may differ between a run and its resumption: nothing here changes a weight.
+# What may differ between a run and its resumption: nothing here changes a weight by more than rounding.
 FREE_TO_CHANGE = frozenset(
     {
         "output",
@@ -97,8 +115,12 @@ FREE_TO_CHANGE = frozenset(
         "eval_every",
         "eval_batch_size",
         "save_every",
+        "async_save",
         "keep_checkpoints",
         "log_every",
+        "zero_stage",
+        "first_step_timeout",
+        "step_timeout",
     }
 )
 

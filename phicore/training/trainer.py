@@ -1,39 +1,39 @@
 """The Trainer: one plain loop over steps."""
 
+import functools
 import json
 import math
-import os
-import random
-import shutil
-import signal
-import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.utils.data import default_collate
 
-from phicore.adapters.lora import LowRankLinear
 from phicore.adapters.lora_plus import lora_plus_groups
-from phicore.training import checkpoint
+from phicore.training import checkpoint, distributed
+from phicore.training.background import BackgroundWriter
+from phicore.training.batches import Batch, chunks, count_tokens, cut, length_of, lengths_of, make_batch, to_device
+from phicore.training.buffers import TrainedBuffers
 from phicore.training.config import TrainConfig, fixed_settings
-from phicore.training.data import collate, step_indices
-from phicore.training.distributed import rank, sum_over_ranks, world_size
+from phicore.training.data import step_indices
+from phicore.training.distributed import gather_rows, on_first_rank, rank, sum_over_ranks, world_size
 from phicore.training.loss import causal_lm_loss, masked_mean
 from phicore.training.metrics import MetricsLog, Progress, peak_memory_bytes
+from phicore.training.modes import mode, stop_signals
+from phicore.training.output import after_restart, prepare_output
+from phicore.training.randomness import random_json, seed_everything
 from phicore.training.recompute import checkpointed_blocks
+from phicore.training.resume import changed_settings, describe, load_checkpoint
 from phicore.training.schedule import learning_rate
+from phicore.training.shards import Part, random_parts, to_memory, trained_parts
+from phicore.zero import ZeroOptimizer
+from phicore.zero.agreement import check_same
 
-Batch = Any
 LossFunction = Callable[[nn.Module, Batch], tuple[Tensor, Tensor | int]]
 
 
@@ -58,18 +58,29 @@ class TrainResult:
     peak_memory_bytes: int
 
 
+# Of each model, so that a newer Trainer may take over its parameters.
+_optimizers: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[ZeroOptimizer]]" = weakref.WeakKeyDictionary()
+
+
 class Trainer:
     """Trains the parameters of a model that require gradients, with AdamW, for a number of steps.
+
+    The same script runs alone and as several processes (torchrun, or RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in
+    the environment): the Trainer joins the others when it is made. Each rank has the whole model and data, works on its
+    share of each step's examples, and keeps its share of the optimizer's state and gradients (`ZeroOptimizer`). What
+    follows holds for any number of ranks; all of them must call the same methods.
 
     The loss of a step is the sum over all its examples divided by the number of tokens (or items) that carry loss in
     all of them: cutting a step into more micro-batches, or over more ranks, does not change it. The data order is a
     function of the seed and the step. A run that was stopped and resumed computes what one that was not computes, on a
-    CPU bit for bit.
+    CPU bit for bit; resumed on another number of ranks, up to rounding and the random numbers of dropout.
 
-    On SIGTERM or SIGUSR1 the step is finished, a checkpoint is written and the process exits with status 0.
+    On SIGTERM or SIGUSR1, to any rank, the step is finished, a checkpoint is written and all processes exit with
+    status 0.
 
     Args:
-        model: any module; what does not require gradients is neither trained nor saved.
+        model: any module; what does not require gradients is neither trained nor saved. What does gets other memory
+            (see `ZeroOptimizer`), and its gradients are consumed.
         config: see TrainConfig.
         train_data: examples by index. Dicts of input_ids and labels (1-D, of different lengths) are padded; others go
             through torch's default_collate.
@@ -81,7 +92,8 @@ class Trainer:
 
     Raises:
         ValueError: no parameter requires a gradient, or there is no data (for eval_every, no eval_data), or
-            group_by_length is set and the examples have no input_ids.
+            group_by_length is set and the examples have no input_ids; the environment's variables are incomplete; ranks
+            were given different settings or models.
 
     Example:
         >>> data = [{"input_ids": torch.tensor([1, 2, 3]), "labels": torch.tensor([1, 2, 3])}]
@@ -102,12 +114,12 @@ class Trainer:
         collate_fn: Callable[[list[Any]], Batch] | None = None,
         identity: Mapping[str, Any] | None = None,
     ) -> None:
-        if world_size() > 1:
-            raise NotImplementedError("training on several ranks is not there yet; start one process")
-        self.model, self.config = model, config
+        distributed.join(config.first_step_timeout)
+        self.model = model
+        self.config = config = after_restart(config)
         self.train_data, self.eval_data = train_data, eval_data
         self.loss_fn = loss_fn or causal_lm_loss
-        self.collate_fn = collate_fn or _collate
+        self.collate_fn = collate_fn or make_batch
         self.identity = json.loads(json.dumps(dict(identity or {})))  # as a checkpoint will give it back
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self.parameters:
@@ -116,33 +128,41 @@ class Trainer:
             raise ValueError("train_data is empty")
         if config.eval_every and eval_data is None:
             raise ValueError(f"eval_every is {config.eval_every}, but there is no eval_data to evaluate on")
+        self._lengths = lengths_of(train_data) if config.group_by_length else None
+        if world_size() > 1:
+            check_same([f"{key}={value!r}" for key, value in self._settings().items()], None, None)
+        distributed.to_own_gpu(model)
         self.device = next(iter(self.parameters.values())).device
-        self.optimizer = torch.optim.AdamW(
-            lora_plus_groups(self.parameters.items(), config.learning_rate, config.lora_plus_ratio),
-            betas=(config.beta1, config.beta2),
-            weight_decay=config.weight_decay,
-        )
+        self.buffers = TrainedBuffers(model)
+        self.buffers.share()
+        self.optimizer = self._make_optimizer()
         self._peaks = [group["lr"] for group in self.optimizer.param_groups]
-        self._lengths = _lengths(train_data) if config.group_by_length else None
         self.output = Path(config.output)
         self.checkpoints = self.output / "checkpoints"
         self.step = 0  # optimizer steps done
         self.tokens = 0
-        self.stop_requested = False
-        # Buffers that training writes (running means, say) are part of a checkpoint; the frozen base's are not. The
-        # kernel of batch norm writes past the version counter. The start of a PiSSA or OLoRA layer is saved too: it
-        # belongs to the A and B that were trained, and another machine's decomposition could differ.
-        kinds = (_NormBase, LowRankLinear)
-        kept = {
-            buffer
-            for module in model.modules()
-            if isinstance(module, kinds)
-            for name, buffer in module.named_buffers(recurse=False)
-            if name != "base_norm_squared"
-        }
-        self._buffers_at_start = {
-            name: (weakref.ref(buffer), buffer._version) for name, buffer in model.named_buffers() if buffer not in kept
-        }
+        self.stop_requested = False  # of this process
+        self._stop_agreed = False  # of any, as all know
+        self._writer = BackgroundWriter()
+        # The thread that writes agrees with the other ranks' beside the collectives of the steps.
+        self._writers = distributed.new_group(config.first_step_timeout) if config.async_save else None
+
+    def _make_optimizer(self) -> ZeroOptimizer:
+        before = _optimizers.get(self.model)
+        if before is not None and (optimizer := before()) is not None:
+            optimizer.release()
+        config, names = self.config, {p: name for name, p in self.parameters.items()}
+        groups = lora_plus_groups(self.parameters.items(), config.learning_rate, config.lora_plus_ratio)
+        optimizer = ZeroOptimizer(
+            [{**group, "params": [(names[p], p) for p in group["params"]]} for group in groups],
+            torch.optim.AdamW,
+            stage=config.zero_stage,
+            reduction="sum",
+            betas=(config.beta1, config.beta2),
+            weight_decay=config.weight_decay,
+        )
+        _optimizers[self.model] = weakref.ref(optimizer)
+        return optimizer
 
     def fit(self) -> TrainResult:
         """Trains up to config.steps.
@@ -150,7 +170,8 @@ class Trainer:
         Raises:
             FileExistsError: the output holds a run, and neither resume nor overwrite is set.
             ValueError: resuming with other settings (each change is listed), or a step without a labelled token.
-            FloatingPointError: a loss or gradient norm that is not finite, naming the step; the step is not taken.
+            FloatingPointError: a loss or gradient norm that is not finite, naming the step and the rank where it arose;
+                the step is not taken, on any rank.
             SystemExit: with status 0, after a SIGTERM or SIGUSR1 and its checkpoint.
         """
         config = self.config
@@ -160,10 +181,12 @@ class Trainer:
         recomputed = checkpointed_blocks(self.model) if config.gradient_checkpointing else nullcontext()
         loss, seconds, first_tokens, saved_step = math.nan, 0.0, self.tokens, self.step
         try:
-            with self._signals(), recomputed, _mode(self.model, training=True):
-                while self.step < config.steps and not self.stop_requested:
+            with stop_signals(self.request_stop), recomputed, mode(self.model, training=True):
+                while self.step < config.steps and not self._is_stopping():
                     start = time.perf_counter()
                     facts = self._train_step()
+                    if not seconds:
+                        distributed.set_timeout(config.step_timeout)
                     seconds += time.perf_counter() - start
                     loss = facts["loss"]
                     speed = (self.tokens - first_tokens) / seconds
@@ -171,8 +194,7 @@ class Trainer:
                     text = f"loss {loss:.4f}  {speed:.0f} tokens/s"
                     progress.step(self.step, text, say=say)
                     if say and log is not None:
-                        facts |= {"tokens_per_second": speed, "peak_memory_bytes": peak_memory_bytes(self.device)}
-                        log.write(step=self.step, **facts)
+                        log.write(step=self.step, **facts, tokens_per_second=speed)
                     if config.eval_every and self.step % config.eval_every == 0:
                         eval_loss = self.evaluate()
                         if log is not None:
@@ -182,10 +204,13 @@ class Trainer:
                         saved_step = self.step
                 if self.step != saved_step:
                     self.save()
+                self._writer.wait()
+                stopped = any(asked for (asked,) in gather_rows([self.stop_requested], self.device))
         finally:
             progress.close()
-        if self.stop_requested:
-            self.stop_requested = False  # it is answered; another fit goes on
+            distributed.set_timeout(config.first_step_timeout)  # what follows is no step
+        self.stop_requested = self._stop_agreed = False  # it is answered; another fit goes on
+        if stopped:
             raise SystemExit(0)
         done = self.tokens - first_tokens
         return TrainResult(
@@ -194,50 +219,69 @@ class Trainer:
 
     def _train_step(self) -> dict[str, float]:
         config = self.config
-        # ===== Phase 1: forward and backward of each micro-batch; gradients add up as sums =====
+        # ===== Phase 1: forward and backward of each micro-batch; gradients add up as sums, over ranks too =====
         indices = step_indices(len(self.train_data), config.seed, self.step, config.batch_size, self._lengths)
-        mine = indices[rank() :: world_size()]
+        parts = cut(indices[rank() :: world_size()], config.accumulation)  # none, where there are fewer than ranks
+        # A reduction needs all ranks: each micro-batch can have its own only if all have as many micro-batches.
+        reduce_each = config.zero_stage == 2 and len(indices) >= config.accumulation * world_size()
         loss_sum, count, tokens, waited = 0.0, 0.0, 0, 0.0
         self.optimizer.zero_grad()  # of a backward pass outside, or of a step that raised
         started = time.perf_counter()
-        for part in _cut(mine, config.accumulation):
+        for number, part in enumerate(parts, 1):
             wait = time.perf_counter()
-            batch = _to(self.collate_fn([self.train_data[i] for i in part]), self.device)
+            batch = to_device(self.collate_fn([self.train_data[i] for i in part]), self.device)
             waited += time.perf_counter() - wait
-            loss, n = self.loss_fn(self.model, batch)
-            loss.backward()
+            with nullcontext() if reduce_each or number == len(parts) else self.optimizer.no_sync():
+                loss, n = self.loss_fn(self.model, batch)
+                loss.backward()
             loss_sum, count = loss_sum + float(loss.detach()), count + float(n)
-            tokens += _tokens(batch, float(n))
+            tokens += count_tokens(batch, float(n))
+        self.optimizer.finish_reduction()
         # ===== Phase 2: from sums to the mean over all tokens of the step =====
-        loss_sum, count, tokens_all = sum_over_ranks([loss_sum, count, tokens], self.device)
-        mean = masked_mean(loss_sum, count, f"step {self.step + 1}")
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients)) / count
+        peak = peak_memory_bytes(self.device)
+        own = [loss_sum, count, tokens, waited, self.stop_requested, peak, self._writer.failed]
+        losses, counts, all_tokens, waits, stops, peaks, failures = zip(*gather_rows(own, self.device), strict=True)
+        if any(failures):
+            self._writer.wait()  # raises the same on all ranks
+        mean = masked_mean(sum(losses), sum(counts), f"step {self.step + 1}")
+        self.optimizer.scale_gradients_(1 / sum(counts))
+        norm = float(self.optimizer.clip_grad_norm_(config.max_norm or math.inf))
         if not (math.isfinite(mean) and math.isfinite(norm)):
+            finite = math.isfinite(loss_sum) and self.optimizer.own_gradients_were_finite()
             self.optimizer.zero_grad()
-            raise FloatingPointError(
-                f"step {self.step + 1}, rank {rank()}: loss is {mean}, gradient norm is {norm}; the step was not "
-                f"taken. Examples of the step: {indices}. Lower the learning rate, or look at these examples"
-            )
-        clip = min(1.0, config.max_norm / (norm + 1e-6)) if config.max_norm else 1.0
-        for gradient in gradients:
-            gradient.mul_(clip / count)
+            raise FloatingPointError(self._not_finite(mean, norm, indices, finite))
         # ===== Phase 3: the update =====
         rate = learning_rate(self.step, config)
         for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = rate * (peak / config.learning_rate)
         self.optimizer.step()
-        self.optimizer.zero_grad()
         self.step += 1
-        self.tokens += int(tokens_all)
+        self.tokens += int(sum(all_tokens))
+        self._stop_agreed = any(stops)
         elapsed = time.perf_counter() - started
         return {
             "loss": mean,
             "grad_norm": norm,  # before clipping
             "learning_rate": rate,
             "tokens": self.tokens,
-            "data_wait_percent": 100 * waited / elapsed,
+            "data_wait_percent": 100 * sum(waits) / (world_size() * elapsed),
+            "peak_memory_bytes": int(max(peaks)),  # of the rank that holds the most
         }
+
+    def _not_finite(self, mean: float, norm: float, indices: list[int], finite: bool) -> str:
+        """What to tell of a step that is not taken; `finite` is whether this rank's own loss and gradients were."""
+        ranks = [r for r, (bad,) in enumerate(gather_rows([not finite], self.device)) if bad]
+        if world_size() == 1:
+            ranks = [0]
+        where = f"rank {', '.join(map(str, ranks))}" if ranks else "the sum over ranks, each finite"
+        examples = [i for r in ranks or range(world_size()) for i in indices[r :: world_size()]]
+        return (
+            f"step {self.step + 1}, {where}: loss is {mean}, gradient norm is {norm}; the step was not taken. Examples "
+            f"of the step there: {examples}. Lower the learning rate, or look at these examples"
+        )
+
+    def _is_stopping(self) -> bool:
+        return self._stop_agreed or (self.stop_requested and world_size() == 1)
 
     @torch.no_grad()
     def evaluate(self, data: Sequence[Any] | None = None) -> float:
@@ -252,170 +296,67 @@ class Trainer:
         if data is None or not len(data):
             raise ValueError("there is nothing to evaluate on: give the Trainer eval_data")
         loss_sum, count = 0.0, 0.0
+        self.buffers.share()
         generators = [self.device] if self.device.type == "cuda" else []
-        with _mode(self.model, training=False), torch.random.fork_rng(generators):
-            # Examples of like length share a batch, which pads least.
-            by_length = sorted(range(len(data)), key=lambda i: _length(data[i]))[rank() :: world_size()]
-            for part in _chunks(by_length, self.config.eval_batch_size):
-                loss, n = self.loss_fn(self.model, _to(self.collate_fn([data[i] for i in part]), self.device))
+        with mode(self.model, training=False), torch.random.fork_rng(generators):
+            # Examples of like length share a batch, which pads least; dealt out like cards, ranks have like work.
+            by_length = sorted(range(len(data)), key=lambda i: length_of(data[i]))[rank() :: world_size()]
+            for part in chunks(by_length, self.config.eval_batch_size):
+                batch = to_device(self.collate_fn([data[i] for i in part]), self.device)
+                loss, n = self.loss_fn(self.model, batch)
                 loss_sum, count = loss_sum + float(loss), count + float(n)
         loss_sum, count = sum_over_ranks([loss_sum, count], self.device)
         return masked_mean(loss_sum, count, "evaluation")
 
     def save(self) -> Path:
-        """Writes a checkpoint of this moment; see `phicore.training.checkpoint`."""
-        names: dict[Tensor, str] = {parameter: name for name, parameter in self.parameters.items()}
+        """Writes a checkpoint of this moment; see `phicore.training.checkpoint`.
+
+        With config.async_save it is written in the background, once the one before is. What goes wrong there is raised
+        on all ranks by the next step or save, or by the end of `fit`, which waits for the last.
+
+        Returns:
+            Where it stands, or will.
+
+        Raises:
+            OSError: a rank could not write its part, on every rank; the checkpoints are as they were.
+        """
+        self.buffers.share()
+        shard, buffers = self.optimizer.state_dict(), self.buffers.find()
+        parts = {**trained_parts(shard, self.parameters), **random_parts(rank())}
+        if rank() == 0:
+            parts |= {f"buffer/{name}": Part(buffer) for name, buffer in buffers.items()}
         state = {
             "step": self.step,
             "tokens": self.tokens,
-            "world_size": world_size(),
             "settings": self._settings(),
+            "tensors": describe({**self.parameters, **buffers}),
+            "param_groups": shard["param_groups"],
         }
-        return checkpoint.save_checkpoint(
-            self.checkpoints,
-            state,
-            self._trained_tensors(),
-            checkpoint.optimizer_tensors(self.optimizer, names),
-            self.config.keep_checkpoints,
-            rank(),
-        )
+        save = functools.partial(checkpoint.save_checkpoint, self.checkpoints, state, keep=self.config.keep_checkpoints)
+        if not self.config.async_save:
+            return save(parts)
+        self._writer.wait()  # before there is a second copy in memory
+        self._writer.start(functools.partial(save, to_memory(parts), random=random_json(), group=self._writers))
+        return self.checkpoints / checkpoint.directory_name(self.step)
 
     def request_stop(self) -> None:
-        """Makes `fit` finish its step, write a checkpoint and exit, as SIGTERM does."""
+        """Makes `fit` finish its step on all ranks, write a checkpoint and exit, as SIGTERM does."""
         self.stop_requested = True
-
-    def _trained_tensors(self) -> dict[str, Tensor]:
-        tensors: dict[str, Tensor] = dict(self.parameters)
-        for name, buffer in self.model.named_buffers():
-            at_start, version = self._buffers_at_start.get(name, (None, None))
-            if at_start is None or at_start() is not buffer or buffer._version != version:
-                tensors[name] = buffer
-        return tensors
 
     def _settings(self) -> dict[str, Any]:
         return {**fixed_settings(self.config), "examples": len(self.train_data), **self.identity}
 
     def _start(self) -> None:
         """Resumes, or makes room for a new run."""
-        if self.config.overwrite and self.step == 0 and self.checkpoints.exists():
-            # First the name: a kill in between must not leave it without its checkpoint.
-            (self.checkpoints / checkpoint.LATEST).unlink(missing_ok=True)
-            shutil.rmtree(self.checkpoints)
-        newest = checkpoint.latest_checkpoint(self.checkpoints)
-        if newest is not None and self.config.resume and self.step == 0:
-            self._resume(newest)
-        elif newest is not None and self.step == 0:
-            raise FileExistsError(
-                f"{self.output} holds a run ({newest.name}); set resume, overwrite, or another output"
-            )
-        log = self.output / "metrics.jsonl"
-        if self.step == 0 and not (self.config.resume or self.config.overwrite) and log.exists() and log.stat().st_size:
-            raise FileExistsError(f"{log} is of a run that has no checkpoint; set overwrite, or another output")
-        if self.step == 0:
-            torch.manual_seed(self.config.seed)
-            random.seed(self.config.seed)
-            numpy.random.seed(self.config.seed % 2**32)
-
-    def _resume(self, path: Path) -> None:
-        state = checkpoint.read_state(path)
-        saved, now = state["settings"], self._settings()
-        changed = [
-            f"{key}: {saved.get(key)!r} then, {now.get(key)!r} now"
-            for key in sorted(saved.keys() | now.keys())
-            if saved.get(key) != now.get(key)
-        ]
-        if changed:
-            raise ValueError(f"{path} was written with other settings; {'; '.join(changed)}")
-        tensors = checkpoint.read_tensors(path / "model.safetensors")
-        optimizer = checkpoint.read_tensors(path / f"rank-{rank()}.safetensors")
-        random_states = checkpoint.read_rng(path, rank())
-        places = {**dict(self.model.named_buffers()), **self.parameters}
-        wrong = [
-            name
-            for name in sorted(tensors.keys() | self.parameters.keys())
-            if name not in places
-            or name not in tensors
-            or (places[name].shape, places[name].dtype) != (tensors[name].shape, tensors[name].dtype)
-        ]
-        if wrong:
-            raise ValueError(f"{path} does not fit the model: {', '.join(wrong[:10])} (of {len(wrong)} names)")
-        checkpoint.load_optimizer_tensors(self.optimizer, optimizer, self.parameters)
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                places[name].copy_(tensor)
-        checkpoint.restore_rng(optimizer, random_states)
-        self.step, self.tokens = state["step"], state["tokens"]
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGTERM and SIGUSR1 ask for a stop at the end of the step. Outside the main thread they are left alone."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
+        if self.step:
             return
-        caught = [signal.SIGTERM, *([signal.SIGUSR1] if os.name == "posix" else [])]
-        before = {number: signal.signal(number, lambda *_: self.request_stop()) for number in caught}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
-@contextmanager
-def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Within it, the model is in training or evaluation mode; afterwards each module is in the mode that it was in."""
-    before = [(module, module.training) for module in model.modules()]
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, was_training in before:
-            module.training = was_training
-
-
-def _collate(examples: list[Any]) -> Batch:
-    first = examples[0]
-    if isinstance(first, Mapping) and first.keys() == {"input_ids", "labels"}:
-        return collate(examples, pad_id=0)  # attention_mask and labels hide the padding
-    return default_collate(examples)
-
-
-def _to(batch: Batch, device: torch.device) -> Batch:
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {key: _to(value, device) for key, value in batch.items()}
-    if isinstance(batch, list | tuple):
-        moved = [_to(value, device) for value in batch]
-        return (
-            type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
-        )  # a namedtuple takes them singly
-    return batch
-
-
-def _tokens(batch: Batch, items: float) -> int:
-    """Tokens of a batch, padding left out; for other data, the items that the loss counted."""
-    if isinstance(batch, Mapping) and isinstance(batch.get("attention_mask"), Tensor):
-        return int(batch["attention_mask"].sum())
-    return int(items)
-
-
-def _length(example: Any) -> int:
-    return len(example["input_ids"]) if isinstance(example, Mapping) and "input_ids" in example else 0
-
-
-def _lengths(data: Sequence[Any]) -> list[int]:
-    lengths = [_length(data[i]) for i in range(len(data))]
-    if not any(lengths):
-        raise ValueError(f"group_by_length needs examples with input_ids, got {type(data[0]).__name__}")
-    return lengths
-
-
-def _cut(indices: list[int], parts: int) -> list[list[int]]:
-    """Cuts a list into at most `parts` runs of nearly equal length, none empty."""
-    bounds = [len(indices) * i // parts for i in range(parts + 1)]
-    return [indices[a:b] for a, b in pairwise(bounds) if a < b]
-
-
-def _chunks(indices: list[int], size: int) -> list[list[int]]:
-    return [indices[i : i + size] for i in range(0, len(indices), size)]
+        newest = on_first_rank(lambda: prepare_output(self.config))
+        if newest is None:
+            seed_everything(self.config.seed, rank=rank())
+            return
+        state = checkpoint.read_state(newest)
+        if changed := changed_settings(state["settings"], self._settings()):
+            raise ValueError(f"{newest} was written with other settings; {'; '.join(changed)}")
+        buffers = dict(self.model.named_buffers())
+        load_checkpoint(newest, state, self.optimizer, self.parameters, buffers, self.config.seed)
+        self.step, self.tokens = state["step"], state["tokens"]

@@ -87,7 +87,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.world_size = dist.get_world_size(process_group) if distributed else 1
         self.rank = dist.get_rank(process_group) if distributed else 0
         scale = 1.0 / self.world_size if reduction == "mean" else 1.0
-        self._reducer = GradientReducer(stage, scale, _collectives_by_device(process_group, self.world_size))
+        collectives = _collectives_by_device(process_group, self.world_size)
+        self._reducer = GradientReducer(stage, scale, collectives, watch=self.world_size > 1)
         self._class = optimizer_class
         self._names: list[list[str]] = []  # of each group, as given
         self._shapes: dict[str, torch.Size] = {}
@@ -196,7 +197,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 total.pow_(norm_type)
                 dist.all_reduce(total, group=self.process_group)
                 total.pow_(1.0 / norm_type)
-        total = total.float()
+        if all(bucket.wide != torch.float64 for bucket in self._reducer.buckets):
+            total = total.float()
         if error_if_nonfinite and not total.isfinite():
             raise RuntimeError(f"the total norm of the gradients is {total.item()}, so they cannot be clipped")
         if grads:
@@ -209,6 +211,15 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.finish_reduction()
         if grads := self._gradients():
             torch._foreach_mul_(grads, factor)
+
+    def own_gradients_were_finite(self) -> bool:
+        """Whether what this rank gave to the reductions since the last `zero_grad` was finite. It answers which rank a
+        NaN came from; alone there is nothing to tell apart, and it is True."""
+        return all(math.isfinite(total) for total in self._reducer.own_totals)
+
+    def release(self) -> None:
+        """Takes no more gradients, so that another ZeroOptimizer may be made over these parameters."""
+        self._reducer.release()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

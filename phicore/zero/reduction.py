@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 from torch.autograd import Variable
+from torch.utils.hooks import RemovableHandle
 
 from phicore.zero.collectives import Collectives
 from phicore.zero.layout import Bucket, Slot
@@ -48,10 +49,14 @@ class GradientReducer:
         stage: 1 or 2.
         scale: factor for the sum over ranks.
         collectives: for a device.
+        watch: keep what tells whether this rank's gradients were finite: one sum over each bucket.
     """
 
-    def __init__(self, stage: int, scale: float, collectives: Callable[[torch.device], Collectives]) -> None:
-        self.stage, self.scale, self.collectives = stage, scale, collectives
+    def __init__(
+        self, stage: int, scale: float, collectives: Callable[[torch.device], Collectives], *, watch: bool = False
+    ) -> None:
+        self.stage, self.scale, self.collectives, self.watch = stage, scale, collectives, watch
+        self.own_totals: list[Tensor] = []
         self.buckets: list[Bucket] = []  # in the order in which they are reduced
         self.syncing = True
         self.round_due = True  # this rank may hold gradients that no round has carried
@@ -60,6 +65,7 @@ class GradientReducer:
         self._open = False
         self._backward: int | None = None  # the pass whose end closes the open round
         self._in_flight: deque[tuple[Bucket, Callable[[], Tensor]]] = deque()
+        self._handles: list[RemovableHandle] = []
         self._places: dict[Bucket, float] = {}  # where in a backward pass a bucket is ready, from 0 to 1
 
     def add(self, buckets: Sequence[Bucket]) -> None:
@@ -71,8 +77,15 @@ class GradientReducer:
             self._places[bucket] = (index + 0.5) / len(buckets)
             for slot in bucket.slots:
                 if slot.parameter.requires_grad:  # torch takes no hook for others; they wait for the end of the round
-                    slot.parameter.register_post_accumulate_grad_hook(_Hook(self, bucket, slot))
+                    hook = _Hook(self, bucket, slot)
+                    self._handles.append(slot.parameter.register_post_accumulate_grad_hook(hook))
         self.buckets = sorted(self._places, key=self._places.__getitem__)
+
+    def release(self) -> None:
+        """Takes no more gradients."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
 
     def on_gradient(self, bucket: Bucket, slot: Slot) -> None:
         """Takes a gradient that the backward pass has just put in place."""
@@ -101,7 +114,7 @@ class GradientReducer:
             raise TypeError(f"{slot.name} has a {grad.layout} gradient; ZeroOptimizer reduces dense ones only")
         if bucket.buffer is None:
             bucket.buffer = torch.empty_like(bucket.flat)
-        place = bucket.buffer[slot.offset : slot.offset + grad.numel()].view(grad.shape)
+        place = _place(bucket.buffer, slot).view(grad.shape)
         if slot in bucket.filled and self.stage == 2:
             place += grad
         else:
@@ -133,7 +146,10 @@ class GradientReducer:
                 slot.used = True
                 self._fill(bucket, slot)
             else:
-                bucket.buffer[slot.offset : slot.offset + slot.parameter.numel()] = 0
+                _place(bucket.buffer, slot).zero_()
+        if self.watch:
+            # Summed wide: a float16 sum would overflow. Padding is not always written; what lies there may be anything.
+            self.own_totals += [_place(bucket.buffer, slot).sum(dtype=bucket.wide) for slot in bucket.slots]
         self._in_flight.append((bucket, self.collectives(bucket.flat.device).reduce(bucket.buffer, bucket.wide)))
         bucket.buffer = None
         bucket.filled.clear()
@@ -185,7 +201,12 @@ class GradientReducer:
             bucket.grad = None
             for slot in bucket.slots:
                 slot.used, slot.reduced, slot.parameter.grad = False, None, None
+        self.own_totals.clear()
         self.round_due = self.changed = True
+
+
+def _place(buffer: Tensor, slot: Slot) -> Tensor:
+    return buffer[slot.offset : slot.offset + slot.parameter.numel()]
 
 
 def _identity(grad: Tensor) -> tuple[int, int]:

@@ -1,6 +1,9 @@
 """phicore finetune on a tiny model: what it writes, that it resumes, that it takes files, and what it refuses."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -205,3 +208,33 @@ def test_a_deepspeed_configuration(
         path.write_text(json.dumps(content | more))
         assert run(tiny_model, data, tmp_path / "other", "--method", "lora", "--deepspeed", str(path)) != 0
         assert said in capsys.readouterr().err
+
+
+def test_two_ranks_share_the_work_and_one_speaks(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    """What torchrun starts gives the figures of one process; rank 0 alone prints and writes."""
+    held_out = ["--eval-data", str(data), "--eval-limit", "6", "--answers", "3", "--max-new-tokens", "4"]
+    arguments = [
+        "finetune", "--model", str(tiny_model), "--data", str(data), "--steps", "3", "--rank", "4", "--alpha", "6",
+        "--batch-size", "3", "--learning-rate", "1e-2", "--log-every", "1", "--dtype", "float32", *held_out,
+    ]  # fmt: skip
+    assert main([*arguments, "--output", str(tmp_path / "alone")]) == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "phicore"]
+    several = subprocess.run(
+        [*torchrun, *arguments, "--output", str(tmp_path / "ranks")],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=120,
+    )
+    assert several.returncode == 0, several.stderr
+    for line in ("computing in float32 on cpu, on 2 ranks", "evaluating after training ...", "figures: "):
+        assert several.stdout.count(line) == 1
+    alone, ranks = (json.loads((tmp_path / run / "result.json").read_text()) for run in ("alone", "ranks"))
+    assert ranks["ranks"] == 2
+    for key in ("eval_loss_before", "eval_loss_after", "train_loss", "tokens", "examples", "exact_match_after"):
+        assert ranks[key] == pytest.approx(alone[key], rel=1e-5), key
+    assert (tmp_path / "ranks/answers.jsonl").read_text() == (tmp_path / "alone/answers.jsonl").read_text()
+    one, two = (load_file(tmp_path / run / "adapter/adapter_model.safetensors") for run in ("alone", "ranks"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5, msg=name)

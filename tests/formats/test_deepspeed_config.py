@@ -46,7 +46,7 @@ def test_a_whole_file(tmp_path):
     path.write_text(json.dumps(FULL))
     found = read_config(path, world_size=4)
     expected = {"batch_size": 48, "accumulation": 3, "max_norm": 0.5, "learning_rate": 3e-4, "beta1": 0.8}
-    expected |= {"beta2": 0.95, "weight_decay": 0.01, "steps": 200, "warmup_steps": 20}
+    expected |= {"beta2": 0.95, "weight_decay": 0.01, "steps": 200, "warmup_steps": 20, "zero_stage": 2}
     assert {name: getattr(found.train, name) for name in expected} == expected
     assert found.train.min_learning_rate == pytest.approx(3e-5)
     assert found.dtype == torch.bfloat16
@@ -83,7 +83,7 @@ AUTOS = {
 
 @pytest.mark.parametrize("content", [{}, AUTOS])
 def test_what_is_left_open_stays(content):
-    given = TrainConfig(steps=7, batch_size=12, accumulation=2, learning_rate=0.5, weight_decay=0.3, max_norm=0.0)
+    given = TrainConfig(steps=7, batch_size=12, accumulation=2, learning_rate=0.5, weight_decay=0.3, zero_stage=1)
     found = read_config(content, given, world_size=2)
     assert found.train == given
     assert found.dtype is None
@@ -229,7 +229,7 @@ def test_float16_and_other_forms():
         read_config({"fp16": {"enabled": True, "loss_scale": 128}})
     assert read_config({"bfloat16": {"enabled": True}}).dtype == torch.bfloat16
     stage0 = read_config({"zero_optimization": {"stage": 0, "reduce_bucket_size": 100}})
-    assert stage0.optimizer["stage"] == 1
+    assert stage0.optimizer["stage"] == stage0.train.zero_stage == 1
     assert stage0.optimizer["bucket_bytes"] == 400
     assert "stage 0" in stage0.notes[0]
 

@@ -1,10 +1,13 @@
 """A small run that a test starts in its own process or in another, and what of a run must be equal to another's.
 
-As a program: `python -m tests.training.small_run OUTPUT PAUSE '{"steps": 9, ...}'`, PAUSE in seconds a step.
+As a program: `python -m tests.training.small_run OUTPUT PAUSE '{"steps": 9, ...}' [STEP]`, PAUSE in seconds a step; at
+STEP the last rank kills itself, unless it has been restarted. It says nothing of ranks: torchrun starts it as it is.
 """
 
 import json
 import multiprocessing
+import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -14,8 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from phicore.training import TrainConfig, Trainer
-from phicore.training.checkpoint import latest_checkpoint, read_tensors
+from phicore.training import TrainConfig, Trainer, distributed
+from phicore.training.checkpoint import latest_checkpoint
+from phicore.training.consolidate import consolidate
+from phicore.training.shards import open_shard
 
 SETTINGS: dict[str, Any] = {
     "steps": 8,
@@ -91,6 +96,19 @@ def stop_after(trainer: Trainer, step: int) -> Trainer:
     return trainer
 
 
+def killing(trainer: Trainer, step: int) -> Callable[..., Any]:
+    """The trainer's loss, which kills the last rank within a step, once."""
+    inner = trainer.loss_fn
+
+    def loss_fn(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor | int]:
+        last = distributed.rank() == distributed.world_size() - 1
+        if trainer.step == step - 1 and last and not distributed.is_restarted():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return inner(model, batch)
+
+    return loss_fn
+
+
 def metrics(output: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl."""
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
@@ -106,7 +124,11 @@ def saved(output: Path) -> dict[str, Tensor]:
     """Every tensor of the newest checkpoint: weights, optimizer state and torch's random state."""
     newest = latest_checkpoint(output / "checkpoints")
     assert newest is not None
-    return read_tensors(newest / "model.safetensors") | read_tensors(newest / "rank-0.safetensors")
+    tensors, optimizer = consolidate(newest)
+    names = [name for group in optimizer["param_groups"] for name in group["param_names"]]
+    states = {f"{key}/{names[i]}": t for i, values in optimizer["state"].items() for key, t in values.items()}
+    with open_shard(newest, 0) as shard:
+        return tensors | states | {name: shard.read(f"rng/{name}") for name in shard.names["rng"]}
 
 
 def assert_same_tensors(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
@@ -135,4 +157,7 @@ def _on_one_thread(target: Callable[..., None], *args: Any) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    small_trainer(sys.argv[1], float(sys.argv[2]), **json.loads(sys.argv[3])).fit()
+    run = small_trainer(sys.argv[1], float(sys.argv[2]), **json.loads(sys.argv[3]))
+    if len(sys.argv) > 4:
+        run.loss_fn = killing(run, int(sys.argv[4]))
+    run.fit()

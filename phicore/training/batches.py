@@ -1,0 +1,69 @@
+"""From examples to a batch on its device, and what the loop asks of either."""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from phicore.training.data import collate
+
+Batch = Any
+
+
+def make_batch(examples: list[Any]) -> Batch:
+    """Pads dicts of input_ids and labels; stacks others as torch does."""
+    first = examples[0]
+    if isinstance(first, Mapping) and first.keys() == {"input_ids", "labels"}:
+        return collate(examples, pad_id=0)  # attention_mask and labels hide the padding
+    return default_collate(examples)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors, at any depth, on a device."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        moved = [to_device(value, device) for value in batch]
+        # a namedtuple takes them singly
+        return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
+    return batch
+
+
+def count_tokens(batch: Batch, items: float) -> int:
+    """Tokens of a batch, padding left out; for other data, the items that the loss counted."""
+    if isinstance(batch, Mapping) and isinstance(batch.get("attention_mask"), Tensor):
+        return int(batch["attention_mask"].sum())
+    return int(items)
+
+
+def length_of(example: Any) -> int:
+    """Tokens of an example; 0 where it has none."""
+    return len(example["input_ids"]) if isinstance(example, Mapping) and "input_ids" in example else 0
+
+
+def lengths_of(data: Sequence[Any]) -> list[int]:
+    """Tokens of each example.
+
+    Raises:
+        ValueError: they have none.
+    """
+    lengths = [length_of(data[i]) for i in range(len(data))]
+    if not any(lengths):
+        raise ValueError(f"group_by_length needs examples with input_ids, got {type(data[0]).__name__}")
+    return lengths
+
+
+def cut(indices: list[int], parts: int) -> list[list[int]]:
+    """Cuts a list into at most `parts` runs of nearly equal length, none empty."""
+    bounds = [len(indices) * i // parts for i in range(parts + 1)]
+    return [indices[a:b] for a, b in pairwise(bounds) if a < b]
+
+
+def chunks(indices: list[int], size: int) -> list[list[int]]:
+    """Cuts a list into runs of `size`, the last one as long as it comes."""
+    return [indices[i : i + size] for i in range(0, len(indices), size)]

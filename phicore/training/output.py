@@ -1,0 +1,74 @@
+"""Whose run an output directory holds: whether to go on with it, to refuse it, or to make room."""
+
+import dataclasses
+import os
+import shutil
+import socket
+import sys
+from pathlib import Path
+
+from phicore import atomic
+from phicore.training.checkpoint import LATEST, latest_checkpoint
+from phicore.training.config import TrainConfig
+from phicore.training.distributed import is_restarted, on_first_rank, together
+
+RUN_ID = "TORCHELASTIC_RUN_ID"
+MARKER = "launch"  # a file in the output: which start of torchrun began, or went on with, the run there
+
+
+def launch() -> str | None:
+    """What tells this start of torchrun from others, the same after its restarts; None without torchrun."""
+    run_id = os.environ.get(RUN_ID)
+    if run_id == "none":  # torchrun's default, which tells nothing apart; its process does
+        return f"none, process {os.getppid()} on {socket.gethostname()}"
+    return run_id
+
+
+def after_restart(config: TrainConfig) -> TrainConfig:
+    """The config with which a process goes on: after a restart by torchrun (`--max-restarts`) with the run that this
+    start of torchrun has begun, whatever resume and overwrite were; otherwise as it is. Every rank must call it.
+
+    Raises:
+        FileExistsError: overwrite is set, and it cannot be told whether the run in the output is this one.
+    """
+    restarted = any(together(is_restarted))
+    return on_first_rank(lambda: _go_on(config) if restarted else config)
+
+
+def _go_on(config: TrainConfig) -> TrainConfig:
+    output, own = Path(config.output), launch()
+    marker = output / MARKER
+    if marker.is_file() and marker.read_text() == own:
+        print(f"restarted by torchrun: going on with the run in {output}", file=sys.stderr, flush=True)
+        return dataclasses.replace(config, resume=True, overwrite=False)
+    if config.overwrite and own is not None and own.startswith("none,") and (output / "checkpoints" / LATEST).exists():
+        raise FileExistsError(
+            f"{output} holds a run, and after a restart on another machine it cannot be told whether to overwrite it; "
+            f"give torchrun --rdzv-id (or --standalone), or start again with resume or overwrite"
+        )
+    return config
+
+
+def prepare_output(config: TrainConfig) -> Path | None:
+    """Makes room for a new run, or finds the checkpoint to go on from.
+
+    Raises:
+        FileExistsError: the output holds a run, and neither resume nor overwrite is set.
+    """
+    output = Path(config.output)
+    checkpoints, log = output / "checkpoints", output / "metrics.jsonl"
+    if config.overwrite and checkpoints.exists():
+        # First the name: a kill in between must not leave it without its checkpoint.
+        (checkpoints / LATEST).unlink(missing_ok=True)
+        shutil.rmtree(checkpoints)
+    newest = latest_checkpoint(checkpoints)
+    if newest is not None and not config.resume:
+        raise FileExistsError(f"{output} holds a run ({newest.name}); set resume, overwrite, or another output")
+    if not (config.resume or config.overwrite) and log.exists() and log.stat().st_size:
+        raise FileExistsError(f"{log} is of a run that has no checkpoint; set overwrite, or another output")
+    own = launch()
+    if own is not None:
+        atomic.write_text(output / MARKER, own)
+    else:
+        (output / MARKER).unlink(missing_ok=True)
+    return newest
