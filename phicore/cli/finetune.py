@@ -92,6 +92,10 @@ class FinetuneOptions:
     threads: int | None = None
     """CPU threads; torch's own choice by default."""
 
+    deepspeed: str | None = None
+    """A DeepSpeed configuration (JSON) to take batch sizes, optimizer, schedule and dtype from; what it leaves open or
+    says "auto" to stays as the other options have it, and what both say differently is an error."""
+
     adapter: AdapterOptions = field(default_factory=AdapterOptions)
     train: TrainConfig = field(default_factory=TrainConfig)
 
@@ -114,6 +118,8 @@ def finetune(options: FinetuneOptions) -> dict[str, Any]:
 
     start = time.perf_counter()
     distributed.join(options.train.first_step_timeout)
+    if options.deepspeed:
+        options = _with_deepspeed(options, options.deepspeed)
     options = replace(options, train=after_restart(options.train))
     output = Path(options.train.output)
     if options.threads:
@@ -198,6 +204,22 @@ def _dtype(options: FinetuneOptions, device: torch.device) -> tuple[torch.dtype,
     if options.method == "full":
         return torch.float32, "all weights train, and AdamW's steps vanish in 16 bits"
     return choose_dtype(device)
+
+
+def _with_deepspeed(options: FinetuneOptions, path: str) -> FinetuneOptions:
+    """The options with what a DeepSpeed configuration says."""
+    from phicore.formats.deepspeed_config import read_config
+
+    found = read_config(path, options.train, distributed.world_size())
+    for note in found.notes:
+        say(f"{path}: {note}")
+    if found.dtype is None:
+        return replace(options, train=found.train)
+    dtype = str(found.dtype).removeprefix("torch.")
+    if found.dtype == torch.float16 or options.dtype not in ("auto", dtype):
+        asked = "--dtype takes float32 or bfloat16" if options.dtype == "auto" else f"--dtype says {options.dtype}"
+        raise ValueError(f"{path} asks for {dtype}, but {asked}")
+    return replace(options, train=found.train, dtype=dtype)  # type: ignore[arg-type]
 
 
 def _load(path: str, tokenizer: Any, sequence_length: int, limit: int | None) -> TokenDataset:

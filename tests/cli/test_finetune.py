@@ -191,6 +191,25 @@ def test_over_long_examples_are_counted(
     assert "12 of 12 examples are longer than 60 tokens and were cut" in capsys.readouterr().out
 
 
+def test_a_deepspeed_configuration(
+    tiny_model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "ds.json"
+    content = {"train_batch_size": 2, "optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": 0.1}}}
+    path.write_text(json.dumps(content | {"steps_per_print": 5}))
+    assert run(tiny_model, data, tmp_path / "run", "--method", "lora", "--deepspeed", str(path)) == 0
+    train = json.loads((tmp_path / "run/result.json").read_text())["options"]["train"]
+    assert (train["weight_decay"], train["learning_rate"], train["batch_size"]) == (0.1, 1e-2, 2)
+    assert "steps_per_print" in capsys.readouterr().out
+    for more, said in (
+        ({"gradient_clipping": 0.5, "train_batch_size": 4}, "batch_size 4, but it is 2 already"),
+        ({"bf16": {"enabled": True}}, "asks for bfloat16, but --dtype says float32"),
+    ):
+        path.write_text(json.dumps(content | more))
+        assert run(tiny_model, data, tmp_path / "other", "--method", "lora", "--deepspeed", str(path)) != 0
+        assert said in capsys.readouterr().err
+
+
 def test_two_ranks_share_the_work_and_one_speaks(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     """What torchrun starts gives the figures of one process; rank 0 alone prints and writes."""
     held_out = ["--eval-data", str(data), "--eval-limit", "6", "--answers", "3", "--max-new-tokens", "4"]

@@ -1,0 +1,240 @@
+"""DeepSpeed's checkpoints: what the real DeepSpeed saved on two ranks goes on here as it went on there."""
+
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import phicore
+from phicore.formats.deepspeed import read_checkpoint
+from tests.formats.deepspeed_runs import RUNS, Net, batch, groups, loss_of
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it looks for accelerators and warns
+WORLD_SIZE = 2
+FLOAT32 = ["stage 1", "stage 2", "round robin", "aligned"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory for each of deepspeed_runs.RUNS."""
+    directory = tmp_path_factory.mktemp("deepspeed")
+    command = [sys.executable, "-m", "tests.formats.deepspeed_runs", str(directory), str(WORLD_SIZE)]
+    path = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return directory
+
+
+@pytest.fixture
+def copy(runs: Path, tmp_path: Path) -> Callable[[str], Path]:
+    """A checkpoint of a run, to be spoilt."""
+
+    def make(name: str) -> Path:
+        return Path(shutil.copytree(runs / name / "three", tmp_path / "three"))
+
+    return make
+
+
+def facts_of(run: Path) -> dict[str, Any]:
+    return torch.load(run / "facts.pt", weights_only=True)
+
+
+def restored(run: Path, make: Callable[..., torch.optim.Optimizer]) -> tuple[Net, torch.optim.Optimizer]:
+    found = read_checkpoint(run)
+    model = Net().to(found.model["first.weight"].dtype)
+    model.load_state_dict(found.model)
+    one_group = len(found.optimizer["param_groups"]) == 1
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    optimizer = make(named if one_group else groups(model))
+    optimizer.load_state_dict(found.optimizer)
+    return model, optimizer
+
+
+def sharded(params: Any) -> torch.optim.Optimizer:
+    return phicore.ZeroOptimizer(params, torch.optim.AdamW, lr=9.0)  # the rate comes with the state
+
+
+def plain(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, lr=9.0)
+
+
+@pytest.mark.parametrize("make", [sharded, plain])
+@pytest.mark.parametrize("name", FLOAT32)
+def test_training_goes_on_as_in_deepspeed(runs, name, make):
+    model, optimizer = restored(runs / name, make)
+    facts = facts_of(runs / name)
+    for step in range(3, 6):
+        optimizer.zero_grad()
+        loss = sum(loss_of(model, batch(step, rank)) for rank in range(WORLD_SIZE)) / WORLD_SIZE
+        # DeepSpeed updates, and so decays, what no batch reached; torch leaves it alone
+        (loss + 0 * sum(p.sum() for p in model.unused.parameters())).backward()
+        clip = RUNS[name].get("gradient_clipping", 1.0)  # DeepSpeed's default
+        if isinstance(optimizer, phicore.ZeroOptimizer):
+            optimizer.clip_grad_norm_(clip)
+        else:
+            torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], clip)
+        optimizer.step()
+        assert loss.item() == pytest.approx(facts["losses"][step], rel=2e-6)
+    for key, parameter in model.named_parameters():
+        assert torch.allclose(parameter, facts["weights"][key], rtol=0, atol=1e-6), key
+
+
+@pytest.mark.parametrize("name", ["stage 1", "aligned"])
+def test_state_is_what_deepspeed_says(runs, name):
+    found, facts = read_checkpoint(runs / name / "three"), facts_of(runs / name)
+    (group,) = found.optimizer["param_groups"]
+    assert set(group["param_names"]) == set(facts["exp_avg"])
+    assert (found.steps, found.loss_scale, group["lr"], group["weight_decay"]) == (3, 1.0, 0.01, 0.1)
+    for number, key in zip(group["params"], group["param_names"], strict=True):
+        state = found.optimizer["state"][number]
+        assert torch.equal(state["step"], torch.tensor(3.0))
+        assert torch.equal(state["exp_avg"], facts["exp_avg"][key]), key
+        assert torch.equal(state["exp_avg_sq"], facts["exp_avg_sq"][key]), key
+
+
+@pytest.mark.parametrize("name", [*FLOAT32, "bfloat16", "float16"])
+def test_parameters_keep_the_order_in_which_they_were_given(runs, name):
+    found = read_checkpoint(runs / name)
+    given = [[n for n, _ in group["params"]] for group in groups(Net())]
+    if len(found.optimizer["param_groups"]) == 1:
+        given = [[n for n, p in Net().named_parameters() if p.requires_grad]]
+    assert [group["param_names"] for group in found.optimizer["param_groups"]] == given
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "scale"), [("bfloat16", torch.bfloat16, 1.0), ("float16", torch.float16, 64)]
+)
+def test_masters_of_16_bit_weights(runs, name, dtype, scale):
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    found = read_checkpoint(runs / name)
+    assert found.loss_scale == scale
+    assert found.model["first.weight"].dtype == dtype
+    theirs = get_fp32_state_dict_from_zero_checkpoint(str(runs / name))
+    trained = [n for n, p in Net().named_parameters() if p.requires_grad]
+    assert sorted(found.optimizer["masters"]) == sorted(trained)
+    for key in trained:
+        assert torch.equal(found.optimizer["masters"][key], theirs[key]), key
+    _, optimizer = restored(runs / name, sharded)
+    again = optimizer.full_state_dict()
+    assert all(torch.equal(again["masters"][key], theirs[key]) for key in trained)
+
+
+def test_a_single_rank_with_padding(runs, copy):
+    """One rank's masters lack the padding that its state has; and DeepSpeed's own Adam counts steps in integers."""
+    folder = copy("stage 2")
+    paths = [folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(WORLD_SIZE)]
+    ranks = [torch.load(path, weights_only=False) for path in paths]
+    expected = read_checkpoint(folder)
+    one = ranks[0]["optimizer_state_dict"]
+    parts = [rank["optimizer_state_dict"] for rank in ranks]
+    one["partition_count"] = [1, 1]
+    for index in range(2):
+        joined = [part["single_partition_of_fp32_groups"][index] for part in parts]
+        one["single_partition_of_fp32_groups"][index] = torch.cat(joined)
+        state, settings = (
+            one["base_optimizer_state"]["state"][index],
+            one["base_optimizer_state"]["param_groups"][index],
+        )
+        for key in ("exp_avg", "exp_avg_sq"):
+            values = [part["base_optimizer_state"]["state"][index][key] for part in parts]
+            state[key] = torch.cat([*values, torch.zeros(5)])
+        state["step"], settings["bias_correction"] = 3, True
+    torch.save(ranks[0], paths[0])
+    paths[1].unlink()
+    found = read_checkpoint(folder)
+    for number, state in expected.optimizer["state"].items():
+        assert state.keys() == found.optimizer["state"][number].keys()
+        assert all(torch.equal(value, found.optimizer["state"][number][key]) for key, value in state.items())
+    plain(groups(Net())).load_state_dict(found.optimizer)
+    settings["bias_correction"] = False
+    torch.save(ranks[0], paths[0])
+    with pytest.raises(ValueError, match="bias correction"):
+        read_checkpoint(folder)
+
+
+def test_unread_kinds_are_refused(runs, copy):
+    with pytest.raises(ValueError, match="elastic_checkpoint"):
+        read_checkpoint(runs / "elastic")
+    with pytest.raises(ValueError, match="no optimizer files of ZeRO"):
+        read_checkpoint(runs / "plain" / "three")
+    folder = copy("stage 2")
+    for foreign in (
+        "zero_pp_rank_0_mp_rank_00_model_states.pt",
+        "mp_rank_01_model_states.pt",
+        "layer_00-model_states.pt",
+    ):
+        (folder / foreign).touch()
+        with pytest.raises(ValueError, match=foreign):
+            read_checkpoint(folder)
+        (folder / foreign).unlink()
+    read_checkpoint(folder)
+
+
+def test_missing_files_are_named(runs, copy, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no checkpoint of DeepSpeed"):
+        read_checkpoint(tmp_path)
+    folder = copy("stage 2")
+    (folder / "zero_pp_rank_1_mp_rank_00_optim_states.pt").rename(tmp_path / "aside")
+    with pytest.raises(FileNotFoundError, match="that of rank 1 is missing"):
+        read_checkpoint(folder)
+    (tmp_path / "aside").rename(folder / "zero_pp_rank_1_mp_rank_00_optim_states.pt")
+    (folder / "mp_rank_00_model_states.pt").unlink()
+    with pytest.raises(FileNotFoundError, match="mp_rank_00_model_states"):
+        read_checkpoint(folder)
+
+
+def test_files_of_another_step_are_refused(runs, copy):
+    folder = copy("bfloat16")
+    path = folder / "mp_rank_00_model_states.pt"
+    state = torch.load(path, weights_only=True)
+    state["module"]["middle.weight"] = state["module"]["middle.weight"] + 0.5
+    torch.save(state, path)
+    with pytest.raises(ValueError, match=r"middle\.weight: .* different steps"):
+        read_checkpoint(folder)
+
+
+class Runs:
+    """Unpickling it would make a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return (os.mkdir, (str(self.path),))
+
+
+@pytest.mark.parametrize("file", ["mp_rank_00_model_states.pt", "zero_pp_rank_1_mp_rank_00_optim_states.pt"])
+def test_pickled_code_is_not_run(copy, tmp_path, file):
+    folder = copy("stage 2")
+    state = torch.load(folder / file, weights_only=False)
+    torch.save({**state, "client": Runs(tmp_path / "made")}, folder / file)
+    with pytest.raises(ValueError, match=r"names posix\.mkdir, which is not unpickled"):
+        read_checkpoint(folder)
+    # the stand-ins are not left behind for others
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt", weights_only=True)
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("length", [0, 10, 3000])
+def test_damaged_files_are_named(copy, length):
+    folder = copy("stage 2")
+    path = folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(ValueError, match=r"rank_0_mp_rank_00_optim_states\.pt (is damaged|names)"):
+        read_checkpoint(folder)
+
+
+def test_it_needs_no_deepspeed(runs, monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "deepspeed"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    assert read_checkpoint(runs / "float16").steps == 3
