@@ -26,7 +26,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
     Use it in place of DistributedDataParallel and an optimizer: it reduces the gradients itself, while the backward
     pass runs. With Psi trained elements on W ranks, each rank holds Psi/W elements of optimizer state, and of float32
     masters where parameters are bfloat16 or float16, and sends 2 Psi (W-1)/W elements a step. Without a process group
-    it is the inner optimizer.
+    it is the inner optimizer, which takes the gradients where they are.
 
     The two stages differ in where gradients stay until `step`:
 
