@@ -189,6 +189,23 @@ def layer(device: torch.device, kind: str, m: int, dtype: torch.dtype, init: str
         close(given[i], e, dtype, 4)
 
 
+def compiled_layer(device: torch.device, kind: str, backend: str) -> None:
+    """A layer compiled to one graph equals the layer, gradients included."""
+    torch._dynamo.reset()
+    base = phicore.NF4Linear.from_linear(torch.nn.Linear(96, 70)).to(device)
+    make: Any = {"lora": phicore.LoRALinear, "dora": phicore.DoRALinear}[kind]
+    adapter = make(base, rank=4, alpha=6.0)
+    with torch.no_grad():
+        adapter.lora_B.normal_(std=0.1)
+    x = draw(device, 5, 96, dtype=torch.float32, seed=1)
+    results = []
+    for f in (adapter, torch.compile(adapter, fullgraph=True, backend=backend)):
+        y = f(x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, adapter.lora_A, adapter.lora_B])])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
 def same_twice(device: torch.device, m: int, dtype: torch.dtype) -> None:
     """Two runs agree bit for bit, forward and backward."""
     parts, size, block_size, _ = on(random_weight(16, 640), device)

@@ -1,8 +1,13 @@
 """The functions of tests/gpu on a CPU, their kernels in Triton's interpreter; and what else stands there."""
 
-import os
+import importlib.util
+import inspect
+import re
+from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
 
 from tests.gpu import bodies
 
@@ -28,22 +33,34 @@ FP32, BF16, FP16 = bodies.DTYPES
         ("layer", ("lora", 3, BF16)),
         ("layer", ("dora", 3, BF16)),
         ("layer", ("dora", 3, FP32, "pissa")),
-        ("same_twice", (3, BF16)),
+        ("compiled_layer", ("dora", "aot_eager")),
+        ("same_twice", (3, FP32)),
         ("no_rows", (FP16,)),
         ("far", (9, 64)),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("crossover", [1 << 30, 0], ids=["fused", "dequantized"])
-def test_bodies_hold_in_the_interpreter(interpreter, body, args, crossover):
-    interpreter.call(ON, body, args, crossover)
+def test_bodies_hold_in_the_interpreter(interpreter, body, args):
+    interpreter.call(ON, body, args)
+
+
+@pytest.mark.parametrize(
+    ("body", "args"),
+    [
+        ("linear", (3, (33, 77), FP16, True, "gaps")),
+        ("low_rank", (3, (64, 96), 4, BF16, True)),
+        ("layer", ("lora", 3, FP32)),
+        ("layer", ("dora", 3, BF16)),
+        ("far", (9, 64)),
+        ("no_rows", (FP32,)),
+    ],
+    ids=str,
+)
+def test_bodies_hold_where_w_is_dequantised_first(interpreter, body, args):
+    interpreter.call(ON, body, args, crossover=0)
 
 
 def test_every_body_is_run_here_and_there():
-    import inspect
-    import re
-    from pathlib import Path
-
     public = {
         name
         for name, f in inspect.getmembers(bodies, inspect.isfunction)
@@ -54,13 +71,16 @@ def test_every_body_is_run_here_and_there():
         assert public == {name for name in public if re.search(rf'bodies\.{name}\(|\("{name}", ', text)}, file
 
 
-def test_without_a_gpu_the_folder_is_skipped_with_its_reason(pytestconfig):
-    import subprocess
-    import sys
-
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu"]
-    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "ZE_AFFINITY_MASK": "none"}
-    done = subprocess.run(command, cwd=pytestconfig.rootpath, env=hidden, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" not in done.stdout
-    assert "no GPU that torch sees" in done.stdout
+def test_without_a_gpu_the_folder_is_skipped_with_its_reason():
+    folder = Path(bodies.__file__).parent
+    spec = importlib.util.spec_from_file_location("gpu_conftest", folder / "conftest.py")
+    conftest = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(conftest)
+    here, elsewhere = mock.Mock(path=folder / "test_operators.py"), mock.Mock(path=Path(__file__))
+    with mock.patch.object(torch.accelerator, "current_accelerator", return_value=None):
+        conftest.pytest_collection_modifyitems([here, elsewhere])
+    (marker,) = here.add_marker.call_args.args
+    assert (marker.name, "no GPU that torch sees" in marker.kwargs["reason"]) == ("skip", True)
+    assert not elsewhere.add_marker.called
+    with mock.patch.object(torch.accelerator, "current_accelerator", return_value=torch.device("cuda")):
+        assert conftest.device() == torch.device("cuda", 0)
