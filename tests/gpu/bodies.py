@@ -11,7 +11,7 @@ from torch import Tensor
 
 import phicore
 from phicore.adapters.dora_scale import scale_columns
-from phicore.nf4 import codec, ops
+from phicore.nf4 import codec, kernels, ops
 from phicore.nf4.low_rank import nf4_low_rank
 from phicore.nf4.tensor import NF4Tensor
 from phicore_kernels.weight import Weight
@@ -22,6 +22,15 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BOUND = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 # [out, in]: whole groups of 32 weights, rows that share bytes, groups that straddle rows, sums of several steps
 SHAPES = ((64, 128), (70, 96), (33, 77), (3, 640), (160, 1))
+
+
+NO_GPU = "no GPU that torch sees; the same bodies run in Triton's interpreter, in tests/kernels"
+
+
+def find_gpu() -> torch.device | None:
+    """A GPU of a kind that kernels run on, if there is one."""
+    gpu = torch.accelerator.current_accelerator(check_available=True)
+    return None if gpu is None or gpu.type not in kernels.DEVICE_TYPES else torch.device(gpu.type, 0)
 
 
 def close(given: Tensor, expected: Tensor, dtype: torch.dtype, factor: float = 1.0) -> None:

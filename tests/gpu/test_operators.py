@@ -5,9 +5,17 @@ import torch
 
 from tests.gpu import bodies
 
+if bodies.find_gpu() is None:
+    pytest.skip(bodies.NO_GPU, allow_module_level=True)
+
 DTYPES, SHAPES = bodies.DTYPES, bodies.SHAPES
 # below and above every crossover, and between the sizes of tiles
 ROWS = (1, 5, 16, 17, 64, 130, 1025)
+
+
+@pytest.fixture(scope="module")
+def gpu() -> torch.device:
+    return bodies.find_gpu()
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
