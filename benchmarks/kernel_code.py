@@ -19,6 +19,14 @@ from phicore_kernels.quantize import encode_absmax_launch, encode_blocks_launch
 # What issues at a quarter of the rate of arithmetic on NVIDIA, or through other pipes than the vector unit on AMD.
 MEMORY_PIPE = re.compile(r"^((LD|ST|ATOM|RED|SHFL|MATCH|UBLKCP)(?!GDEPBAR)|(ds|global|buffer|flat|scratch)_)")
 TENSOR_CORES = re.compile(r"^(HMMA|HGMMA|UTC\w*MMA|v_mfma|v_wmma)")
+# What an instruction is for, by its first part; the rest is addresses, packing and control.
+KINDS = {
+    "products and roundings": re.compile(r"^(FMUL|FADD|FFMA|F2F|HFMA|HMUL|v_(pk_)?(mul|add|fma|fmac|cvt)_f)"),
+    "bytes picked": re.compile(r"^(PRMT|v_perm)"),
+    "masks and shifts": re.compile(r"^(LOP3|SHF(?!L)|SGXT|v_(and|or|xor|lshl|lshr|ashr|bfe|bfi|alignbit))"),
+    "memory": MEMORY_PIPE,
+    "tensor cores": TENSOR_CORES,
+}
 # CUDA C++ Programming Guide, compute capabilities: warps, and KiB of shared memory, on a multiprocessor. AMD's CDNA3
 # and RDNA3 ISA guides: waves and KiB of LDS on a compute unit of 4 SIMDs, and on a work-group processor of 4.
 MULTIPROCESSOR = {
@@ -61,7 +69,16 @@ def figures(name: str, compiled: Compiled, weights: int) -> dict[str, Any]:
         "tensor_core_instructions": sum(n for opcode, n in opcodes.items() if TENSOR_CORES.match(opcode)),
         "instructions_a_weight": a_thread and round(len(loop) / a_thread, 2),
         "memory_instructions_a_weight": a_thread and round(memory / a_thread, 2),
+        "instructions_a_weight_by_kind": a_thread and by_kind(opcodes, a_thread),
     }
+
+
+def by_kind(opcodes: dict[str, int], weights: float) -> dict[str, float]:
+    """Instructions for a weight of each of KINDS, and of "the rest"."""
+    counts = dict.fromkeys([*KINDS, "the rest"], 0)
+    for opcode, count in opcodes.items():
+        counts[next((kind for kind, pattern in KINDS.items() if pattern.match(opcode)), "the rest")] += count
+    return {kind: round(count / weights, 2) for kind, count in counts.items()}
 
 
 def occupancy(compiled: Compiled) -> int:

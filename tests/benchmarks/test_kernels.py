@@ -33,6 +33,11 @@ def test_report_of_one_kernel(report):
     assert nvidia["warps_a_multiprocessor"] == 4 * (65536 // (-(-nvidia["registers"] // 8) * 8 * 128))
     assert nvidia["occupancy"] == round(nvidia["warps_a_multiprocessor"] / 64, 3)
     assert nvidia["bytes_read_a_weight"] == amd["bytes_read_a_weight"] == 2.0
+    for row in (nvidia, amd):
+        assert sum(row["instructions_a_weight_by_kind"].values()) == pytest.approx(
+            row["instructions_a_weight"], abs=0.05
+        )
+    assert nvidia["instructions_a_weight_by_kind"]["memory"] == nvidia["memory_instructions_a_weight"]
     assert 10 < amd["instructions_a_weight"] < 100
     assert 0 < amd["memory_instructions_a_weight"] < amd["instructions_a_weight"]
     assert 0 < amd["occupancy"] <= 1

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import phicore
 from phicore.adapters.dora_scale import scale_columns
-from phicore.nf4 import codec, ops
+from phicore.nf4 import codec, kernels, ops
 from phicore.nf4.low_rank import nf4_low_rank
 from phicore.nf4.tensor import NF4Tensor
 from phicore_kernels.weight import Weight
@@ -22,6 +22,15 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BOUND = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 # [out, in]: whole groups of 32 weights, rows that share bytes, groups that straddle rows, sums of several steps
 SHAPES = ((64, 128), (70, 96), (33, 77), (3, 640), (160, 1))
+
+
+NO_GPU = "no GPU that torch sees; the same bodies run in Triton's interpreter, in tests/kernels"
+
+
+def find_gpu() -> torch.device | None:
+    """A GPU of a kind that kernels run on, if there is one."""
+    gpu = torch.accelerator.current_accelerator(check_available=True)
+    return None if gpu is None or gpu.type not in kernels.DEVICE_TYPES else torch.device(gpu.type, 0)
 
 
 def close(given: Tensor, expected: Tensor, dtype: torch.dtype, factor: float = 1.0) -> None:
@@ -187,6 +196,23 @@ def layer(device: torch.device, kind: str, m: int, dtype: torch.dtype, init: str
         strict=True,
     ):
         close(given[i], e, dtype, 4)
+
+
+def compiled_layer(device: torch.device, kind: str, backend: str) -> None:
+    """A layer compiled to one graph equals the layer, gradients included."""
+    torch._dynamo.reset()
+    base = phicore.NF4Linear.from_linear(torch.nn.Linear(96, 70)).to(device)
+    make: Any = {"lora": phicore.LoRALinear, "dora": phicore.DoRALinear}[kind]
+    adapter = make(base, rank=4, alpha=6.0)
+    with torch.no_grad():
+        adapter.lora_B.normal_(std=0.1)
+    x = draw(device, 5, 96, dtype=torch.float32, seed=1)
+    results = []
+    for f in (adapter, torch.compile(adapter, fullgraph=True, backend=backend)):
+        y = f(x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, adapter.lora_A, adapter.lora_B])])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 def same_twice(device: torch.device, m: int, dtype: torch.dtype) -> None:

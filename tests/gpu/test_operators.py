@@ -5,9 +5,17 @@ import torch
 
 from tests.gpu import bodies
 
+if bodies.find_gpu() is None:
+    pytest.skip(bodies.NO_GPU, allow_module_level=True)
+
 DTYPES, SHAPES = bodies.DTYPES, bodies.SHAPES
 # below and above every crossover, and between the sizes of tiles
 ROWS = (1, 5, 16, 17, 64, 130, 1025)
+
+
+@pytest.fixture(scope="module")
+def gpu() -> torch.device:
+    return bodies.find_gpu()
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
@@ -80,3 +88,37 @@ def test_the_device_of_the_tensors_runs_the_kernel(gpu):
     torch.accelerator.set_device_index(0)
     bodies.linear(torch.device(gpu.type, 1), 5, (70, 96), torch.bfloat16, True, "rows")
     assert torch.accelerator.current_device_index() == 0
+
+
+def test_tuning_finds_configs_that_work(gpu, tmp_path, monkeypatch):
+    from phicore_kernels import cache, tune
+    from phicore_kernels.crossover import crossover, default_crossover
+    from phicore_kernels.device import gpu_of
+
+    if default_crossover(gpu_of(gpu)) == 0:
+        pytest.skip("products are always dequantised first on this GPU")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for function in (cache.load, crossover):
+        function.cache_clear()
+    try:
+        assert tune.main(["--shapes", "64,128", "--rows", "1", "40"]) == 0
+        assert len(cache.load(gpu_of(gpu).name).configs) == 4
+        for m in (1, 40):
+            bodies.linear(gpu, m, (64, 128), torch.bfloat16, True, "rows")
+    finally:
+        monkeypatch.undo()
+        for function in (cache.load, crossover):
+            function.cache_clear()
+
+
+def test_times_of_a_small_layer(gpu, tmp_path):
+    from benchmarks import kernel_times
+
+    layers = {"small q": (256, 512)}
+    assert kernel_times.main(tmp_path, None, quick=True, device=gpu, layers=layers, rows=(1, 20)) == 0
+    assert (tmp_path / "times.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_compiled_layers_equal_eager(gpu, kind):
+    bodies.compiled_layer(gpu, kind, "inductor")
