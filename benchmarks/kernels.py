@@ -110,6 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=["sm_80", "sm_90"])
     parser.add_argument("--kernels", default="", help="only kernels whose name holds this text")
     parser.add_argument("--output", type=Path, default=Path("runs/kernels"))
+    parser.add_argument("--json", type=Path, help="write the JSON here too")
     options = parser.parse_args(arguments)
     rows = [
         row(entry, compile_launch(entry.launch, target))
@@ -122,7 +123,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     print(table(rows))
     options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "static.json").write_text(json.dumps(rows, indent=1))
+    for file in [options.output / "static.json", *([options.json] if options.json else [])]:
+        file.write_text(json.dumps(rows, indent=1))
     picture(rows, options.output / "static.png")
     print(f"written: {options.output}/static.json, static.png")
     return 0
