@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help finetune test lint kernels-check demo-data clean
+.PHONY: help finetune test lint bench kernels-check demo-data clean
 .DEFAULT_GOAL := help
 
 help: ## list the commands
@@ -25,6 +25,11 @@ $(VENV)/.installed-test: $(VENV)/.installed-run pyproject.toml constraints.txt
 	$(PIP_INSTALL) --editable '.[test]'
 	@touch $@
 
+$(VENV)/.installed-bench: $(VENV)/.installed-test pyproject.toml constraints.txt
+	@echo "installing the peers of the benchmarks into $(VENV) (once) ..."
+	$(PIP_INSTALL) --editable '.[bench]'
+	@touch $@
+
 demo-data: $(VENV)/.installed-run ## fetch the demo model and data into .cache/addresses
 	$(BIN)/python examples/addresses/prepare.py
 
@@ -41,6 +46,9 @@ lint: $(VENV)/.installed-test ## ruff and the type check
 
 test: lint demo-data ## lint, types, then every test
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+bench: $(VENV)/.installed-bench demo-data ## measure phicore beside its peers (SUITE="layers nf4", QUICK=1, ARGS=...)
+	$(BIN)/python -m benchmarks $(if $(SUITE),--suite $(SUITE)) $(if $(QUICK),--quick) $(ARGS)
 
 kernels-check: $(VENV)/.installed-test ## compile every kernel for every GPU (none is needed) and read the machine code
 	$(BIN)/python -m phicore_kernels.check $(ARGS)

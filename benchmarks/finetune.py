@@ -1,58 +1,87 @@
 """Fine-tuning end to end beside PEFT (over bitsandbytes for qlora and qdora), on the demo's model and data.
 
-Both sides take the same hyper-parameters, seed, batches and order: phicore by its Trainer, PEFT by the loop its users
-write (the model's own loss, AdamW, the same schedule and clipping). Each run is a fresh process; they alternate, and
-PEFT runs twice a turn, so that PEFT / PEFT shows the noise.
+Both sides take the same hyper-parameters, seed, batches and order: phicore by its Trainer, PEFT by the loop that its
+users write (the model's own loss, AdamW, the same schedule and clipping). PEFT, phicore and PEFT again run each in a
+process of its own and take their steps in turn, one at a time, each the same batch: a turn is one step of each, so what
+else the machine does meets all three alike. The first step warms up. The second PEFT starts from another seed of the
+adapter: how far its held-out loss lies from the first one's is the noise of the losses.
 
-    python -m benchmarks.finetune [--methods lora dora qlora qdora] [--steps 8] [--turns 3] [--json FILE]
+    python -m benchmarks.finetune [--quick] [--methods lora dora qlora qdora] [--steps 6] [--json FILE]
 """
 
 import argparse
+import contextlib
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-ROOT = Path(__file__).parents[1]
+from benchmarks import figures
+from benchmarks.figures import Figure
+from benchmarks.layers import METHODS, peer_name
+from benchmarks.machine import ROOT
+from benchmarks.pairs import ratio
+
 MODEL, TRAIN, EVAL = (ROOT / ".cache/addresses" / n for n in ("SmolLM2-135M-Instruct", "train.jsonl", "eval.jsonl"))
-METHODS = ("lora", "dora", "qlora", "qdora")
-LENGTH, RANK, ALPHA, EVAL_EXAMPLES = 256, 8, 16, 32
+LENGTH, RANK, ALPHA, SEED = 256, 8, 16, 0
+
+Gate = Callable[[], None]
+"""Called before each step; returns when the step may begin, and raises Enough when there are to be no more."""
 
 
-def settings(steps: int, output: str) -> Any:
+class Enough(Exception):
+    """The steps asked for are done."""
+
+
+# ===== the two sides: each calls gate() before a step, and returns its held-out loss and the tokens of each step =====
+
+
+def settings(options: argparse.Namespace, output: str) -> Any:
     from phicore import TrainConfig
 
     return TrainConfig(
-        output=output, steps=steps, batch_size=4, learning_rate=3e-3, warmup_steps=2, log_every=steps, overwrite=True
-    )
+        output=output, steps=options.steps + 1, batch_size=options.batch_size, learning_rate=3e-3, warmup_steps=2,
+        log_every=1000, seed=SEED, overwrite=True,
+    )  # fmt: skip
 
 
-def run_phicore(method: str, steps: int, dtype: torch.dtype, output: str) -> dict[str, float]:
+def run_phicore(method: str, dtype: torch.dtype, options: argparse.Namespace, gate: Gate) -> dict[str, Any]:
     import phicore
     from phicore.formats.huggingface import load_model
     from phicore.training.data import load_dataset
+    from phicore.training.loss import causal_lm_loss
 
     model, tokenizer = load_model(str(MODEL), dtype)
     train = load_dataset(TRAIN, tokenizer, LENGTH)
-    held_out = load_dataset(EVAL, tokenizer, LENGTH, EVAL_EXAMPLES)
+    held_out = load_dataset(EVAL, tokenizer, LENGTH, options.eval_examples)
     if method.startswith("q"):
         phicore.quantize_(model)
+    torch.manual_seed(SEED)
     config = phicore.LoRAConfig(rank=RANK, alpha=ALPHA, dora=method.endswith("dora"), adapter_dtype=torch.float32)
     phicore.attach(model, config)
-    trainer = phicore.Trainer(model, settings(steps, output), train, held_out)
-    before = trainer.evaluate()
-    result = trainer.fit()
-    after = trainer.evaluate()
-    return {"loss_before": before, "loss_after": after, "tokens_per_second": result.tokens_per_second}
+    tokens = []
+
+    def loss(network: torch.nn.Module, batch: dict[str, torch.Tensor]) -> Any:
+        if network.training:
+            gate()
+            tokens.append(int(batch["attention_mask"].sum()))
+        return causal_lm_loss(network, batch)
+
+    with tempfile.TemporaryDirectory() as output:
+        trainer = phicore.Trainer(model, settings(options, output), train, held_out, loss)
+        with contextlib.suppress(Enough):
+            trainer.fit()
+        return {"tokens": tokens, "peak": peak(), "loss": trainer.evaluate()}
 
 
-def run_peft(method: str, steps: int, dtype: torch.dtype, output: str) -> dict[str, float]:
+def run_peft(method: str, dtype: torch.dtype, options: argparse.Namespace, gate: Gate) -> dict[str, Any]:
     import peft
     import transformers
 
@@ -61,7 +90,7 @@ def run_peft(method: str, steps: int, dtype: torch.dtype, output: str) -> dict[s
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL)
     train = load_dataset(TRAIN, tokenizer, LENGTH)
-    held_out = load_dataset(EVAL, tokenizer, LENGTH, EVAL_EXAMPLES)
+    held_out = load_dataset(EVAL, tokenizer, LENGTH, options.eval_examples)
     coded = {}
     if method.startswith("q"):
         coded["quantization_config"] = transformers.BitsAndBytesConfig(
@@ -71,7 +100,7 @@ def run_peft(method: str, steps: int, dtype: torch.dtype, output: str) -> dict[s
             bnb_4bit_compute_dtype=dtype,
         )
     base = transformers.AutoModelForCausalLM.from_pretrained(MODEL, dtype=dtype, **coded)
-    torch.manual_seed(0)
+    torch.manual_seed(options.adapter_seed)
     config = peft.LoraConfig(
         r=RANK,
         lora_alpha=ALPHA,
@@ -81,11 +110,12 @@ def run_peft(method: str, steps: int, dtype: torch.dtype, output: str) -> dict[s
     )
     model = peft.get_peft_model(base, config).train()
     trained = [p for p in model.parameters() if p.requires_grad]
-    train_config = settings(steps, output)
+    train_config = settings(options, "unused")
     optimizer = torch.optim.AdamW(trained, betas=(train_config.beta1, train_config.beta2), weight_decay=0.0)
 
     @torch.no_grad()
     def evaluate() -> float:
+        # The mode is left: in evaluation mode bitsandbytes repacks its weights on some CPUs. There is no dropout.
         total, count = 0.0, 0
         order = sorted(range(len(held_out)), key=lambda i: len(held_out[i]["input_ids"]))
         for start in range(0, len(order), train_config.eval_batch_size):
@@ -95,105 +125,156 @@ def run_peft(method: str, steps: int, dtype: torch.dtype, output: str) -> dict[s
             total, count = total + float(model(**batch).loss) * n, count + n
         return total / count
 
-    before = evaluate()
-    tokens, seconds = 0, 0.0
-    for step in range(steps):
-        start = time.perf_counter()
-        batch = collate([train[i] for i in step_indices(len(train), 0, step, 4)], pad_id=0)
-        model(**batch, use_cache=False).loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, train_config.max_norm)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, train_config)
-        optimizer.step()
-        optimizer.zero_grad()
-        seconds += time.perf_counter() - start
-        tokens += int(batch["attention_mask"].sum())
-    return {"loss_before": before, "loss_after": evaluate(), "tokens_per_second": tokens / seconds}
+    tokens = []
+    with contextlib.suppress(Enough):
+        for step in range(train_config.steps):
+            batch = collate([train[i] for i in step_indices(len(train), SEED, step, options.batch_size)], pad_id=0)
+            gate()
+            tokens.append(int(batch["attention_mask"].sum()))
+            model(**batch, use_cache=False).loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, train_config.max_norm)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, train_config)
+            optimizer.step()
+            optimizer.zero_grad()
+    return {"tokens": tokens, "peak": peak(), "loss": evaluate()}
 
 
-def child(who: str, method: str, steps: int, dtype: str, threads: int) -> None:
-    """One run; prints its figures as the last line."""
+def peak() -> int:
     from phicore.training.metrics import peak_memory_bytes
 
-    torch.set_num_threads(threads)
-    run = {"phicore": run_phicore, "peft": run_peft}[who]
-    with tempfile.TemporaryDirectory() as output:
-        figures = run(method, steps, getattr(torch, dtype), output)
-    print(json.dumps({**figures, "peak_memory_bytes": peak_memory_bytes(torch.device("cpu"))}))
+    return peak_memory_bytes(torch.device("cpu"))
 
 
-def measure(who: str, method: str, options: argparse.Namespace) -> dict[str, float]:
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.finetune",
-        "--child",
-        who,
-        "--methods",
-        method,
-        "--dtype",
-        options.dtype,
-    ]
-    command += ["--steps", str(options.steps), "--threads", str(options.threads)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{who} {method} failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+# ===== processes that take their steps in turn =====
+
+
+def child(options: argparse.Namespace) -> None:
+    """One side. Says "ready" before each step and waits for "go" or "stop"; its last line is its findings."""
+    torch.set_num_threads(options.threads)
+    answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is not for the parent
+
+    def gate() -> None:
+        print("ready", file=answers, flush=True)
+        if sys.stdin.readline().strip() != "go":
+            raise Enough
+
+    run = {"phicore": run_phicore, "peft": run_peft}[options.child]
+    print(json.dumps(run(options.methods[0], getattr(torch, options.dtype), options, gate)), file=answers, flush=True)
+
+
+class Side:
+    """A process that runs one side, up to its next gate."""
+
+    def __init__(self, who: str, method: str, options: argparse.Namespace, adapter_seed: int = SEED) -> None:
+        command = [sys.executable, "-m", "benchmarks.finetune", "--child", who, "--methods", method]
+        for name in ("dtype", "steps", "batch_size", "eval_examples", "threads"):
+            command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
+        command += ["--adapter-seed", str(adapter_seed)]
+        self.who = f"{who} {method}"
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by __exit__)
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
+        )
+
+    def tell(self, word: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(word + "\n")
+        self.process.stdin.flush()
+
+    def answer(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            self.process.wait()
+            self.errors.seek(0)
+            raise SystemExit(f"{self.errors.read()[-3000:]}\n{self.who} failed")
+        return line
+
+    def step(self) -> float:
+        """Seconds of one step, from the word that begins it to the next gate."""
+        start = time.perf_counter()
+        self.tell("go")
+        self.answer()
+        return time.perf_counter() - start
+
+    def finish(self) -> dict[str, Any]:
+        """Ends training after the last step and returns what the side found."""
+        self.tell("stop")
+        found = json.loads(self.answer())
+        self.process.wait()
+        return found
+
+    def __enter__(self) -> "Side":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+            self.process.wait()
+        self.errors.close()
+
+
+def measure(method: str, options: argparse.Namespace) -> list[Figure]:
+    with (
+        Side("peft", method, options) as peft,
+        Side("phicore", method, options) as ours,
+        Side("peft", method, options, SEED + 1) as again,
+    ):
+        sides = (peft, ours, again)
+        for side in sides:
+            assert side.answer() == "ready\n"
+        turns = [(peft.step(), ours.step(), again.step()) for _ in range(options.steps)]
+        theirs, mine, repeated = (side.finish() for side in sides)
+    if theirs["tokens"] != mine["tokens"]:
+        raise SystemExit(f"{method}: the sides saw other batches: tokens {theirs['tokens']} and {mine['tokens']}")
+    pair = ratio(turns[1:])
+    tokens = mine["tokens"][1:]
+    speed = [statistics.median(n / t[i] for n, t in zip(tokens, turns[1:], strict=True)) for i in (1, 0)]
+    peer = peer_name(method)
+    print(
+        f"{method:6} {speed[0]:6.0f} tokens/s, / peft {1 / pair.ratio:.3f} (self-pair {1 / pair.self_pair:.3f}); peak "
+        f"{mine['peak'] / 1e9:.2f} GB ({theirs['peak'] / 1e9:.2f}); held-out loss {mine['loss']:.3f} "
+        f"({theirs['loss']:.3f}, another seed {repeated['loss']:.3f})",
+        flush=True,
+    )
+    return [
+        Figure(group="training speed", name=method, unit="tokens/s", ours=speed[0], peer=peer, theirs=speed[1],
+               advantage=1 / pair.ratio, noise=pair.noise, better="higher"),
+        figures.counted("peak memory", method, "MB", mine["peak"] / 1e6, peer, theirs["peak"] / 1e6, noise=0.01),
+        figures.counted(f"held-out loss after {options.steps} steps", method, "", mine["loss"], peer, theirs["loss"],
+                        noise=max(0.01, abs(repeated["loss"] / theirs["loss"] - 1))),
+    ]  # fmt: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("--quick", action="store_true", help="dora and qlora, three steps of two examples")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=6, help="of which the first is not counted")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--eval-examples", type=int, default=16)
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="also write the figures of every run here")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--child", choices=("phicore", "peft"), help=argparse.SUPPRESS)
+    parser.add_argument("--adapter-seed", type=int, default=SEED, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if not MODEL.is_dir():
-        raise SystemExit(f"{MODEL} is missing; run `make demo-data` first")
-    if options.dtype == "auto":
-        from phicore.training.precision import choose_dtype
-
-        chosen, why = choose_dtype(torch.device("cpu"))
-        options.dtype = str(chosen).removeprefix("torch.")
-        print(f"{options.dtype}: {why}")
     if options.child:
-        child(options.child, options.methods[0], options.steps, options.dtype, options.threads)
+        child(options)
         return
-    print(f"{options.steps} steps of 4 examples, rank {RANK}, {options.threads} threads, {options.turns} turns")
-    print("method  tokens/s  / peft  (peft / peft)  peak memory / peft  loss before -> after (peft)")
-    report: dict[str, Any] = {}
-    for method in options.methods:
-        turns = [
-            {
-                key: measure(who, method, options)
-                for key, who in (("peft", "peft"), ("ours", "phicore"), ("again", "peft"))
-            }
-            for _ in range(options.turns)
-        ]
-        report[method] = turns
-
-        def median(value: Any, turns: list[dict[str, Any]] = turns) -> float:
-            return statistics.median(value(turn) for turn in turns)
-
-        speed = median(
-            lambda t: (
-                2 * t["ours"]["tokens_per_second"] / (t["peft"]["tokens_per_second"] + t["again"]["tokens_per_second"])
-            )
-        )
-        noise = median(lambda t: t["again"]["tokens_per_second"] / t["peft"]["tokens_per_second"])
-        memory = median(lambda t: t["ours"]["peak_memory_bytes"] / t["peft"]["peak_memory_bytes"])
-        ours, peer = turns[0]["ours"], turns[0]["peft"]
-        print(
-            f"{method:6}  {median(lambda t: t['ours']['tokens_per_second']):8.0f}  {speed:6.3f}  {noise:13.3f}  "
-            f"{memory:18.3f}  {ours['loss_before']:.3f} -> {ours['loss_after']:.3f} "
-            f"({peer['loss_before']:.3f} -> {peer['loss_after']:.3f})",
-            flush=True,
-        )
+    if not MODEL.is_dir():
+        raise SystemExit("the demo's model and data are missing; run `make demo-data` first")
+    if options.quick:
+        options.methods, options.steps, options.batch_size, options.eval_examples = ["dora", "qlora"], 3, 2, 4
+    dtype, why = figures.dtype(options.dtype)
+    options.dtype = str(dtype).removeprefix("torch.")
+    print(f"{options.dtype}: {why}; {options.steps} steps of {options.batch_size} examples, rank {RANK}", flush=True)
+    found = [figure for method in options.methods for figure in measure(method, options)]
     if options.json:
-        options.json.write_text(json.dumps({"steps": options.steps, "dtype": options.dtype, "turns": report}, indent=1))
+        told = {"model": "SmolLM2-135M-Instruct", "dtype": f"{options.dtype} ({why})", "rank": RANK}
+        told |= {"steps": options.steps, "examples a step": options.batch_size, "held out": options.eval_examples}
+        figures.write(options.json, told, found)
 
 
 if __name__ == "__main__":

@@ -112,11 +112,8 @@ def measure(width: int, tokens: int, dtype: torch.dtype, options: argparse.Names
                 found += [
                     figures.timed("step time", name, peer_name(method), to_peer),
                     figures.counted("saved for the backward pass", name, "MB", kept[0], peer_name(method), kept[1]),
-                    figures.counted(
-                        "step time beside the frozen base alone", name, "ms", 1e3 * to_base.seconds, "frozen base",
-                        1e3 * to_base.peer_seconds, noise=to_peer.noise,
-                    ),
-                ]  # fmt: skip
+                    figures.counted("step time over that of the frozen base alone", name, "x", to_base.ratio),
+                ]
                 beside = f"/ peft {to_peer}; / frozen base {to_base.ratio:.3f}"
                 print(f"{name:40} {beside}; saved MB {kept[0]:.2f} ({kept[1]:.2f})", flush=True)
     return found

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.figures import Figure, read
+from benchmarks.figures import Figure, counted, read
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,88 @@ class Suite:
         return [sys.executable, "-m", f"benchmarks.{self.module}", *options]
 
 
+# ===== suites whose JSON has a form of its own =====
+
+OURS = ("ZeroOptimizer 1", "ZeroOptimizer 2")
+DDP = "DDP + AdamW"
+
+
+def zero_figures(data: dict[str, Any]) -> list[Figure]:
+    """benchmarks.zero: {"steps, 2 ranks": {contender: figures}, "memory, 2 ranks": ..., "paper": ...}."""
+    found = []
+    for section, contenders in data.items():
+        what, _, ranks = section.partition(", ")
+        if what not in ("steps", "memory"):
+            continue
+        peers = [name for name in contenders if name not in OURS and "again" not in name and "passes" not in name]
+        for ours in OURS:
+            for peer in peers:
+                mine, theirs = contenders[ours], contenders[peer]
+                name = f"{ours}, {ranks}, beside {peer}"
+                if what == "memory":
+                    unit = "x the parameters"
+                    found.append(
+                        counted(
+                            "peak memory of a step above the model's",
+                            name,
+                            unit,
+                            mine["peak"],
+                            peer,
+                            theirs["peak"],
+                            noise=0.05,
+                        )
+                    )
+                    continue
+                noise = contenders[f"{DDP} again"]["noise"]
+                found += [
+                    Figure(
+                        group="step time",
+                        name=name,
+                        unit="ms",
+                        ours=mine["ms"],
+                        peer=peer,
+                        theirs=theirs["ms"],
+                        advantage=theirs["time"] / mine["time"],
+                        noise=noise,
+                    ),
+                    counted("bytes sent in a step", name, "x the parameters", mine["sent"], peer, theirs["sent"]),
+                    counted(
+                        "optimizer state on the fullest rank", name, "x the ideal", mine["state"], peer, theirs["state"]
+                    ),
+                ]
+    return sorted(found, key=lambda figure: figure.group)
+
+
+def kernel_figures(data: Any) -> list[Figure]:
+    """benchmarks.kernels --static: rows with instructions_a_weight, one for each kernel and target, and rows with
+    launches, one for each operation; in a list, or in lists under keys of a dict. What else is there is passed over."""
+    lists = [data] if isinstance(data, list) else list(data.values())
+    rows = [row for rows in lists if isinstance(rows, list) for row in rows if isinstance(row, dict)]
+    found = []
+    for row in rows:
+        if row.get("instructions_a_weight") is not None:
+            aim = row.get("aim")
+            group, ours = f"instructions for a weight, {row['target']}", row["instructions_a_weight"]
+            found.append(counted(group, row["kernel"], "", ours, None if aim is None else "the aim", aim))
+        if row.get("spills"):
+            found.append(counted("registers spilled", f"{row['kernel']}, {row['target']}", "", row["spills"]))
+        if row.get("launches") is not None:
+            found.append(counted("launches of one call", row["name"], "", row["launches"]))
+    if not found:
+        raise ValueError("no rows with instructions_a_weight")
+    return sorted(found, key=lambda figure: figure.group)
+
+
 SUITES = {
-    "layers": Suite("layers", "Layers: a step of one adapted linear layer"),
-    "nf4": Suite("nf4", "Number format: NF4 encoding and decoding"),
-}
+    suite.module: suite
+    for suite in (
+        Suite("finetune", "End to end: fine-tuning SmolLM2-135M"),
+        Suite("layers", "Layers: a step of one adapted linear layer"),
+        Suite("nf4", "Number format: NF4 encoding and decoding"),
+        Suite("zero", "Sharding: ZeroOptimizer on real processes", full=("--worlds", "2", "4", "--turns", "9"),
+              figures=zero_figures, threaded=False),
+        Suite("kernels", "Kernels: machine code for GPUs that are not at hand", full=("--static",),
+              quick=("--static", "--targets", "sm_90"), figures=kernel_figures, threaded=False),
+        Suite("startup", "Start-up, and lines of code"),
+    )
+}  # fmt: skip

@@ -1,14 +1,15 @@
 """Prints what ZeroOptimizer costs beside its peers, on real processes over gloo, and the ZeRO paper's memory table.
 
-    python benchmarks/zero.py                      everything, for 2, 4 and 8 ranks
-    python benchmarks/zero.py --worlds 4 --only steps
-    python benchmarks/zero.py --worlds 4 --trace trace.json
+    python -m benchmarks.zero                      everything, for 2, 4 and 8 ranks
+    python -m benchmarks.zero --worlds 4 --only steps
+    python -m benchmarks.zero --worlds 4 --trace trace.json
 
 Psi is the number of trained elements. For each peer that is installed:
 
     state     bytes of optimizer state on the fullest rank, in units of the ideal 8 Psi / W
     sent      elements sent a step by the average rank, in units of Psi, as the kernel counts its sockets' bytes
-    time      a step's time beside DDP + AdamW's in the same turn, median over turns; DDP twice gives the noise
+    time      a step's time beside DDP + AdamW's in the same turn, median over turns; DDP twice gives the noise, and is
+              the mean of both what others are compared with
     cpu       the same of the processor time of all ranks, which other load on the machine disturbs less
     start     peak memory while the optimizer is made, beside that of the model before, in units of the parameters
     peak      the same during a step
@@ -38,6 +39,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from benchmarks.pairs import ratio
 
 WIDTH, LAYERS, TOKENS = 1024, 8, 64
 LEARNING_RATE = 1e-4
@@ -229,19 +232,18 @@ def measure_steps(rank: int, world_size: int, turns: int) -> dict[str, dict[str,
             dist.barrier()
             seconds[name].append(time.perf_counter() - start)
             processor[name].append(time.process_time() - start_cpu)
+    ddp_twice = ("DDP + AdamW", "DDP + AdamW again")
     for name in running:
-        used = torch.tensor([processor["DDP + AdamW"], processor[name]], dtype=torch.float64)
+        used = torch.tensor([processor[ddp_twice[0]], processor[name], processor[ddp_twice[1]]], dtype=torch.float64)
         dist.all_reduce(used)
+        beside = ratio(zip(seconds[ddp_twice[0]], seconds[name], seconds[ddp_twice[1]], strict=True))
         results[name] |= {
-            "seconds": statistics.median(seconds[name]),
-            "time": _ratio(seconds[name], seconds["DDP + AdamW"]),
-            "cpu": _ratio(used[1].tolist(), used[0].tolist()),
+            "seconds": beside.seconds,
+            "time": beside.ratio,
+            "noise": beside.noise,
+            "cpu": ratio(tuple(turn) for turn in used.t().tolist()).ratio,
         }
     return results
-
-
-def _ratio(times: list[float], base: list[float]) -> float:
-    return statistics.median(t / b for t, b in zip(times, base, strict=True))
 
 
 def measure_memory(rank: int, world_size: int, name: str) -> dict[str, float]:
@@ -475,6 +477,7 @@ def main() -> None:
     parser.add_argument("--worlds", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--only", choices=["paper", "steps", "memory"])
     parser.add_argument("--turns", type=int, default=15)
+    parser.add_argument("--quick", action="store_true", help="2 ranks, three turns, steps only")
     parser.add_argument("--json", type=Path, help="write all figures here")
     parser.add_argument(
         "--trace",
@@ -482,6 +485,8 @@ def main() -> None:
         "lies within the backward pass, and nothing else",
     )
     options = parser.parse_args()
+    if options.quick:
+        options.worlds, options.turns, options.only = [2], 3, "steps"
     if options.trace:
         on_ranks(options.worlds[0], write_trace, options.trace)
         print_overlap(options.trace)

@@ -41,14 +41,51 @@ def low_rank_update(
     else:
         u = nn.functional.linear(x, A.to(x.dtype))  # [..., in] @ [in, rank] -> [..., rank]
     if in_place:
-        return y.addmm_(u, B.to(u.dtype).t(), alpha=scale)
+        return add_product_(y, u, B, scale)
     return add_product(y, u, B, scale)
 
 
 def add_product(y: Tensor, u: Tensor, B: Tensor, scale: float) -> Tensor:
     """y + scale * u B^T with no temporary as large as y: [..., out], [..., rank], [out, rank] -> [..., out]."""
-    flat = torch.addmm(y.reshape(-1, y.shape[-1]), u.reshape(-1, u.shape[-1]), B.to(u.dtype).t(), alpha=scale)
-    return flat.view(y.shape)
+    flat_y, flat_u = y.reshape(-1, y.shape[-1]), u.reshape(-1, u.shape[-1])
+    if B.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _AddProduct.apply(flat_y, flat_u, B.to(u.dtype), scale, False).view(y.shape)
+    return torch.addmm(flat_y, flat_u, B.to(u.dtype).t(), alpha=scale).view(y.shape)
+
+
+def add_product_(y: Tensor, u: Tensor, B: Tensor, scale: float) -> Tensor:
+    """The same, written to y: [tokens, out], [tokens, rank], [out, rank] -> [tokens, out]."""
+    if B.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _AddProduct.apply(y, u, B.to(u.dtype), scale, True)
+    return y.addmm_(u, B.to(u.dtype).t(), alpha=scale)
+
+
+class _AddProduct(torch.autograd.Function):
+    """y + scale * u B^T as torch.addmm, but with products in the backward pass that suit a CPU.
+
+    Autograd would take B's gradient as (g^T u)^T and u's as g B with B's narrow rows, shapes at which the CPU's
+    libraries are slow. As u^T g, and with a copy of B^T for the other, the two take 0.24 and 0.33 ms in place of 1.2
+    and 0.8 (404 tokens, 1536 features, rank 8).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, u: Tensor, B: Tensor, scale: float, in_place: bool) -> Tensor:
+        ctx.save_for_backward(u, B)
+        ctx.scale = scale
+        if not in_place:
+            return torch.addmm(y, u, B.t(), alpha=scale)
+        ctx.mark_dirty(y)
+        return y.addmm_(u, B.t(), alpha=scale)
+
+    @staticmethod
+    def backward(ctx, grad):
+        u, B = ctx.saved_tensors
+        grad_u = grad_B = None
+        if ctx.needs_input_grad[1]:
+            grad_u = ctx.scale * (grad @ B.t().contiguous().t())  # [tokens, out] @ [out, rank]
+        if ctx.needs_input_grad[2]:
+            grad_B = (ctx.scale * (u.t() @ grad)).t()  # [rank, tokens] @ [tokens, out]
+        return grad, grad_u, grad_B, None, None
 
 
 def top_singular(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:

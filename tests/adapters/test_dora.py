@@ -455,13 +455,13 @@ def test_deepcopy_is_independent(layer_of, randomize):
 # ===== torch.compile =====
 
 
-def both_ways(layer: phicore.DoRALinear, compiled, x: Tensor) -> None:
+def both_ways(layer: phicore.DoRALinear, compiled, x: Tensor, **tolerance: float) -> None:
     results = []
     for f in (layer, compiled):
         y = f(x)
         results.append((y, *torch.autograd.grad((y**2).sum(), (x, *trained(layer)))))
     for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b)
+        torch.testing.assert_close(a, b, **tolerance)
 
 
 @pytest.mark.parametrize("kind", ["linear", "dora+nf4"])
@@ -478,7 +478,7 @@ def test_one_graph_serves_rows_that_cancel_and_rows_that_do_not(layer_of, random
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, fullgraph=True, backend=counter)
     x = torch.randn(3, 12, requires_grad=True)
-    both_ways(layer, compiled, x)
+    both_ways(layer, compiled, x, rtol=1e-2, atol=1e-2)  # products in another order, a thousand times enlarged
     expected = x.double() @ (layer.merged_weight().double()).T + layer.bias.double()
     torch.testing.assert_close(compiled(x).double(), expected, rtol=1e-3, atol=1e-3)
     randomize(layer, std=1.0)
