@@ -207,9 +207,7 @@ def test_self_attention_projects_once(randomize, monkeypatch):
         assert len(calls) == count
 
 
-@DORA
-@SPLIT
-@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize(("dora", "fused_targets", "need_weights"), [(False, "raise", True), (True, "split", False)])
 def test_compiles_to_one_graph(randomize, dora, fused_targets, need_weights):
     model = adapted(model_of(torch.float32, batch_first=True), randomize, dora=dora, fused_targets=fused_targets)
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
