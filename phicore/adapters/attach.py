@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from phicore.adapters.attention import (
     OpenAttention,
     allow_fused_paths,
+    check_kind,
     keep_off_fused_paths,
     layer_setting,
     projections,
@@ -163,6 +164,7 @@ def _with_projections(targets: dict[str, nn.Module]) -> dict[str, nn.Module]:
     made: dict[nn.Module, dict[str, nn.Module]] = {}
     for path, module in targets.items():
         if isinstance(module, nn.MultiheadAttention):
+            check_kind(module, path)
             layers = made.setdefault(module, projections(module))
             found |= {f"{path}.{name}": layer for name, layer in layers.items()}
         else:

@@ -50,6 +50,21 @@ def projections(attention: nn.MultiheadAttention) -> dict[str, Any]:
     return {**layers, "out_proj": attention.out_proj}
 
 
+def _settings(attention: nn.MultiheadAttention) -> dict[str, Any]:
+    """What a module holds beside tensors and submodules, hooks and all."""
+    tensors = ("_parameters", "_buffers", "_modules", "bias_k", "bias_v")  # torch has the last two as None here
+    return {name: value for name, value in attention.__dict__.items() if name not in tensors}
+
+
+def check_kind(attention: nn.MultiheadAttention, path: str) -> None:
+    """Raises ValueError for a subclass, whose own forward an OpenAttention would not know."""
+    if type(attention) not in (nn.MultiheadAttention, OpenAttention):
+        raise ValueError(
+            f"{path} is a {type(attention).__name__}, a subclass of nn.MultiheadAttention with ways of its own; only "
+            f"nn.MultiheadAttention itself can be adapted"
+        )
+
+
 def _linear(weight: nn.Parameter, bias: Tensor | None, training: bool) -> nn.Linear:
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     layer.weight = weight
@@ -76,8 +91,7 @@ class OpenAttention(nn.MultiheadAttention):
 
     def __init__(self, attention: nn.MultiheadAttention) -> None:
         nn.Module.__init__(self)
-        for name in ("embed_dim", "kdim", "vdim", "num_heads", "head_dim", "dropout", "batch_first", "add_zero_attn"):
-            setattr(self, name, getattr(attention, name))
+        self.__dict__.update(_settings(attention))
         self._qkv_same_embed_dim = False  # nn.TransformerEncoderLayer takes its fused path only where this is True
         for name in ("bias_k", "bias_v"):
             self.register_parameter(name, getattr(attention, name))
@@ -110,8 +124,7 @@ class OpenAttention(nn.MultiheadAttention):
             )
         attention = nn.MultiheadAttention.__new__(nn.MultiheadAttention)
         nn.Module.__init__(attention)
-        for name in ("embed_dim", "kdim", "vdim", "num_heads", "head_dim", "dropout", "batch_first", "add_zero_attn"):
-            setattr(attention, name, getattr(self, name))
+        attention.__dict__.update(_settings(self))
         attention._qkv_same_embed_dim = is_packed(self)
         for name in ("in_proj", *SEPARATE):
             attention.register_parameter(f"{name}_weight", plain[name].weight if name in plain else None)
@@ -155,7 +168,7 @@ class OpenAttention(nn.MultiheadAttention):
             ValueError: is_causal without attn_mask, or a mask of another shape.
         """
         if not torch.compiler.is_compiling() and self._answers_as_torch():
-            return self.closed()(
+            return self.closed().forward(  # past the hooks, which have been called
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
         batched = query.dim() == 3

@@ -80,8 +80,11 @@ class LoRAExperts(nn.Module):
         TypeError: a parameter that is not floating-point.
 
     Example:
-        >>> experts = MixtralExperts(config)  # of transformers
-        >>> layer = LoRAExperts(experts, {"gate_up_proj": 8, "down_proj": 8}, alpha=16)
+        >>> experts = nn.Module()  # MixtralExperts of transformers, say
+        >>> experts.down_proj = nn.Parameter(torch.randn(4, 32, 16))  # [experts, out, in]
+        >>> layer = LoRAExperts(experts, {"down_proj": 8}, alpha=16)
+        >>> layer.pairs["down_proj"].lora_A.shape, layer.weights()["down_proj"].shape
+        (torch.Size([4, 8, 16]), torch.Size([4, 32, 16]))
     """
 
     def __init__(

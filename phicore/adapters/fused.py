@@ -282,6 +282,9 @@ def _is_packed_attention(model: nn.Module, path: str) -> bool:
     return last == "in_proj" and isinstance(model.get_submodule(parent), nn.MultiheadAttention)
 
 
+UP_FIRST = {"Phi4MultimodalAudioMLP"}  # the one module of transformers whose gate_up_proj is up, then gate
+
+
 def part_sizes(model: nn.Module, path: str) -> dict[str, int]:
     """The rows of each part of a fused layer of transformers (Phi-3, GLM and relatives) or of nn.MultiheadAttention.
 
@@ -294,7 +297,8 @@ def part_sizes(model: nn.Module, path: str) -> dict[str, int]:
         return dict.fromkeys(SEPARATE, owner.embed_dim)
     _, out = base_layer.features(model.get_submodule(path))
     if last == "gate_up_proj" and out % 2 == 0:
-        return {"gate_proj": out // 2, "up_proj": out // 2}
+        order = ("up_proj", "gate_proj") if type(owner).__name__ in UP_FIRST else ("gate_proj", "up_proj")
+        return dict.fromkeys(order, out // 2)
     head, groups = getattr(owner, "head_dim", None), getattr(owner, "num_key_value_heads", None)
     if last == "qkv_proj" and head and groups and out % head == 0 and out > 2 * groups * head:
         rows = groups * head

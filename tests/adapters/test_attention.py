@@ -207,9 +207,7 @@ def test_self_attention_projects_once(randomize, monkeypatch):
         assert len(calls) == count
 
 
-@DORA
-@SPLIT
-@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize(("dora", "fused_targets", "need_weights"), [(False, "raise", True), (True, "split", False)])
 def test_compiles_to_one_graph(randomize, dora, fused_targets, need_weights):
     model = adapted(model_of(torch.float32, batch_first=True), randomize, dora=dora, fused_targets=fused_targets)
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
@@ -301,6 +299,29 @@ def test_what_cannot_be_adapted_is_named(unchanged, options, message):
     attention = model.attention
     with unchanged(attention), pytest.raises(ValueError, match="the model itself is an MultiheadAttention"):
         phicore.attach(attention, phicore.LoRAConfig(target_modules=["out_proj"]))
+
+
+def test_a_subclass_is_refused_and_hooks_stay(randomize, unchanged):
+    class Other(nn.MultiheadAttention):
+        pass
+
+    model = model_of()
+    model.attention = Other(WIDTH, HEADS)
+    with unchanged(model), pytest.raises(ValueError, match="attention is a Other, a subclass"):
+        phicore.attach(model, phicore.LoRAConfig(target_modules=["attention"]))
+
+    model, calls, x = model_of(), [], torch.randn(LENGTH, N, WIDTH, dtype=torch.float64)
+    handle = model.attention.register_forward_hook(lambda *_: calls.append(1))
+    adapted(model, randomize)
+    model(x, x, x)
+    with phicore.disabled(model):
+        model(x, x, x)
+    phicore.merge(model)
+    model(x, x, x)
+    assert len(calls) == 3
+    handle.remove()
+    phicore.unmerge(model)(x, x, x)
+    assert len(calls) == 3
 
 
 def test_masks_of_another_shape_are_refused(randomize):

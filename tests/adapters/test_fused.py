@@ -269,6 +269,18 @@ def test_a_layer_laid_out_in_another_way_is_not_split(unchanged):
         phicore.attach(model, config)
 
 
+def test_a_gate_that_lies_behind(randomize):
+    class Phi4MultimodalAudioMLP(nn.Module):  # as transformers has it: up, gate = gate_up_proj(x).chunk(2)
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate_up_proj = nn.Linear(6, 8)
+
+    model = nn.ModuleDict({"mlp": Phi4MultimodalAudioMLP()})
+    randomize(phicore.attach(model, phicore.LoRAConfig(target_modules=["up_proj"], **CONFIG)))
+    changed = (model["mlp"].gate_up_proj.product() != 0).any(1)
+    assert changed.tolist() == [True] * 4 + [False] * 4
+
+
 def test_all_linear_takes_fused_layers_whole(tiny):
     model = phicore.attach(tiny("phi3"), phicore.LoRAConfig(**CONFIG))
     assert not any(isinstance(layer, FusedLinear) for _, layer in adapter_layers(model))

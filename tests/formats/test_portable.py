@@ -195,6 +195,9 @@ EMBEDDING = {"model.embed_tokens.lora_embedding_A": ZERO(8, 5), "model.embed_tok
 HEAD = {"lm_head.weight": ZERO(5, 20)}
 CONVOLUTION = {"conv.lora_A.weight": ZERO(8, 3, 2, 2), "conv.lora_B.weight": ZERO(4, 8, 1, 1)}
 ATTENTION = {"attn.lora_A": ZERO(8, 4), "attn.lora_B": ZERO(12, 8)}
+ATTENTION_TOO = {  # as PEFT 0.21 names the same
+    f"attn.{place}lora_{AB}.weight": ZERO(8, 8) for place in ("", "base_layer.out_proj.") for AB in "AB"
+}
 FUSED = {f"model.layers.{i}.mlp.gate_up_proj.lora_{AB}": ZERO(8, 8) for i in (0, 1) for AB in ("A.weight", "B.weight")}
 QKV = {f"model.layers.{i}.self_attn.qkv_proj.lora_{AB}": ZERO(8, 8) for i in (0, 1) for AB in ("A.weight", "B.weight")}
 BIAS = {f"{name}.lora_B.bias": ZERO(12) for name in names(Q)}
@@ -229,6 +232,8 @@ RULES = {
     "some blocks": ({"drop": [f"0.{V}"]}, rf"model.layers.\*.{V}: it drops a kind of layer", ["tgi"], []),
     "convolution": ({"tensors": CONVOLUTION}, "conv.lora_A", ALL_BUT_PEFT, []),
     "attention": ({"tensors": ATTENTION}, "attn.lora_A", ALL_BUT_PEFT, []),
+    "attention of today": ({"tensors": ATTENTION_TOO}, "attn.base_layer.out_proj.lora_A", ALL_BUT_PEFT, []),
+    "parameters": ({"target_parameters": ["x.y"]}, r"target_parameters=\['x.y'\]: it does not know", ALL_BUT_PEFT, []),
     "Conv1D": ({"fan_in_fan_out": True}, "fan_in_fan_out=True", ALL_BUT_PEFT, []),
     "PiSSA": ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'", ALL_BUT_PEFT, []),
     "a start that leaves the base": ({"init_lora_weights": "gaussian"}, "", [], []),
