@@ -13,6 +13,7 @@ import pytest
 from phicore.training.checkpoint import latest_checkpoint, read_state
 from phicore.training.consolidate import consolidate
 from tests.training.faults import log, start
+from tests.training.kills import campaign
 from tests.training.small_run import assert_same_run
 
 SETTINGS = {"steps": 8, "save_every": 2, "eval_every": 3, "step_timeout": 20.0}
@@ -104,3 +105,13 @@ def test_all_of_three_ranks_name_the_same_one(tmp_path):
         assert_told(
             told, rf"LostRankError: rank 1 has ended in step 2 \(process \d+, killed or crashed\)\. Rank {rank} was"
         )
+
+
+def test_random_kills_lose_nothing(tmp_path):
+    """The short form of `make kills`."""
+    report = campaign(tmp_path, kills=4, seed=1)
+    assert report.kills == 4
+    assert report.resumes >= 1
+    assert not report.lost, report
+    assert not report.wrong, report
+    assert "4 kills, 0 checkpoints lost" in str(report)
