@@ -38,7 +38,7 @@ class Watch:
 
     def __init__(self, output: Path) -> None:
         self.directory = output / "ranks"
-        self._at = "the start"
+        self._at = "before the start"
         self._ready = False
 
     @contextmanager
@@ -52,7 +52,7 @@ class Watch:
         if world_size() == 1:
             yield
             return
-        before, self._at = self._at, what
+        before, self._at = self._at, f"in {what}"
         try:
             if not self._ready:  # an earlier run's notes must not be taken for this one's
                 on_first_rank(self._clear)
@@ -69,7 +69,7 @@ class Watch:
             if lost:
                 raise told from error
             raise
-        self._at = before
+        self._at = before if before.startswith("in ") else f"after {what}"
         self._note()
 
     def _clear(self) -> None:
@@ -101,7 +101,7 @@ class Watch:
         told = [_tell(r, note, r in silent) for r, note in notes.items() if note.get("failed") != ""]
         reason = str(error).strip().splitlines()[0]
         return (
-            f"{'; '.join(told) or 'the other ranks have given up waiting for this one'}. Rank {rank()} was in "
+            f"{'; '.join(told) or 'the other ranks have given up waiting for this one'}. Rank {rank()} was "
             f"{self._at} ({reason}). Start again with resume to go on from the newest checkpoint"
         )
 
@@ -118,12 +118,12 @@ def is_lost_connection(error: BaseException) -> bool:
 
 
 def _tell(other: int, note: dict[str, Any], silent: bool) -> str:
-    at = note.get("at", "the start")
+    at = note.get("at", "before the start")
     if note.get("failed"):
-        return f"rank {other} failed in {at}: {note['failed']}"
+        return f"rank {other} failed {at}: {note['failed']}"
     if silent:
-        return f"rank {other} does not answer; it was last in {at}"
-    return f"rank {other} has ended in {at} (process {note['process']}, killed or crashed)"
+        return f"rank {other} does not answer; it was last heard of {at}"
+    return f"rank {other} has ended {at} (process {note['process']}, killed or crashed)"
 
 
 def _machine() -> str:

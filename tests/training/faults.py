@@ -98,6 +98,18 @@ def _kill_before_latest(trainer: Trainer, step: int) -> None:
     checkpoint.atomic.write_text = killed  # type: ignore[assignment]
 
 
+def _kill_before_rename(trainer: Trainer, step: int) -> None:
+    """The checkpoint is written and still has its temporary name."""
+    replace = os.replace
+
+    def killed(source: Path, target: Path) -> None:
+        if Path(target).name == checkpoint.directory_name(step):
+            die()
+        replace(source, target)
+
+    checkpoint.atomic.os.replace = killed  # type: ignore[assignment]
+
+
 def _stall(trainer: Trainer, step: int) -> None:
     once = iter([True])  # of the step's micro-batches
     _in_loss(trainer, stall, lambda: trainer.step == step - 1 and next(once, False))
@@ -125,6 +137,7 @@ FAULTS: dict[str, Callable[[Trainer, int], None]] = {
     "killed in the backward pass": _kill_in_backward,
     "killed in an evaluation": _kill_in_evaluation,
     "killed in a save": _kill_in_save,
+    "killed before the rename": _kill_before_rename,
     "killed before latest": _kill_before_latest,
     "stalled": _stall,
     "raising": _raise,

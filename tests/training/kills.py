@@ -150,7 +150,7 @@ def _check_survivors(output: Path, killed: list[int], codes: list[int | None], w
         told = log(output, rank).read_text()
         if codes[rank] is None:
             report.wrong.append(f"{where}: rank {rank} hangs; it said {told[-1000:]}")
-        elif codes[rank] != 0 and f"LostRankError: rank {killed[0]} has ended in " not in told:
+        elif codes[rank] != 0 and f"LostRankError: rank {killed[0]} has ended " not in told:
             report.wrong.append(f"{where}: rank {rank} does not say who was killed: {told[-3000:]}")
 
 

@@ -47,6 +47,7 @@ CASES = [
     ("killed in the backward pass", 0, 5, r"LostRankError: rank 0 has ended in step 5 \(process", 4),
     ("killed in an evaluation", 1, 6, r"rank 1 has ended in the evaluation after step 6 ", 4),
     ("killed in a save", 1, 4, r"rank 1 has ended in the checkpoint of step 4 ", 2),
+    ("killed before the rename", 0, 4, r"rank 0 has ended in the checkpoint of step 4 ", 2),
     ("killed before latest", 0, 4, r"rank 0 has ended in the checkpoint of step 4 ", 2),
     ("raising", 1, 6, r"LostRankError: rank 1 failed in step 6: KeyError: 'no such thing'", 4),
     ("not a number", 1, 6, r"FloatingPointError: step 6, rank 1: loss is nan", 4),
@@ -87,7 +88,8 @@ def test_a_stalled_rank_is_named_within_the_time_out(undisturbed, tmp_path):
     ranks[0].join(PATIENCE)
     assert ranks[0].exitcode == 1
     assert_told(
-        log(output, 0).read_text(), r"LostRankError: rank 1 does not answer; it was last in step 6\. Rank 0 was"
+        log(output, 0).read_text(),
+        r"LostRankError: rank 1 does not answer; it was last heard of in step 6\. Rank 0 was",
     )
     # when it goes on, it finds that nobody waits any more
     os.kill(ranks[1].pid, signal.SIGCONT)

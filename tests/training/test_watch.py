@@ -45,8 +45,7 @@ def test_who_is_named(tmp_path, ranks, monkeypatch):
     everyone = three(fail, str(tmp_path), {0: "", 1: "", 2: ""})
     assert all(answer.startswith("the other ranks have given up waiting for this one. Rank") for answer in everyone)
     silent = three(fail, str(tmp_path), {0: "", 1: "", 2: None})
-    # rank 2 went on, to the start
-    assert silent[0].startswith("rank 2 does not answer; it was last in the start. Rank 0 was in step 3")
+    assert silent[0].startswith("rank 2 does not answer; it was last heard of after step 5. Rank 0 was in step 3")
     assert silent[2] == "nothing"
     for rank in range(3):
         assert (tmp_path / "ranks" / f"{rank}.json").stat().st_size == LENGTH
