@@ -32,21 +32,23 @@ def after_restart(config: TrainConfig) -> TrainConfig:
         FileExistsError: overwrite is set, and it cannot be told whether the run in the output is this one.
     """
     restarted = any(together(is_restarted))
-    return on_first_rank(lambda: _go_on(config) if restarted else config)
+    going_on = restarted and on_first_rank(lambda: _has_begun(config))
+    return dataclasses.replace(config, resume=True, overwrite=False) if going_on else config
 
 
-def _go_on(config: TrainConfig) -> TrainConfig:
+def _has_begun(config: TrainConfig) -> bool:
+    """Whether this start of torchrun has begun the run in the output."""
     output, own = Path(config.output), launch()
     marker = output / MARKER
     if marker.is_file() and marker.read_text() == own:
         print(f"restarted by torchrun: going on with the run in {output}", file=sys.stderr, flush=True)
-        return dataclasses.replace(config, resume=True, overwrite=False)
+        return True
     if config.overwrite and own is not None and own.startswith("none,") and (output / "checkpoints" / LATEST).exists():
         raise FileExistsError(
             f"{output} holds a run, and after a restart on another machine it cannot be told whether to overwrite it; "
             f"give torchrun --rdzv-id (or --standalone), or start again with resume or overwrite"
         )
-    return config
+    return False
 
 
 def prepare_output(config: TrainConfig) -> Path | None:

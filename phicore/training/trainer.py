@@ -250,12 +250,13 @@ class Trainer:
         if any(failures):
             self._writer.wait()  # raises the same on all ranks
         mean = masked_mean(sum(losses), sum(counts), f"step {self.step + 1}")
-        self.optimizer.scale_gradients_(1 / sum(counts))
-        norm = float(self.optimizer.clip_grad_norm_(config.max_norm or math.inf))
+        norm = float(self.optimizer.clip_grad_norm_(math.inf)) / sum(counts)  # before clipping
         if not (math.isfinite(mean) and math.isfinite(norm)):
             finite = math.isfinite(loss_sum) and self.optimizer.own_gradients_were_finite()
             self.optimizer.zero_grad()
             raise FloatingPointError(self._not_finite(mean, norm, indices, finite))
+        clip = min(1.0, config.max_norm / (norm + 1e-6)) if config.max_norm else 1.0
+        self.optimizer.scale_gradients_(clip / sum(counts))
         # ===== Phase 3: the update =====
         rate = learning_rate(self.step, config)
         for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
@@ -267,7 +268,7 @@ class Trainer:
         elapsed = time.perf_counter() - started
         return {
             "loss": mean,
-            "grad_norm": norm,  # before clipping
+            "grad_norm": norm,
             "learning_rate": rate,
             "tokens": self.tokens,
             "data_wait_percent": 100 * sum(waits) / (world_size() * elapsed),

@@ -26,7 +26,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
     Use it in place of DistributedDataParallel and an optimizer: it reduces the gradients itself, while the backward
     pass runs. With Psi trained elements on W ranks, each rank holds Psi/W elements of optimizer state, and of float32
     masters where parameters are bfloat16 or float16, and sends 2 Psi (W-1)/W elements a step. Without a process group
-    it is the inner optimizer.
+    it is the inner optimizer, which takes the gradients where they are.
 
     The two stages differ in where gradients stay until `step`:
 
@@ -88,7 +88,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.rank = dist.get_rank(process_group) if distributed else 0
         scale = 1.0 / self.world_size if reduction == "mean" else 1.0
         collectives = _collectives_by_device(process_group, self.world_size)
-        self._reducer = GradientReducer(stage, scale, collectives, watch=self.world_size > 1)
+        self._reducer = GradientReducer(stage, scale, collectives, alone=self.world_size == 1)
         self._class = optimizer_class
         self._names: list[list[str]] = []  # of each group, as given
         self._shapes: dict[str, torch.Size] = {}
@@ -167,10 +167,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if self._exchange_flags():
             self._exchange_flags()  # for those that have been unfrozen, which have buckets now
         for bucket in self._reducer.buckets:
-            used = {slot.name for slot in bucket.slots if slot.used}
+            gradients = self._reducer.gradients(bucket)
             for piece in bucket.pieces:
-                assert bucket.grad is not None
-                piece.tensor.grad = bucket.grad[piece.place] if piece.name in used else None
+                piece.tensor.grad = gradients.get(piece.name)
         self._reducer.changed = False
 
     @torch.no_grad()
@@ -185,8 +184,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """
         self.finish_reduction()
         grads = self._gradients()
-        # In float64: the norm does not depend on how elements are dealt out to ranks.
-        norms = [torch.linalg.vector_norm(grad, norm_type, dtype=torch.float64) for grad in grads]
+        norms = [_norm(grad, norm_type) for grad in grads]
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         if norms:
             total += torch.linalg.vector_norm(torch.stack(norms), norm_type)
@@ -201,7 +199,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             total = total.float()
         if error_if_nonfinite and not total.isfinite():
             raise RuntimeError(f"the total norm of the gradients is {total.item()}, so they cannot be clipped")
-        if grads:
+        if grads and not math.isinf(max_norm):
             torch._foreach_mul_(grads, torch.clamp(max_norm / (total + 1e-6), max=1.0))
         return total
 
@@ -415,6 +413,15 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
 def _pieces(buckets: Iterable[Bucket]) -> list[Tensor]:
     return [piece.tensor for bucket in buckets for piece in bucket.pieces]
+
+
+def _norm(grad: Tensor, norm_type: float) -> Tensor:
+    """Norm of a gradient [n], float64 []. Rows of 1,024 elements are taken in the gradient's dtype and put together in
+    float64: nearly as exact as float64 throughout, however elements are dealt out to ranks, and faster."""
+    whole = grad.numel() // 1024 * 1024
+    rows = torch.linalg.vector_norm(grad[:whole].view(-1, 1024), norm_type, dim=1)  # [n // 1024]
+    rest = torch.cat([rows.double(), grad[whole:].double()])
+    return torch.linalg.vector_norm(rest, norm_type)
 
 
 def _collectives_by_device(group: dist.ProcessGroup | None, world_size: int) -> Callable[[torch.device], Collectives]:

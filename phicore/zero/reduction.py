@@ -49,13 +49,14 @@ class GradientReducer:
         stage: 1 or 2.
         scale: factor for the sum over ranks.
         collectives: for a device.
-        watch: keep what tells whether this rank's gradients were finite: one sum over each bucket.
+        alone: there are no other ranks. Gradients then stay in `p.grad` in both stages, but for 16-bit parameters;
+            otherwise what tells whether this rank's were finite is kept, a sum of each.
     """
 
     def __init__(
-        self, stage: int, scale: float, collectives: Callable[[torch.device], Collectives], *, watch: bool = False
+        self, stage: int, scale: float, collectives: Callable[[torch.device], Collectives], *, alone: bool = False
     ) -> None:
-        self.stage, self.scale, self.collectives, self.watch = stage, scale, collectives, watch
+        self.stage, self.scale, self.collectives, self.alone = stage, scale, collectives, alone
         self.own_totals: list[Tensor] = []
         self.buckets: list[Bucket] = []  # in the order in which they are reduced
         self.syncing = True
@@ -98,7 +99,8 @@ class GradientReducer:
         if self._backward != (task := torch._C._current_graph_task_id()):
             self._backward = task
             Variable._execution_engine.queue_callback(self._end_of_backward)
-        self._fill(bucket, slot)
+        if not self._stays(bucket):
+            self._fill(bucket, slot)
         while self._next < len(self.buckets) and self.buckets[self._next].is_filled:
             self._start_next()
 
@@ -107,11 +109,22 @@ class GradientReducer:
         if self._open:
             self.close_round()
 
+    def _stays(self, bucket: Bucket) -> bool:
+        """Whether the bucket's gradients need no reduction: the inner optimizer can take them where they are."""
+        return self.alone and not bucket.has_masters
+
+    def gradients(self, bucket: Bucket) -> dict[str, Tensor]:
+        """The reduced gradients of the pieces that have one, [stop - start] each, by name."""
+        if self._stays(bucket):
+            grads = {slot.name: slot.parameter.grad for slot in bucket.slots}
+            # .data has a version counter of its own: what this optimizer writes is told from what others write.
+            return {name: grad.data.reshape(-1) for name, grad in grads.items() if grad is not None}
+        used = {slot.name for slot in bucket.slots if slot.used}
+        assert bucket.grad is not None
+        return {piece.name: bucket.grad[piece.place] for piece in bucket.pieces if piece.name in used}
+
     def _fill(self, bucket: Bucket, slot: Slot) -> None:
-        grad = slot.parameter.grad
-        assert grad is not None
-        if grad.layout != torch.strided:
-            raise TypeError(f"{slot.name} has a {grad.layout} gradient; ZeroOptimizer reduces dense ones only")
+        grad = _dense_gradient(slot)
         if bucket.buffer is None:
             bucket.buffer = torch.empty_like(bucket.flat)
         place = _place(bucket.buffer, slot).view(grad.shape)
@@ -137,6 +150,11 @@ class GradientReducer:
         self.wait()
 
     def _start(self, bucket: Bucket) -> None:
+        if self._stays(bucket):
+            for slot in bucket.slots:
+                if slot.parameter.grad is not None:
+                    slot.used, slot.reduced = True, _identity(_dense_gradient(slot))
+            return
         if bucket.buffer is None:
             bucket.buffer = torch.empty_like(bucket.flat)
         for slot in bucket.slots:
@@ -147,7 +165,7 @@ class GradientReducer:
                 self._fill(bucket, slot)
             else:
                 _place(bucket.buffer, slot).zero_()
-        if self.watch:
+        if not self.alone:
             # Summed wide: a float16 sum would overflow. Padding is not always written; what lies there may be anything.
             self.own_totals += [_place(bucket.buffer, slot).sum(dtype=bucket.wide) for slot in bucket.slots]
         self._in_flight.append((bucket, self.collectives(bucket.flat.device).reduce(bucket.buffer, bucket.wide)))
@@ -158,7 +176,9 @@ class GradientReducer:
 
     def _finish_oldest(self) -> None:
         bucket, finish = self._in_flight.popleft()
-        total = finish().mul_(self.scale)
+        total = finish()
+        if self.scale != 1:
+            total.mul_(self.scale)
         if self.stage == 2 and bucket.grad is not None:
             bucket.grad += total
         else:
@@ -203,6 +223,14 @@ class GradientReducer:
                 slot.used, slot.reduced, slot.parameter.grad = False, None, None
         self.own_totals.clear()
         self.round_due = self.changed = True
+
+
+def _dense_gradient(slot: Slot) -> Tensor:
+    grad = slot.parameter.grad
+    assert grad is not None
+    if grad.layout != torch.strided:
+        raise TypeError(f"{slot.name} has a {grad.layout} gradient; ZeroOptimizer reduces dense ones only")
+    return grad
 
 
 def _place(buffer: Tensor, slot: Slot) -> Tensor:
