@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help finetune test lint bench kernels-check demo-data clean
+.PHONY: help finetune test lint bench kernels-check kills demo-data clean
 .DEFAULT_GOAL := help
 
 help: ## list the commands
@@ -52,6 +52,9 @@ bench: $(VENV)/.installed-bench demo-data ## measure phicore beside its peers (S
 
 kernels-check: $(VENV)/.installed-test ## compile every kernel for every GPU (none is needed) and read the machine code
 	$(BIN)/python -m phicore_kernels.check $(ARGS)
+
+kills: $(VENV)/.installed-test ## kill ranks of training runs at 50 random moments and look for what was lost
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.training.kills $(ARGS)
 
 clean: ## remove the environment, the caches and the runs
 	rm -rf $(VENV) .cache runs .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -130,10 +130,10 @@ def new_group(timeout: float) -> dist.ProcessGroup | None:
     return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if world_size() > 1 else None
 
 
-def set_timeout(seconds: float) -> None:
-    """How long later collectives wait, if `join` made the group."""
-    if _made_here:
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
+def set_timeout(seconds: float, *more: dist.ProcessGroup | None) -> None:
+    """How long later collectives wait, in the group that `join` made (in no other's), and in those of `new_group`."""
+    for group in (None, *(group for group in more if group is not None)) if _made_here else ():
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def to_own_gpu(model: nn.Module) -> None:

@@ -31,6 +31,7 @@ from phicore.training.recompute import checkpointed_blocks
 from phicore.training.resume import changed_settings, describe, load_checkpoint
 from phicore.training.schedule import learning_rate
 from phicore.training.shards import Part, random_parts, to_memory, trained_parts
+from phicore.training.watch import Watch
 from phicore.zero import ZeroOptimizer
 from phicore.zero.agreement import check_same
 
@@ -143,6 +144,7 @@ class Trainer:
         self.tokens = 0
         self.stop_requested = False  # of this process
         self._stop_agreed = False  # of any, as all know
+        self._watch = Watch(self.output)
         self._writer = BackgroundWriter()
         # The thread that writes agrees with the other ranks' beside the collectives of the steps.
         self._writers = distributed.new_group(config.first_step_timeout) if config.async_save else None
@@ -172,10 +174,12 @@ class Trainer:
             ValueError: resuming with other settings (each change is listed), or a step without a labelled token.
             FloatingPointError: a loss or gradient norm that is not finite, naming the step and the rank where it arose;
                 the step is not taken, on any rank.
+            LostRankError: another rank ended, failed or did not answer within the time-out, naming it and its step.
             SystemExit: with status 0, after a SIGTERM or SIGUSR1 and its checkpoint.
         """
         config = self.config
-        self._start()
+        with self._watch.during("the start"):
+            self._start()
         log = MetricsLog(self.output / "metrics.jsonl", self.step) if rank() == 0 else None
         progress = Progress(config.steps, self.step, shown=rank() == 0)
         recomputed = checkpointed_blocks(self.model) if config.gradient_checkpointing else nullcontext()
@@ -184,9 +188,10 @@ class Trainer:
             with stop_signals(self.request_stop), recomputed, mode(self.model, training=True):
                 while self.step < config.steps and not self._is_stopping():
                     start = time.perf_counter()
-                    facts = self._train_step()
+                    with self._watch.during(f"step {self.step + 1}"):
+                        facts = self._train_step()
                     if not seconds:
-                        distributed.set_timeout(config.step_timeout)
+                        distributed.set_timeout(config.step_timeout, self._writers)
                     seconds += time.perf_counter() - start
                     loss = facts["loss"]
                     speed = (self.tokens - first_tokens) / seconds
@@ -204,8 +209,9 @@ class Trainer:
                         saved_step = self.step
                 if self.step != saved_step:
                     self.save()
-                self._writer.wait()
-                stopped = any(asked for (asked,) in gather_rows([self.stop_requested], self.device))
+                with self._watch.during("the end of the run"):
+                    self._writer.wait()
+                    stopped = any(asked for (asked,) in gather_rows([self.stop_requested], self.device))
         finally:
             progress.close()
             distributed.set_timeout(config.first_step_timeout)  # what follows is no step
@@ -296,6 +302,10 @@ class Trainer:
         data = self.eval_data if data is None else data
         if data is None or not len(data):
             raise ValueError("there is nothing to evaluate on: give the Trainer eval_data")
+        with self._watch.during(f"the evaluation after step {self.step}"):
+            return self._evaluate(data)
+
+    def _evaluate(self, data: Sequence[Any]) -> float:
         loss_sum, count = 0.0, 0.0
         self.buffers.share()
         generators = [self.device] if self.device.type == "cuda" else []
@@ -321,6 +331,10 @@ class Trainer:
         Raises:
             OSError: a rank could not write its part, on every rank; the checkpoints are as they were.
         """
+        with self._watch.during(f"the checkpoint of step {self.step}"):
+            return self._save()
+
+    def _save(self) -> Path:
         self.buffers.share()
         shard, buffers = self.optimizer.state_dict(), self.buffers.find()
         parts = {**trained_parts(shard, self.parameters), **random_parts(rank())}

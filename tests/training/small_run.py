@@ -146,7 +146,7 @@ def assert_same_run(a: Path, b: Path) -> None:
 def process(target: Callable[..., None], *args: Any) -> Any:
     """A process that will call target: forked from a server that has imported torch, so that it starts at once."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["phicore"])
+    context.set_forkserver_preload(["torch._dynamo", "phicore"])  # the first step of any torch optimizer imports it
     return context.Process(target=_on_one_thread, args=(target, *args), daemon=True)
 
 

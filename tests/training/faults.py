@@ -1,0 +1,146 @@
+"""Ranks that train together while something goes wrong with one of them."""
+
+import os
+import resource
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from phicore.training import TrainConfig, Trainer, checkpoint
+from tests.training.small_run import SETTINGS, examples, process, small_model
+
+Fault = tuple[str, int, int]  # what goes wrong, on which rank, in which step
+
+
+def start(world_size: int, output: Path, fault: Fault | None = None, **settings: Any) -> list[Any]:
+    """A process for each rank; what it says on stderr goes to `log(output, rank)`."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    processes = [process(run_rank, rank, world_size, port, output, fault, settings) for rank in range(world_size)]
+    for one in processes:
+        one.start()
+    return processes
+
+
+def log(output: Path, rank: int) -> Path:
+    return output.parent / f"{output.name} {rank}.log"
+
+
+def run_rank(
+    rank: int, world_size: int, port: int, output: Path, fault: Fault | None, settings: dict[str, Any]
+) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1"}
+    os.environ["MASTER_PORT"] = str(port)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    os.dup2(os.open(log(output, rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), 2)
+    config = TrainConfig(output=str(output), **{**SETTINGS, "first_step_timeout": 60.0, **settings})
+    trainer = Trainer(small_model(), config, examples(), examples(7))
+    if fault is not None and fault[1] == rank:
+        FAULTS[fault[0]](trainer, fault[2])
+    trainer.fit()
+
+
+def die(*_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stall(*_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def _in_loss(trainer: Trainer, happens: Callable[[Tensor], Tensor | None], when: Callable[[], bool]) -> None:
+    inner = trainer.loss_fn
+
+    def loss_fn(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor | int]:
+        loss, count = inner(model, batch)
+        changed = happens(loss) if when() else None
+        return (loss if changed is None else changed), count
+
+    trainer.loss_fn = loss_fn
+
+
+def _kill_in_backward(trainer: Trainer, step: int) -> None:
+    _in_loss(trainer, lambda loss: loss.register_hook(die) and None, lambda: trainer.step == step - 1)
+
+
+def _kill_in_evaluation(trainer: Trainer, step: int) -> None:
+    _in_loss(trainer, die, lambda: trainer.step == step and not trainer.model.training)
+
+
+def _kill_in_save(trainer: Trainer, step: int) -> None:
+    write = checkpoint.write_shard
+
+    def half(directory: Path, *arguments: Any) -> tuple[str, str]:
+        if trainer.step == step:
+            name, _ = write(directory, *arguments)
+            os.truncate(directory / name, 100)
+            die()
+        return write(directory, *arguments)
+
+    checkpoint.write_shard = half  # type: ignore[assignment]
+
+
+def _kill_before_latest(trainer: Trainer, step: int) -> None:
+    """The checkpoint is in its place; `latest` does not name it yet."""
+    write = checkpoint.atomic.write_text
+
+    def killed(path: Path, text: str) -> None:
+        if trainer.step == step and path.name == checkpoint.LATEST:
+            die()
+        write(path, text)
+
+    checkpoint.atomic.write_text = killed  # type: ignore[assignment]
+
+
+def _kill_before_rename(trainer: Trainer, step: int) -> None:
+    """The checkpoint is written and still has its temporary name."""
+    replace = os.replace
+
+    def killed(source: Path, target: Path) -> None:
+        if Path(target).name == checkpoint.directory_name(step):
+            die()
+        replace(source, target)
+
+    checkpoint.atomic.os.replace = killed  # type: ignore[assignment]
+
+
+def _stall(trainer: Trainer, step: int) -> None:
+    once = iter([True])  # of the step's micro-batches
+    _in_loss(trainer, stall, lambda: trainer.step == step - 1 and next(once, False))
+
+
+def _raise(trainer: Trainer, step: int) -> None:
+    def fail(loss: Tensor) -> None:
+        raise KeyError("no such thing")
+
+    _in_loss(trainer, fail, lambda: trainer.step == step - 1)
+
+
+def _not_a_number(trainer: Trainer, step: int) -> None:
+    _in_loss(trainer, lambda loss: loss * torch.nan, lambda: trainer.step == step - 1)
+
+
+def _full_disk(trainer: Trainer, step: int) -> None:
+    """From the step on the kernel refuses to write beyond a kilobyte into any file."""
+    _in_loss(
+        trainer, lambda loss: resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024)), lambda: trainer.step == step - 1
+    )
+
+
+FAULTS: dict[str, Callable[[Trainer, int], None]] = {
+    "killed in the backward pass": _kill_in_backward,
+    "killed in an evaluation": _kill_in_evaluation,
+    "killed in a save": _kill_in_save,
+    "killed before the rename": _kill_before_rename,
+    "killed before latest": _kill_before_latest,
+    "stalled": _stall,
+    "raising": _raise,
+    "not a number": _not_a_number,
+    "full disk": _full_disk,
+}

@@ -1,0 +1,119 @@
+"""One of several ranks is killed, stalls, fails or cannot write: the others stop and say which rank and where, and the
+run goes on from its last checkpoint as if nothing had been."""
+
+import os
+import re
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from phicore.training.checkpoint import latest_checkpoint, read_state
+from phicore.training.consolidate import consolidate
+from tests.training.faults import log, start
+from tests.training.kills import campaign
+from tests.training.small_run import assert_same_run
+
+SETTINGS = {"steps": 8, "save_every": 2, "eval_every": 3, "step_timeout": 20.0}
+PATIENCE = 60  # seconds for a run, many more than it takes
+
+
+def finish(processes: list[Any]) -> list[int | None]:
+    """Exit codes; None for a rank that is still there, which is ended."""
+    end = time.monotonic() + PATIENCE
+    for one in processes:
+        one.join(max(0.0, end - time.monotonic()))
+    codes = [one.exitcode for one in processes]
+    for one in processes:
+        if one.exitcode is None:
+            one.kill()
+            one.join()
+    return codes
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of two ranks that were left in peace."""
+    output = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert finish(start(2, output, **SETTINGS)) == [0, 0], log(output, 0).read_text() + log(output, 1).read_text()
+    return output
+
+
+CASES = [
+    # what, rank, step; what the others say; the step of the newest checkpoint then
+    ("killed in the backward pass", 1, 6, r"LostRankError: rank 1 has ended in step 6 \(process", 4),
+    ("killed in the backward pass", 0, 5, r"LostRankError: rank 0 has ended in step 5 \(process", 4),
+    ("killed in an evaluation", 1, 6, r"rank 1 has ended in the evaluation after step 6 ", 4),
+    ("killed in a save", 1, 4, r"rank 1 has ended in the checkpoint of step 4 ", 2),
+    ("killed before the rename", 0, 4, r"rank 0 has ended in the checkpoint of step 4 ", 2),
+    ("killed before latest", 0, 4, r"rank 0 has ended in the checkpoint of step 4 ", 2),
+    ("raising", 1, 6, r"LostRankError: rank 1 failed in step 6: KeyError: 'no such thing'", 4),
+    ("not a number", 1, 6, r"FloatingPointError: step 6, rank 1: loss is nan", 4),
+    ("full disk", 1, 4, r"OSError: rank 1: cannot write .*step-00000004.*File too large", 2),
+    ("full disk", 0, 4, r"OSError: rank 0: cannot write .*step-00000004.*File too large", 2),
+]
+
+
+@pytest.mark.parametrize(("what", "rank", "step", "said", "newest"), CASES)
+def test_others_say_who_and_where_and_the_run_goes_on(undisturbed, tmp_path, what, rank, step, said, newest):
+    output = tmp_path / "run"
+    codes = finish(start(2, output, (what, rank, step), **SETTINGS))
+    assert codes[rank] == (-signal.SIGKILL if "killed" in what else 1)
+    assert codes[1 - rank] == 1
+    told = log(output, 1 - rank).read_text()
+    assert_told(told, said)
+    goes_on(output, newest, undisturbed)
+
+
+def assert_told(told: str, said: str) -> None:
+    assert re.search(said, told), told
+
+
+def goes_on(output: Path, newest: int, undisturbed: Path) -> None:
+    """The newest checkpoint is of that step and loads, and the resumed run is the undisturbed one."""
+    found = latest_checkpoint(output / "checkpoints")
+    assert found is not None
+    assert read_state(found)["step"] == newest
+    consolidate(found)
+    codes = finish(start(2, output, resume=True, **SETTINGS))
+    assert codes == [0, 0], log(output, 0).read_text() + log(output, 1).read_text()
+    assert_same_run(output, undisturbed)
+
+
+def test_a_stalled_rank_is_named_within_the_time_out(undisturbed, tmp_path):
+    output = tmp_path / "run"
+    ranks = start(2, output, ("stalled", 1, 6), **{**SETTINGS, "step_timeout": 2.0})
+    ranks[0].join(PATIENCE)
+    assert ranks[0].exitcode == 1
+    assert_told(
+        log(output, 0).read_text(),
+        r"LostRankError: rank 1 does not answer; it was last heard of in step 6\. Rank 0 was",
+    )
+    # when it goes on, it finds that nobody waits any more
+    os.kill(ranks[1].pid, signal.SIGCONT)
+    assert finish(ranks) == [1, 1]
+    assert_told(log(output, 1).read_text(), r"LostRankError: the other ranks have given up waiting for this one")
+    goes_on(output, 4, undisturbed)
+
+
+def test_all_of_three_ranks_name_the_same_one(tmp_path):
+    output = tmp_path / "run"
+    codes = finish(start(3, output, ("killed in the backward pass", 1, 2), **SETTINGS))
+    assert codes == [1, -signal.SIGKILL, 1]
+    for rank in (0, 2):
+        told = log(output, rank).read_text()
+        assert_told(
+            told, rf"LostRankError: rank 1 has ended in step 2 \(process \d+, killed or crashed\)\. Rank {rank} was"
+        )
+
+
+def test_random_kills_lose_nothing(tmp_path):
+    """The short form of `make kills`."""
+    report = campaign(tmp_path, kills=4, seed=1)
+    assert report.kills == 4
+    assert report.resumes >= 1
+    assert not report.lost, report
+    assert not report.wrong, report
+    assert "4 kills, 0 checkpoints lost" in str(report)

@@ -1,0 +1,96 @@
+"""Notes of ranks, and what is told of them: whom a failed collective is laid to."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from phicore.training import watch
+from phicore.training.watch import LENGTH, LostRankError, Watch, is_lost_connection
+
+GLOO = RuntimeError("[pair.cc:534] gloo: Connection closed by peer [127.0.0.1]:1\nmore")
+
+
+def fail(output: str, told: dict[int, str | None]) -> str:
+    """Notes of this rank's failure, by rank ("" for a failed collective, None for none), and what it was told then."""
+    watching = Watch(Path(output))
+    failed = told[dist.get_rank()]
+    error = GLOO if failed == "" else KeyError(failed)
+    try:
+        with watching.during(f"step {3 + dist.get_rank()}"):
+            dist.barrier()
+            if failed is not None:
+                raise error
+    except (LostRankError, KeyError) as caught:
+        answer = str(caught)
+    else:
+        answer = "nothing"
+    dist.barrier()
+    return answer
+
+
+def test_who_is_named(tmp_path, ranks, monkeypatch):
+    three = ranks(3)
+    lost = three(fail, str(tmp_path), {0: "", 1: "", 2: "x" * 9000})
+    assert lost[0].startswith("rank 2 failed in step 5: KeyError: 'xxx")
+    assert lost[1].endswith(
+        "Rank 1 was in step 4 ([pair.cc:534] gloo: Connection closed by peer [127.0.0.1]:1). Start again with resume "
+        "to go on from the newest checkpoint"
+    )
+    assert lost[2] == repr("x" * 9000)
+    everyone = three(fail, str(tmp_path), {0: "", 1: "", 2: ""})
+    assert all(answer.startswith("the other ranks have given up waiting for this one. Rank") for answer in everyone)
+    silent = three(fail, str(tmp_path), {0: "", 1: "", 2: None})
+    assert silent[0].startswith("rank 2 does not answer; it was last heard of after step 5. Rank 0 was in step 3")
+    assert silent[2] == "nothing"
+    for rank in range(3):
+        assert (tmp_path / "ranks" / f"{rank}.json").stat().st_size == LENGTH
+
+
+def test_notes_of_an_earlier_run_are_not_taken_for_this_ones(tmp_path, ranks):
+    (tmp_path / "ranks").mkdir()
+    (tmp_path / "ranks/7.json").write_text("{}")
+    (tmp_path / "ranks/1.json").write_text(json.dumps({"at": "step 900", "failed": "KeyError: old"}))
+    answers = ranks(2)(fail, str(tmp_path), {0: "", 1: ""})
+    assert "old" not in answers[0]
+    assert not (tmp_path / "ranks/7.json").exists()
+
+
+def test_alone_nothing_is_written_and_nothing_changed(tmp_path):
+    with pytest.raises(RuntimeError) as caught, Watch(tmp_path).during("step 1"):
+        raise GLOO
+    assert caught.value is GLOO
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_ended_process_is_told_from_one_elsewhere():
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    note = {"process": ended.pid, "machine": watch._machine(), "at": "step 2"}
+    os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)  # a zombie: nobody has asked for its exit code
+    assert watch._has_ended(note)
+    ended.wait()
+    assert watch._has_ended(note)
+    assert not watch._has_ended(note | {"machine": "elsewhere"})
+    assert not watch._has_ended(note | {"process": os.getpid()})
+    assert not watch._has_ended({})
+
+
+def test_torchrun_is_told(tmp_path, monkeypatch):
+    file = tmp_path / "error.json"
+    monkeypatch.setenv(watch.TORCHRUN, str(file))
+    watch._tell_torchrun(LostRankError("rank 1 does not answer"))
+    assert json.loads(file.read_text())["message"]["message"] == "LostRankError: rank 1 does not answer"
+    file.unlink()
+    watch._tell_torchrun(SystemExit(0))
+    assert not file.exists()
+
+
+def test_which_errors_are_of_a_lost_connection():
+    assert is_lost_connection(GLOO)
+    assert is_lost_connection(dist.DistNetworkError("closed"))
+    assert not is_lost_connection(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not is_lost_connection(ValueError("gloo"))
