@@ -775,3 +775,18 @@ def test_a_start_that_came_out_otherwise_is_resumed_as_it_was(tmp_path: Path) ->
     assert all(torch.equal(a, b) for a, b in zip(weights(first).values(), weights(resumed).values(), strict=True))
     x = torch.randn(5, 3, dtype=torch.float64)
     assert torch.equal(first.model(x), resumed.model(x))
+
+
+def test_a_newer_trainer_takes_the_model_over(tmp_path: Path) -> None:
+    """As when a cell of a notebook runs again, while the older one is still there."""
+    model = small_model()
+    older = Trainer(model, TrainConfig(output=str(tmp_path / "a"), **SETTINGS), examples())
+    older.fit()
+    after = copy.deepcopy(model)
+    newer = Trainer(model, TrainConfig(output=str(tmp_path / "b"), **SETTINGS), examples())
+    newer.fit()
+    Trainer(after, TrainConfig(output=str(tmp_path / "c"), **SETTINGS), examples()).fit()
+    assert_same_run(tmp_path / "b", tmp_path / "c")
+    older.config.steps = 9
+    with pytest.raises(RuntimeError, match="has other memory than when this optimizer was made"):
+        older.fit()
