@@ -172,6 +172,7 @@ def test_the_adapted_weights_are_formed_once(randomize, saved_for_backward):
 
 def test_compiles_to_one_graph(randomize):
     model = adapted(model_of(dtype=torch.float32), randomize)
+    torch._dynamo.reset()
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
     x = torch.randn(4, IN)
     y, z = model(x), compiled(x)

@@ -106,6 +106,7 @@ def test_one_pass_through_the_base_and_one_decode(layer_of, randomize, dora, mon
 def test_compiles_to_one_graph(layer_of, randomize, kind, dora):
     base, _, _ = layer_of(kind, 18, IN, dtype=torch.float32)
     layer = fused(base, randomize, dora, dropout=0.0)
+    torch._dynamo.reset()
     compiled = torch.compile(copy.deepcopy(layer), fullgraph=True, backend="aot_eager")
     x = torch.randn(5, IN)
     y, z = layer(x), compiled(x)
