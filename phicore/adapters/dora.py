@@ -139,9 +139,13 @@ class DoRALayer(LowRankLayer):
         A, B = self.matrices()
         norm_squared = factored_norm_squared(self.base_norm_squared, WA, A, B, self.factor)
         cancelled = norm_squared < CANCELLATION[WA.dtype] * self.base_norm_squared  # [out]
+        # torch.compile makes a float that differs between layers or calls an input, which torch.cond's branches refuse.
+        scaled = self.factor * B.to(norm_squared.dtype)
 
         def dense() -> Tensor:
-            return torch.where(cancelled, self._direction().to(norm_squared.dtype).square().sum(1), norm_squared)
+            with base_layer.without_autocast(A.device):
+                direction = self.dense_base().to(scaled.dtype) + scaled @ A.to(scaled.dtype)  # V', [out, in]
+            return torch.where(cancelled, direction.square().sum(1), norm_squared)
 
         def factored() -> Tensor:
             return norm_squared.clone()

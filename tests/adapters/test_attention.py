@@ -210,6 +210,7 @@ def test_self_attention_projects_once(randomize, monkeypatch):
 @pytest.mark.parametrize(("dora", "fused_targets", "need_weights"), [(False, "raise", True), (True, "split", False)])
 def test_compiles_to_one_graph(randomize, dora, fused_targets, need_weights):
     model = adapted(model_of(torch.float32, batch_first=True), randomize, dora=dora, fused_targets=fused_targets)
+    torch._dynamo.reset()
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
     x = torch.randn(N, LENGTH, WIDTH)
     y, z = model(x, x, x, need_weights=need_weights), compiled(x, x, x, need_weights=need_weights)

@@ -472,6 +472,17 @@ def test_compiled_in_one_graph_equals_eager(layer_of, randomize, kind):
     both_ways(layer, compiled, torch.randn(2, 5, IN, dtype=torch.float64, requires_grad=True))
 
 
+def test_layers_of_other_scalings_compile_too(layer_of, randomize):
+    """From the second value on, torch.compile takes a float as an input of the graph."""
+    torch._dynamo.reset()
+    for alpha in (3, 4, 5):
+        layer = random_adapter(layer_of("linear", OUT, IN)[0], randomize, alpha=alpha)
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        x = torch.randn(2, IN, dtype=torch.float64, requires_grad=True)
+        for layer.strength in (1.0, 0.5):
+            both_ways(layer, compiled, x)
+
+
 def test_one_graph_serves_rows_that_cancel_and_rows_that_do_not(layer_of, randomize):
     torch._dynamo.reset()
     layer, _ = cancelling("nf4", layer_of, torch.float32, 1e-3)

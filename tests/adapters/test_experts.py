@@ -172,6 +172,7 @@ def test_the_adapted_weights_are_formed_once(randomize, saved_for_backward):
 
 def test_compiles_to_one_graph(randomize):
     model = adapted(model_of(dtype=torch.float32), randomize)
+    torch._dynamo.reset()
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
     x = torch.randn(4, IN)
     y, z = model(x), compiled(x)
@@ -182,6 +183,18 @@ def test_compiles_to_one_graph(randomize):
     for name, p in model.named_parameters():
         if p.requires_grad:
             torch.testing.assert_close(grads[name].grad, p.grad)
+
+
+def test_every_way_that_transformers_runs_experts(tiny, randomize):
+    answers = {}
+    for way in ("eager", "batched_mm", "grouped_mm"):
+        model = tiny("mixtral", dtype=torch.float32, intermediate_size=48)
+        model.set_experts_implementation(way)
+        torch.manual_seed(0)
+        config = phicore.LoRAConfig(target_modules=[], target_parameters=["gate_up_proj", "down_proj"])
+        answers[way] = randomize(phicore.attach(model, config))(torch.arange(6)[None]).logits
+    torch.testing.assert_close(answers["batched_mm"], answers["eager"])
+    torch.testing.assert_close(answers["grouped_mm"], answers["eager"])
 
 
 def test_autocast_keeps_the_sum_in_the_weights_dtype(randomize):

@@ -103,9 +103,21 @@ def test_one_pass_through_the_base_and_one_decode(layer_of, randomize, dora, mon
 
 @DORA
 @pytest.mark.parametrize("kind", ["linear", "nf4"])
+def test_what_is_kept_for_the_backward_pass(layer_of, randomize, saved_for_backward, kind, dora):
+    """x and x A^T; with DoRA one tensor of the output's size more."""
+    base, _, _ = layer_of(kind, 18, IN, dtype=torch.float32)
+    layer = fused(base, randomize, dora)
+    x = torch.randn(101, IN, requires_grad=True)
+    kept = saved_for_backward(lambda: layer(x), layer)
+    assert sorted(t.numel() for t in kept if 101 in t.shape) == [101 * 5, 101 * IN, *([101 * 18] if dora else [])]
+
+
+@DORA
+@pytest.mark.parametrize("kind", ["linear", "nf4"])
 def test_compiles_to_one_graph(layer_of, randomize, kind, dora):
     base, _, _ = layer_of(kind, 18, IN, dtype=torch.float32)
     layer = fused(base, randomize, dora, dropout=0.0)
+    torch._dynamo.reset()
     compiled = torch.compile(copy.deepcopy(layer), fullgraph=True, backend="aot_eager")
     x = torch.randn(5, IN)
     y, z = layer(x), compiled(x)
