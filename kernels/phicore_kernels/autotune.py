@@ -53,7 +53,7 @@ def config_of(product: Product, device: torch.device, trial: Callable[[Config], 
     if known and (config := known.get(product.key)) is not None:
         return config
     if os.environ.get("PHICORE_AUTOTUNE") == "1" and device.type != "cpu" and not _capturing(device):
-        config = fastest(product, gpu, trial, bench_on_device)
+        config = fastest(product, gpu, trial, lambda call: bench_on_device(call, device))
         cache.save(gpu.name, configs={product.key: config})
         return config
     return choose(product.m, product.columns, product.summed, product.mode, product.dtype, gpu.processors)
@@ -97,10 +97,13 @@ def fastest(product: Product, gpu: Gpu, trial: Callable[[Config], None], bench: 
     return best[1]
 
 
-def bench_on_device(call: Callable[[], Any]) -> float:
-    """Median seconds of a call on the current GPU, its caches cold."""
+def bench_on_device(call: Callable[[], Any], device: torch.device | None = None) -> float:
+    """Median seconds of a call on a GPU (default: the current one), its caches cold."""
     from triton.testing import do_bench
 
+    if device is not None and device.index is not None:  # do_bench's events are the current device's
+        with torch.accelerator.device_index(device.index):
+            return bench_on_device(call)
     return float(do_bench(call, return_mode="median")) / 1e3
 
 

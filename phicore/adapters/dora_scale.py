@@ -7,6 +7,7 @@ the single steps itself, and there, as on a CPU, the layer takes those.
 import torch
 from torch import Tensor
 
+from phicore.adapters.base import without_autocast
 from phicore.nf4 import kernels
 
 torch.library.define(
@@ -63,7 +64,8 @@ def kernel(v, base_norm_squared, WA, A, B, magnitude, bias, scale):
     from phicore_kernels.dora import scale_columns as launch
 
     flat = v.reshape(v.shape[:-1].numel(), v.shape[-1])
-    y, squared = launch(flat, base_norm_squared, WA, A, B, magnitude, scale, bias)
+    with without_autocast(v.device):  # A A^T is a product of torch's
+        y, squared = launch(flat, base_norm_squared, WA, A, B, magnitude, scale, bias)
     return y.view(v.shape), squared
 
 

@@ -141,7 +141,8 @@ def dora_scale(device: torch.device, m: int, shape: tuple[int, int], rank: int, 
     b = draw(device, n, dtype=dtype, seed=6) if bias else None
     A64, B64 = A.cpu().double(), B.cpu().double()
     WA = (W @ A64.T).float().to(device)
-    y, squared = scale_columns(v, (W * W).sum(1).float().to(device), WA, A, B, magnitude, b, 0.3)
+    with torch.autocast(device.type, dtype=torch.bfloat16):  # which must not reach the sums
+        y, squared = scale_columns(v, (W * W).sum(1).float().to(device), WA, A, B, magnitude, b, 0.3)
     dense = (W + 0.3 * B64 @ A64).square().sum(1)
     lost = float(((W * W).sum(1) / dense).max()) + 1  # what the terms of the factored form lose where they cancel
     close(squared, dense, torch.float32, lost)

@@ -104,7 +104,9 @@ def test_the_variable_tunes_a_product_once(monkeypatch):
     monkeypatch.setenv("PHICORE_AUTOTUNE", "1")
     slow = choose(5, 4096, 14336, "permute", BF16, 132)
     timed = []
-    with mock.patch.object(autotune, "bench_on_device", side_effect=lambda call: timed.append(call()) or -len(timed)):
+    with mock.patch.object(
+        autotune, "bench_on_device", side_effect=lambda call, _: timed.append(call()) or -len(timed)
+    ):
         first = config_of(PRODUCT, CUDA, lambda config: None)
         assert len(timed) == len(candidates(PRODUCT, H100))
         assert first == candidates(PRODUCT, H100)[-1] != slow
@@ -114,6 +116,16 @@ def test_the_variable_tunes_a_product_once(monkeypatch):
         assert config_of(PRODUCT._replace(m=100), torch.device("cpu"), never) is not None
     with mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=True):
         assert config_of(PRODUCT._replace(m=100), CUDA, never).split >= 1
+
+
+def test_a_call_is_timed_on_its_own_device():
+    inside = mock.MagicMock()
+    with (
+        mock.patch.object(torch.accelerator, "device_index", return_value=inside) as index,
+        mock.patch("triton.testing.do_bench", side_effect=lambda call, return_mode: call()),
+    ):
+        assert autotune.bench_on_device(lambda: 2.0 * inside.__enter__.called, torch.device("cuda", 1)) == 2e-3
+    index.assert_called_once_with(1)
 
 
 def test_every_tuned_config_is_one_that_the_checks_compile():
