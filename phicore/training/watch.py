@@ -53,6 +53,7 @@ class Watch:
             yield
             return
         before, self._at = self._at, f"in {what}"
+        after = before if before.startswith("in ") else f"after {what}"
         try:
             if not self._ready:  # an earlier run's notes must not be taken for this one's
                 on_first_rank(self._clear)
@@ -64,12 +65,16 @@ class Watch:
         except BaseException as error:
             lost = is_lost_connection(error)
             self._note(failed="" if lost else f"{type(error).__name__}: {error}")
-            told = LostRankError(self._explain(error)) if lost else error
-            _tell_torchrun(told)
-            if lost:
-                raise told from error
-            raise
-        self._at = before if before.startswith("in ") else f"after {what}"
+            if not lost:
+                _tell_torchrun(error)
+                raise
+            try:
+                raise LostRankError(self._explain(error)) from error
+            except LostRankError as told:
+                _tell_torchrun(told)
+                raise
+        finally:
+            self._at = after
         self._note()
 
     def _clear(self) -> None:
@@ -99,7 +104,7 @@ class Watch:
                 break
             time.sleep(PAUSE)
         told = [_tell(r, note, r in silent) for r, note in notes.items() if note.get("failed") != ""]
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().splitlines()[0].partition(". ")[0]
         return (
             f"{'; '.join(told) or 'the other ranks have given up waiting for this one'}. Rank {rank()} was "
             f"{self._at} ({reason}). Start again with resume to go on from the newest checkpoint"
@@ -114,7 +119,10 @@ class Watch:
 
 def is_lost_connection(error: BaseException) -> bool:
     """Whether an error is a collective's that did not hear from another rank: gloo's are plain RuntimeErrors."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+    texts = ("gloo", "pair closure", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    )
 
 
 def _tell(other: int, note: dict[str, Any], silent: bool) -> str:
@@ -153,7 +161,7 @@ def _has_ended(note: dict[str, Any]) -> bool:
 
 
 def _tell_torchrun(error: BaseException) -> None:
-    """Puts an error into the summary that torchrun prints of its processes."""
+    """Puts an error that is being handled into the summary that torchrun prints of its processes."""
     if os.environ.get(TORCHRUN) and isinstance(error, Exception):
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 

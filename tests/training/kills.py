@@ -81,7 +81,7 @@ def campaign(directory: Path, kills: int, seed: int, say: Callable[[str], object
         if killed:
             report.kills += 1
             where = f"kill {report.kills}, of rank {' and '.join(map(str, killed))}, {output.name}"
-            newest = _check(output, before, where, report)
+            newest = check(output, before, where, report)
             _check_survivors(output, killed, codes, where, report)
             say(f"{where}: newest checkpoint {newest}")
         if codes != [0] * WORLD_SIZE and killed:
@@ -128,7 +128,7 @@ def _newest_step(output: Path) -> int | None:
     return None if newest is None else int(newest.name.partition("-")[2])
 
 
-def _check(output: Path, before: int | None, where: str, report: Report) -> int | None:
+def check(output: Path, before: int | None, where: str, report: Report) -> int | None:
     """The newest checkpoint's step; notes it as lost if it is older than before, or does not load."""
     try:
         newest = latest_checkpoint(output / "checkpoints")

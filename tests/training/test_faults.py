@@ -3,6 +3,7 @@ run goes on from its last checkpoint as if nothing had been."""
 
 import os
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -12,8 +13,9 @@ import pytest
 
 from phicore.training.checkpoint import latest_checkpoint, read_state
 from phicore.training.consolidate import consolidate
+from tests.training import kills
 from tests.training.faults import log, start
-from tests.training.kills import campaign
+from tests.training.kills import Report, campaign
 from tests.training.small_run import assert_same_run
 
 SETTINGS = {"steps": 8, "save_every": 2, "eval_every": 3, "step_timeout": 20.0}
@@ -107,6 +109,19 @@ def test_all_of_three_ranks_name_the_same_one(tmp_path):
         assert_told(
             told, rf"LostRankError: rank 1 has ended in step 2 \(process \d+, killed or crashed\)\. Rank {rank} was"
         )
+
+
+def test_a_lost_checkpoint_is_counted(undisturbed, tmp_path):
+    output = Path(shutil.copytree(undisturbed, tmp_path / "run"))
+    report = Report()
+    assert kills.check(output, 8, "kill 1", report) == 8
+    assert not report.lost
+    kills.check(output, 9, "kill 2", report)
+    (output / "checkpoints/step-00000008/rank-1.safetensors").write_bytes(b"torn")
+    kills.check(output, 8, "kill 3", report)
+    shutil.rmtree(output / "checkpoints/step-00000008")
+    kills.check(output, 8, "kill 4", report)
+    assert [text.partition(":")[0] for text in report.lost] == ["kill 2", "kill 3", "kill 4"]
 
 
 def test_random_kills_lose_nothing(tmp_path):

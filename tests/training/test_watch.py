@@ -12,7 +12,7 @@ import torch.distributed as dist
 from phicore.training import watch
 from phicore.training.watch import LENGTH, LostRankError, Watch, is_lost_connection
 
-GLOO = RuntimeError("[pair.cc:534] gloo: Connection closed by peer [127.0.0.1]:1\nmore")
+GLOO = RuntimeError("[pair.cc:534] gloo: Connection closed by peer [127.0.0.1]:1. Good luck!\nmore")
 
 
 def fail(output: str, told: dict[int, str | None]) -> str:
@@ -20,6 +20,7 @@ def fail(output: str, told: dict[int, str | None]) -> str:
     watching = Watch(Path(output))
     failed = told[dist.get_rank()]
     error = GLOO if failed == "" else KeyError(failed)
+    os.environ[watch.TORCHRUN] = f"{output}/error {dist.get_rank()}.json"
     try:
         with watching.during(f"step {3 + dist.get_rank()}"):
             dist.barrier()
@@ -29,11 +30,12 @@ def fail(output: str, told: dict[int, str | None]) -> str:
         answer = str(caught)
     else:
         answer = "nothing"
+    del os.environ[watch.TORCHRUN]
     dist.barrier()
     return answer
 
 
-def test_who_is_named(tmp_path, ranks, monkeypatch):
+def test_who_is_named(tmp_path, ranks):
     three = ranks(3)
     lost = three(fail, str(tmp_path), {0: "", 1: "", 2: "x" * 9000})
     assert lost[0].startswith("rank 2 failed in step 5: KeyError: 'xxx")
@@ -42,6 +44,10 @@ def test_who_is_named(tmp_path, ranks, monkeypatch):
         "to go on from the newest checkpoint"
     )
     assert lost[2] == repr("x" * 9000)
+    summaries = [json.loads((tmp_path / f"error {rank}.json").read_text())["message"] for rank in range(3)]
+    assert summaries[1]["message"] == f"LostRankError: {lost[1]}"
+    assert summaries[1]["extraInfo"]["py_callstack"].endswith(f"LostRankError: {lost[1]}\n")
+    assert summaries[2]["message"].startswith("KeyError")
     everyone = three(fail, str(tmp_path), {0: "", 1: "", 2: ""})
     assert all(answer.startswith("the other ranks have given up waiting for this one. Rank") for answer in everyone)
     silent = three(fail, str(tmp_path), {0: "", 1: "", 2: None})
@@ -79,18 +85,9 @@ def test_an_ended_process_is_told_from_one_elsewhere():
     assert not watch._has_ended({})
 
 
-def test_torchrun_is_told(tmp_path, monkeypatch):
-    file = tmp_path / "error.json"
-    monkeypatch.setenv(watch.TORCHRUN, str(file))
-    watch._tell_torchrun(LostRankError("rank 1 does not answer"))
-    assert json.loads(file.read_text())["message"]["message"] == "LostRankError: rank 1 does not answer"
-    file.unlink()
-    watch._tell_torchrun(SystemExit(0))
-    assert not file.exists()
-
-
 def test_which_errors_are_of_a_lost_connection():
     assert is_lost_connection(GLOO)
+    assert is_lost_connection(RuntimeError("Application timeout caused pair closure"))
     assert is_lost_connection(dist.DistNetworkError("closed"))
     assert not is_lost_connection(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not is_lost_connection(ValueError("gloo"))
