@@ -119,8 +119,9 @@ def _advantages(axes: Any, figures: Sequence[Figure]) -> None:
     axes.grid(axis="x", color="#eceef1", zorder=0)
     for i, f in enumerate(figures):
         axes.barh(i, 1 + f.noise - 1 / (1 + f.noise), left=1 / (1 + f.noise), height=0.95, color=BAND, zorder=1)
-        theirs = "" if f.theirs is None else f"{number(f.theirs)} {f.unit}"
-        text = f"{number(f.ours)} {f.unit} beside {theirs} ({f.peer})"
+        text = f"{number(f.ours)} {f.unit}".strip()
+        if f.peer is not None:
+            text += f" beside {number(f.theirs)} {f.unit}".rstrip() + f" ({f.peer})"
         if f.advantage:
             color = BETTER if f.advantage > 1 + f.noise else WORSE if f.advantage < 1 / (1 + f.noise) else EVEN
             axes.barh(i, f.advantage - 1, left=1, height=0.62, color=color, zorder=2)
