@@ -41,6 +41,9 @@ def _head(result: dict[str, Any], source: str) -> str:
     absent = [name for name, version in versions.items() if version is None]
     if absent:
         lines.append(f"Not installed, and so not compared with: {', '.join(absent)}.")
+    unmeasured = [name for name in SUITES if name not in result["suites"]]
+    if unmeasured:
+        lines.append(f"Suites that this file does not have: {', '.join(unmeasured)}.")
     return "\n\n".join(lines)
 
 
@@ -121,7 +124,9 @@ def _advantages(axes: Any, figures: Sequence[Figure]) -> None:
         axes.barh(i, 1 + f.noise - 1 / (1 + f.noise), left=1 / (1 + f.noise), height=0.95, color=BAND, zorder=1)
         text = f"{number(f.ours)} {f.unit}".strip()
         if f.peer is not None:
-            text += f" beside {number(f.theirs)} {f.unit}".rstrip() + f" ({f.peer})"
+            text = f"{number(f.ours)} beside {number(f.theirs)} {f.unit}".rstrip()
+            if f.peer not in f.name:
+                text += f" ({f.peer})"
         if f.advantage:
             color = BETTER if f.advantage > 1 + f.noise else WORSE if f.advantage < 1 / (1 + f.noise) else EVEN
             axes.barh(i, f.advantage - 1, left=1, height=0.62, color=color, zorder=2)
