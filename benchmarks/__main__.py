@@ -61,7 +61,8 @@ def _without_paths(text: str) -> str:
     return re.sub(r"(?<![\w.])(?:/[\w.+-]+)+/", "", text)
 
 
-def measure(names: list[str], *, quick: bool, threads: int) -> dict[str, Any]:
+def measure(names: list[str], output: Path, *, quick: bool, threads: int) -> dict[str, Any]:
+    """Runs suites; the file is written anew after each, so that a run that is cut short keeps what it has."""
     result: dict[str, Any] = {
         "quick": quick,
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
@@ -74,6 +75,7 @@ def measure(names: list[str], *, quick: bool, threads: int) -> dict[str, Any]:
     for name in names:
         print(f"===== {name}: {SUITES[name].title} =====", flush=True)
         result["suites"][name] = run_suite(name, quick=quick, threads=threads)
+        output.write_text(json.dumps(result, indent=1) + "\n")
     return result
 
 
@@ -106,9 +108,8 @@ def main(arguments: list[str] | None = None) -> int:
     output = options.output or results / ("quick.json" if options.quick else "full.json")
     docs = options.docs or (ROOT / "docs" if whole else results)
     start = time.perf_counter()
-    result = measure(options.suite, quick=options.quick, threads=options.threads)
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=1) + "\n")
+    result = measure(options.suite, output, quick=options.quick, threads=options.threads)
     print_table(result)
     report.write(output, docs)
     print(f"written: {output}, {docs / 'benchmarks.md'} and its pictures; {time.perf_counter() - start:.0f} s in all")

@@ -48,14 +48,14 @@ def seconds(run: Run) -> float:
     return time.perf_counter() - start
 
 
-def rounds(runs: Sequence[Run], turns: int) -> list[tuple[float, ...]]:
-    """Seconds of each run in each turn, one after the other, after two turns that warm them up."""
-    for _ in range(2):
+def rounds(runs: Sequence[Run], turns: int, warm_ups: int = 2) -> list[tuple[float, ...]]:
+    """Seconds of each run in each turn, one after the other, after turns that warm them up."""
+    for _ in range(warm_ups):
         for run in dict.fromkeys(runs):  # once, where one stands twice
             run()
     return [tuple(seconds(run) for run in runs) for _ in range(turns)]
 
 
-def compare(ours: Run, peer: Run, turns: int) -> Ratio:
+def compare(ours: Run, peer: Run, turns: int, warm_ups: int = 2) -> Ratio:
     """Times peer, ours, peer again in each turn."""
-    return ratio((before, mine, after) for before, mine, after in rounds((peer, ours, peer), turns))
+    return ratio((before, mine, after) for before, mine, after in rounds((peer, ours, peer), turns, warm_ups))

@@ -41,6 +41,9 @@ def _head(result: dict[str, Any], source: str) -> str:
     absent = [name for name, version in versions.items() if version is None]
     if absent:
         lines.append(f"Not installed, and so not compared with: {', '.join(absent)}.")
+    unmeasured = [name for name in SUITES if name not in result["suites"]]
+    if unmeasured:
+        lines.append(f"Suites that this file does not have: {', '.join(unmeasured)}.")
     return "\n\n".join(lines)
 
 
@@ -83,22 +86,22 @@ def picture(title: str, figures: Sequence[Figure], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    groups: dict[str, list[Figure]] = {}
+    groups: dict[tuple[str, bool], list[Figure]] = {}  # figures that stand alone apart from those beside a peer
     for figure in figures:
-        groups.setdefault(figure.group, []).append(figure)
+        groups.setdefault((figure.group, figure.peer is not None), []).append(figure)
     rows = [len(members) for members in groups.values()]
     drawn, panels = pyplot.subplots(
         len(groups), 1, figsize=(10, 0.8 + sum(0.27 * n + 0.75 for n in rows)), squeeze=False,
         gridspec_kw={"height_ratios": [n + 1.2 for n in rows]}, layout="constrained",
     )  # fmt: skip
-    for axes, (group, members) in zip(panels[:, 0], groups.items(), strict=True):
+    for axes, ((group, beside_peer), members) in zip(panels[:, 0], groups.items(), strict=True):
         axes.set_title(group, loc="left", fontsize=10, fontweight="bold")
         axes.set_yticks(range(len(members)), [f"{f.name}" for f in members], fontsize=8)
         axes.set_ylim(len(members) - 0.4, -0.6)
         for side in ("top", "right", "left"):
             axes.spines[side].set_visible(False)
         axes.tick_params(left=False, labelsize=8)
-        (_advantages if any(f.advantage for f in members) else _values)(axes, members)
+        (_advantages if beside_peer else _values)(axes, members)
     drawn.suptitle(title, x=0.01, ha="left", fontsize=12)
     path.parent.mkdir(parents=True, exist_ok=True)
     drawn.savefig(path, dpi=110, metadata={"Software": None})
@@ -119,8 +122,11 @@ def _advantages(axes: Any, figures: Sequence[Figure]) -> None:
     axes.grid(axis="x", color="#eceef1", zorder=0)
     for i, f in enumerate(figures):
         axes.barh(i, 1 + f.noise - 1 / (1 + f.noise), left=1 / (1 + f.noise), height=0.95, color=BAND, zorder=1)
-        theirs = "" if f.theirs is None else f"{number(f.theirs)} {f.unit}"
-        text = f"{number(f.ours)} {f.unit} beside {theirs} ({f.peer})"
+        text = f"{number(f.ours)} {f.unit}".strip()
+        if f.peer is not None:
+            text = f"{number(f.ours)} beside {number(f.theirs)} {f.unit}".rstrip()
+            if f.peer not in f.name:
+                text += f" ({f.peer})"
         if f.advantage:
             color = BETTER if f.advantage > 1 + f.noise else WORSE if f.advantage < 1 / (1 + f.noise) else EVEN
             axes.barh(i, f.advantage - 1, left=1, height=0.62, color=color, zorder=2)

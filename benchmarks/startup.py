@@ -29,7 +29,7 @@ def first_step(who: str, method: str, options: argparse.Namespace) -> None:
 
 
 def measure(options: argparse.Namespace) -> list[Figure]:
-    pair = compare(lambda: importing("phicore"), lambda: importing("torch"), options.turns)
+    pair = compare(lambda: importing("phicore"), lambda: importing("torch"), options.turns, warm_ups=1)
     print(f"import phicore / import torch {pair}", flush=True)
     found = [figures.timed("import", "import phicore", "import torch", pair, unit="s")]
     for method in options.methods:
@@ -38,6 +38,7 @@ def measure(options: argparse.Namespace) -> list[Figure]:
             lambda: first_step("phicore", method, options),  # noqa: B023 (called at once)
             lambda: first_step("peft", method, options),  # noqa: B023
             options.first_steps,
+            warm_ups=1,  # reads the files once
         )
         found.append(
             figures.timed("from process start to the first step done", method, peer_name(method), pair, unit="s")

@@ -1,5 +1,7 @@
 """Putting NF4 layers in the place of a model's linear layers."""
 
+import ctypes
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -57,4 +59,17 @@ def quantize_(
         replace(model, name, done[layer])
         if progress is not None:
             progress(name)
+    chosen.clear()
+    done.clear()
+    layer = weight = None  # the last references to the dense weights
+    _give_back_freed_memory()
     return model
+
+
+def _give_back_freed_memory() -> None:
+    """Gives the dense weights' memory back to the system. glibc keeps what lies between blocks in use, in pieces that
+    the activations of training do not fit into: 0.4 of the 1.8 GB that fine-tuning SmolLM2-135M took."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
+        if trim is not None:
+            trim(0)

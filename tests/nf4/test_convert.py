@@ -1,10 +1,13 @@
 """phicore.quantize_: which layers become NF4 and that a failure changes nothing."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
 
 import phicore
+from phicore.nf4 import convert
 
 
 def kinds(model: nn.Module) -> dict[str, type]:
@@ -139,3 +142,12 @@ def test_a_model_with_adapters_is_refused(toy, unchanged, dora):
         phicore.quantize_(model)
     phicore.merge(model)
     phicore.quantize_(model)
+
+
+def test_dense_weights_are_gone_when_their_memory_is_given_back(monkeypatch):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    weights = [weakref.ref(layer.weight) for layer in model]
+    alive = []
+    monkeypatch.setattr(convert, "_give_back_freed_memory", lambda: alive.extend(w() is not None for w in weights))
+    phicore.quantize_(model)
+    assert alive == [False, False]
