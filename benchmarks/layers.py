@@ -112,7 +112,9 @@ def measure(width: int, tokens: int, dtype: torch.dtype, options: argparse.Names
                 found += [
                     figures.timed("step time", name, peer_name(method), to_peer),
                     figures.counted("saved for the backward pass", name, "MB", kept[0], peer_name(method), kept[1]),
-                    figures.counted("step time over that of the frozen base alone", name, "x", to_base.ratio),
+                    figures.counted(
+                        "step time over that of the frozen base alone", name, "x", to_base.ratio, noise=to_peer.noise
+                    ),
                 ]
                 beside = f"/ peft {to_peer}; / frozen base {to_base.ratio:.3f}"
                 print(f"{name:40} {beside}; saved MB {kept[0]:.2f} ({kept[1]:.2f})", flush=True)
