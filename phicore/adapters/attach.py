@@ -14,8 +14,9 @@ from phicore.adapters.config import LoRAConfig
 from phicore.adapters.convolution import CONVOLUTIONS, DoRAConvolution, LoRAConvolution, LowRankConvolution
 from phicore.adapters.dora import DoRALinear
 from phicore.adapters.embedding import DoRAEmbedding, LoRAEmbedding, LowRankEmbedding
+from phicore.adapters.layer_index import at_indices
 from phicore.adapters.lora import LoRALinear, LowRankLayer, LowRankLinear
-from phicore.modules import matches, no_match, replace, select
+from phicore.modules import ends_with, matches, no_match, replace, select
 from phicore.nf4.linear import NF4Linear
 from phicore.nf4.tensor import quantize
 
@@ -75,7 +76,7 @@ AdapterLayer = LowRankLayer | TrainedCopy
 def pattern_value(pattern: Mapping[str, T], name: str, default: T) -> T:
     """The value whose key, a regular expression, is the whole name or its end after a dot; the first that fits."""
     for key, value in pattern.items():
-        if re.fullmatch(rf"(.*\.)?({key})", name):
+        if re.fullmatch(ends_with(key), name):
             return value
     return default
 
@@ -98,19 +99,19 @@ def plan(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, nn.Module], di
                 raise ValueError(f'modules_to_save entry "{entry}" matches {name}, which has an adapter in it already')
         saved |= found
     whole = tuple(f"{path}." for path in saved)
-    targets = {
-        path: module
-        for path, module in select(
-            model,
-            config.target_modules,
-            config.exclude_modules,
-            adaptable_kinds(),
-            closed=(TrainedCopy,),
-            all_linear=linear_kinds(),
-            fused_targets=config.fused_targets,
-        ).items()
-        if path not in saved and not path.startswith(whole)
-    }
+    selected = select(
+        model,
+        config.target_modules,
+        config.exclude_modules,
+        adaptable_kinds(),
+        closed=(TrainedCopy,),
+        all_linear=linear_kinds(),
+        fused_targets=config.fused_targets,
+    )
+    if config.layers_to_transform is not None:
+        chosen = at_indices(selected, config.layers_to_transform, config.layers_pattern)
+        selected = {path: module for path, module in selected.items() if path in chosen}
+    targets = {path: m for path, m in selected.items() if path not in saved and not path.startswith(whole)}
     if not targets:
         raise ValueError(
             f"modules_to_save={list(config.modules_to_save)!r} holds every module that "

@@ -38,9 +38,11 @@ from phicore.adapters.config import LoRAConfig
 from phicore.adapters.convolution import LowRankConvolution
 from phicore.adapters.dora import DoRALayer
 from phicore.adapters.embedding import LowRankEmbedding
+from phicore.adapters.layer_index import as_patterns, described_by_indices, layer_index
 from phicore.adapters.lora import LowRankLayer, LowRankLinear
+from phicore.expressions import check_bounded
 from phicore.formats.safetensors_files import NO_PICKLE, TensorFile, read_json
-from phicore.modules import ALL_LINEAR, leaves, matches, output_heads
+from phicore.modules import ALL_LINEAR, check_expression, ends_with, leaves, matches, output_heads
 
 DEFAULT_RANK, DEFAULT_ALPHA = 8, 8  # PEFT's, for a file that does not say
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -51,13 +53,14 @@ NEUTRAL = {
     "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version",
     "init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_config",
     "megatron_core", "runtime_config", "ephemeral_gpu_offload", "ensure_weight_tying", "qalora_group_size",
-    "layers_pattern", "lora_dropout",
+    "lora_dropout",
 }  # fmt: skip
 READ = {
     "peft_type", "r", "lora_alpha", "target_modules", "exclude_modules", "use_dora", "use_rslora", "rank_pattern",
-    "alpha_pattern", "modules_to_save", "bias", "fan_in_fan_out",
+    "alpha_pattern", "modules_to_save", "bias", "fan_in_fan_out", "layers_to_transform", "layers_pattern",
 }  # fmt: skip
 
+MOST_WAYS = 1 << 26  # of matching all patterns of a file against a name
 PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # those that leave the base's weights as they are
 
 
@@ -220,7 +223,7 @@ def adapter_config(model: nn.Module, name: str = "default") -> dict[str, Any]:
         "r": rank,
         "lora_alpha": _integer_if_whole(alpha),
         "lora_dropout": first.dropout,
-        "target_modules": _shortest_targets(model, [path for path, _ in layers]),
+        **_shortest_targets(model, [path for path, _ in layers]),
         "use_dora": isinstance(first, DoRALayer),
         "use_rslora": first.rslora,
         "rank_pattern": {re.escape(p): r for p, layer in layers if (r := _rank_in_file(layer)) != rank},
@@ -254,12 +257,19 @@ def _task_type(model: nn.Module) -> str | None:
     return None
 
 
-def _shortest_targets(model: nn.Module, paths: list[str]) -> list[str]:
-    """Last names if they mean just these modules, whole names otherwise; sorted, since PEFT's own order is a hash's."""
+def _shortest_targets(model: nn.Module, paths: list[str]) -> dict[str, Any]:
+    """target_modules: last names if they mean just these modules, if need be with the numbers of their blocks, whole
+    names otherwise; sorted, since PEFT's own order is a hash's."""
     last = sorted({path.rsplit(".", 1)[-1] for path in paths})
     inside = tuple(f"{path}." for path, _ in adapter_layers(model))
     meant = {name for name, _ in model.named_modules() if matches(name, last) and not name.startswith(inside)}
-    return last if meant == set(paths) else sorted(paths)
+    if meant == set(paths):
+        return {"target_modules": last}
+    # PEFT takes a target that is a whole name at any index.
+    if not meant & set(last) and (described := described_by_indices(paths, meant)) is not None:
+        indices, pattern = described
+        return {"target_modules": last, "layers_to_transform": indices, "layers_pattern": pattern}
+    return {"target_modules": sorted(paths)}
 
 
 def read_raw_config(directory: Path) -> dict[str, Any]:
@@ -278,7 +288,19 @@ def read_raw_config(directory: Path) -> dict[str, Any]:
     wrong = [key for key, right in _RIGHT.items() if raw.get(key) is not None and not right(raw[key])]
     if wrong:
         raise ValueError(f"{path}: values of a wrong type or size: " + ", ".join(f"{k}={raw[k]!r}" for k in wrong))
+    _check_patterns(path, raw)
     return {key: value for key, value in raw.items() if value is not None}
+
+
+def _check_patterns(path: Path, raw: dict[str, Any]) -> None:
+    """Raises ValueError for regular expressions of a file that might take very long to match."""
+    patterns = [(key, raw[key]) for key in ("target_modules", "exclude_modules") if isinstance(raw.get(key), str)]
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns += [(key, ends_with(pattern)) for pattern in raw.get(key) or {}]
+    patterns += [("layers_pattern", ends_with(pattern)) for pattern in as_patterns(raw.get("layers_pattern"))]
+    ways = sum(check_bounded(f"{path}: {key}", pattern) for key, pattern in patterns)
+    if ways > MOST_WAYS:
+        raise ValueError(f"{path}: its {len(patterns)} patterns might take very long to match; write them more plainly")
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
@@ -308,9 +330,11 @@ def _is_number(value: Any) -> bool:
 
 def _is_expression(value: Any) -> bool:
     try:
-        return isinstance(value, str) and re.compile(value) is not None
-    except re.error:
+        check_expression("", value)
+        check_expression("", ends_with(value))
+    except (ValueError, TypeError):
         return False
+    return True
 
 
 def _are_names(value: Any) -> bool:
@@ -324,6 +348,10 @@ _RIGHT: dict[str, Callable[[Any], bool]] = {
     "target_modules": lambda value: _is_expression(value) or _are_names(value),
     "exclude_modules": lambda value: _is_expression(value) or _are_names(value),
     "modules_to_save": _are_names,
+    "layers_to_transform": lambda value: (
+        _is_whole(value) or (isinstance(value, list) and all(_is_whole(index) for index in value))
+    ),
+    "layers_pattern": lambda value: all(_is_expression(v) for v in (value if isinstance(value, list) else [value])),
     "rank_pattern": lambda value: (
         isinstance(value, dict) and all(_is_expression(k) and _is_whole(v) for k, v in value.items())
     ),
@@ -382,7 +410,7 @@ def _lora_config(model: nn.Module, raw: dict[str, Any], tensors: dict[str, Tenso
 
 
 def _ends_some(pattern: str, paths: list[str]) -> bool:
-    return any(re.fullmatch(rf"(.*\.)?({pattern})", path) for path in paths)
+    return any(re.fullmatch(ends_with(pattern), path) for path in paths)
 
 
 def _meant(model: nn.Module, raw: dict[str, Any], candidates: dict[str, nn.Module]) -> set[str]:
@@ -393,7 +421,16 @@ def _meant(model: nn.Module, raw: dict[str, Any], candidates: dict[str, nn.Modul
         meant = {p for p, m in candidates.items() if m not in heads and isinstance(m, linear_kinds())}
     else:
         meant = {path for path in candidates if matches(path, targets)}
+    if (wanted := _indices(raw)) is not None:
+        patterns = as_patterns(raw.get("layers_pattern"))
+        meant = {path for path in meant if layer_index(path, patterns) in wanted}
     return {path for path in meant if not matches(path, excluded)}
+
+
+def _indices(raw: dict[str, Any]) -> list[int] | None:
+    """layers_to_transform as a list; None, as for an empty one, for all."""
+    indices = raw.get("layers_to_transform")
+    return [indices] if isinstance(indices, int) else indices or None
 
 
 def _expected_tensors(model: nn.Module, config: LoRAConfig) -> dict[str, Tensor]:

@@ -61,6 +61,11 @@ SETTINGS = {
         {"target_modules": LLAMA, "modules_to_save": ["lm_head"]},
         {"target_modules": LLAMA, "modules_to_save": ["lm_head"]},
     ),
+    "layers": (
+        "llama",
+        {"target_modules": LLAMA, "layers_to_transform": 1},
+        {"target_modules": LLAMA, "layers_to_transform": 1},
+    ),
     "phi3": (
         "phi3",
         {"target_modules": "all-linear", "dora": True},
@@ -545,7 +550,6 @@ def test_not_a_lora_configuration(spoiled, refused, text):
         ({"bias": "lora_only"}, "bias='lora_only' is not supported"),
         ({"lora_bias": True}, "does not support: lora_bias=True"),
         ({"trainable_token_indices": [1, 2]}, r"does not support: trainable_token_indices=\[1, 2\]"),
-        ({"layers_to_transform": [0]}, r"does not support: layers_to_transform=\[0\]"),
         ({"layer_replication": [[0, 1]]}, "does not support: layer_replication"),
         ({"use_qalora": True, "lora_bias": True}, "does not support: lora_bias=True, use_qalora=True"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changed the base's weights too"),
@@ -582,12 +586,36 @@ def test_settings_that_are_not_supported_are_named(spoiled, refused, fields, mes
         ("rank_pattern", ["embed"]),
         ("rank_pattern", {"embed": "3"}),
         ("rank_pattern", {"*": 3}),
+        ("rank_pattern", {"(?i)embed": 3}),  # none behind a prefix
+        ("layers_to_transform", "1"),
+        ("layers_to_transform", [0.5]),
+        ("layers_pattern", ["*"]),
         ("alpha_pattern", {"embed": None}),
     ],
 )
 def test_values_of_a_wrong_type_are_named(spoiled, refused, field, value):
     edit(spoiled, **{field: value})
     refused(spoiled, f"values of a wrong type or size: {field}=")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("target_modules", "(a+)+b"),
+        ("exclude_modules", ".*.*.*.*.*.*x"),
+        ("rank_pattern", {"(.|.)*x": 3}),
+        ("alpha_pattern", {"x": 3, "(a|a)*x": 3}),
+        ("layers_pattern", ["blocks", "(a*)*"]),
+    ],
+)
+def test_patterns_that_could_take_for_ever_are_named(spoiled, refused, field, value):
+    edit(spoiled, **{field: value})
+    refused(spoiled, rf"{CONFIG}: {field}: the pattern .* might take very long to match")
+
+
+def test_many_patterns_that_take_long_together_are_refused(spoiled, refused):
+    edit(spoiled, alpha_pattern={f".*.*.*x{i}": 3 for i in range(100)})
+    refused(spoiled, "its 100 patterns might take very long to match")
 
 
 def test_settings_that_say_nothing_are_passed_over(spoiled, toy):
