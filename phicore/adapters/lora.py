@@ -214,8 +214,9 @@ class LowRankLayer(nn.Module):
         return base_layer.dense_weight(self.base, base_layer.accumulate_dtype(self.dtype))
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
-        """The weight that this layer amounts to, [out, in], computed in float32 and rounded once to dtype."""
-        return self.merged_weight().to(dtype)
+        """The weight that this layer amounts to for whoever stands over it, [out, in], computed in float32 and rounded
+        once to dtype: its base's if it answers for some rows of a batch, which are others than theirs."""
+        return (self.merged_weight() if self.rows is None else self.dense_base()).to(dtype)
 
     def merged_weight(self) -> Tensor:
         """W + scaling * B A, [out, in], in float32 (float64 for a float64 layer)."""
@@ -293,12 +294,19 @@ class LowRankLinear(LowRankLayer):
 
     def project_with_rows(self, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """For an adapter over this one: x and rows through this layer's weight. [..., out] and [r, out]."""
+        if not self.enabled or self.rows is not None:  # which concerns none of the rows of A above
+            y, above = base_layer.project_with_rows(self.base, x, rows)
+            return self.updated(y, x, self._update), above
         y = self.project(x)
         with torch.no_grad():
             return y, rows @ self.dense_weight(rows.dtype).t()
 
     def project(self, x: Tensor) -> Tensor:
         """x through this layer's weight, without the bias: [..., in] -> [..., out]."""
+        raise NotImplementedError
+
+    def _update(self, y: Tensor, x: Tensor) -> Tensor:
+        """x through this layer's weight, given it through the base's: [..., out], [..., in] -> [..., out]."""
         raise NotImplementedError
 
     def plain(self, weight: Tensor) -> nn.Module:

@@ -14,12 +14,13 @@ from phicore.adapters.lora import LowRankLayer, Rows
 def activate(model: nn.Module, adapters: str | Sequence[str] | Mapping[str, float]) -> nn.Module:
     """Lets these adapters answer, and no others; which of them train stays as it is.
 
-    Several LoRA adapters add up: W + sum of strength * scaling * B A. A DoRA adapter rescales what those attached
-    before it make of W.
+    Several LoRA adapters add up: W + sum of strength * scaling * B A. A DoRA adapter stands over what those attached
+    before it make of W: of that weight U it makes U + strength * (U' - U), where the rows of U' have the norms m and
+    the directions of U + scaling * B A. At 0 it is not there, at 1 whole, and the way is straight.
 
     Args:
         model: a model with adapters, not merged.
-        adapters: a name, names, or names with strengths, by which the low-rank products are multiplied.
+        adapters: a name, names, or names with strengths.
 
     Returns:
         The model.
@@ -52,31 +53,37 @@ def mixed(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
     """Within it, each row of a batch is answered by an adapter of its own: one pass through the base for all rows.
 
     Args:
-        model: a model with LoRA adapters, not merged. Every adapted layer must see the batch as its input's first
+        model: a model with adapters, not merged. Every adapted layer must see the batch as its input's first
             dimension.
         names: for each row, the adapter's name, or None for the base model alone.
 
     Raises:
-        ValueError: a name that the model does not have; a merged model; DoRA (whose rows would need norms of their own)
-            or modules trained whole (which would need a pass of their own) among the adapters; in the forward pass, a
-            layer whose input has another number of rows.
+        ValueError: a name that the model does not have; a merged model; modules trained whole (which would need a pass
+            of their own) among the adapters; in the forward pass, a layer whose input has another number of rows.
     """
     layers = _layers(model, [name for name in names if name is not None])
     for path, layer in layers:
-        if layer.adapter_name in names and not (isinstance(layer, LowRankLayer) and not isinstance(layer, DoRALayer)):
-            kind = "a module trained whole" if isinstance(layer, TrainedCopy) else "DoRA"
+        if layer.adapter_name in names and isinstance(layer, TrainedCopy):
             raise ValueError(
-                f'{path} of "{layer.adapter_name}" is {kind}, which cannot be mixed with others in a batch'
+                f'{path} of "{layer.adapter_name}" is a module trained whole, which cannot be mixed with others in a '
+                f"batch"
             )
     before = [(layer, layer.enabled) for _, layer in layers]
+    norms: list[tuple[DoRALayer, torch.Tensor]] = []
     try:
         for _, layer in layers:
             mine = [row for row, name in enumerate(names) if name == layer.adapter_name]
             layer.enabled = bool(mine)
             if isinstance(layer, LowRankLayer) and mine:
                 layer.rows = Rows(torch.tensor(mine, device=layer.lora_A.device), len(names))
+        for _, layer in layers:
+            if isinstance(layer, DoRALayer) and layer.enabled and isinstance(layer.base, LowRankLayer):
+                norms.append((layer, layer.base_norm_squared))
+                layer.refresh_base_norm()  # its rows go past the adapters under it
         yield model
     finally:
+        for dora, norm in norms:
+            dora.base_norm_squared = norm
         for layer, enabled in before:
             layer.enabled = enabled
             if isinstance(layer, LowRankLayer):
