@@ -16,6 +16,8 @@ from phicore.adapters.dora import DoRALinear
 from phicore.adapters.embedding import DoRAEmbedding, LoRAEmbedding, LowRankEmbedding
 from phicore.adapters.layer_index import at_indices
 from phicore.adapters.lora import LoRALinear, LowRankLayer, LowRankLinear
+from phicore.adapters.token_rows import token_rows
+from phicore.adapters.trained import TrainedBias, TrainedPart, biases_beside, has_bias, new_bias
 from phicore.modules import ends_with, matches, no_match, replace, select
 from phicore.nf4.linear import NF4Linear
 from phicore.nf4.tensor import quantize
@@ -42,35 +44,35 @@ def layer_class(base: nn.Module, dora: bool) -> type[LowRankLayer]:
     return DoRALinear if dora else LoRALinear
 
 
-class TrainedCopy(nn.Module):
+class TrainedCopy(TrainedPart):
     """A module of `modules_to_save`: a trained copy that stands in for its frozen base.
 
     Attributes:
-        base: the frozen module.
         trained: the copy that trains and answers while `enabled`.
-        adapter_name: which adapter of the model it belongs to.
     """
 
+    what = "trained whole"
+
     def __init__(self, base: nn.Module, adapter_name: str) -> None:
-        super().__init__()
-        self.trained = copy.deepcopy(base).requires_grad_(True)
-        self.base = base.requires_grad_(False)
-        self.adapter_name = adapter_name
-        self.enabled = True
-        self.train(base.training)
+        trained = copy.deepcopy(base).requires_grad_(True)
+        super().__init__(base, adapter_name)
+        self.trained = trained
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return (self.trained if self.enabled else self.base)(*args, **kwargs)
 
+    def merged(self, shared: dict[int, nn.Parameter]) -> nn.Module:
+        return self.trained
+
     def __getattr__(self, name: str) -> Any:
         # Code that reads a head's or an embedding's weight finds the trained one.
         try:
-            return super().__getattr__(name)
+            return nn.Module.__getattr__(self, name)
         except AttributeError:
-            return getattr(super().__getattr__("trained"), name)
+            return getattr(nn.Module.__getattr__(self, "trained"), name)
 
 
-AdapterLayer = LowRankLayer | TrainedCopy
+AdapterLayer = LowRankLayer | TrainedPart
 
 
 def pattern_value(pattern: Mapping[str, T], name: str, default: T) -> T:
@@ -104,7 +106,7 @@ def plan(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, nn.Module], di
         config.target_modules,
         config.exclude_modules,
         adaptable_kinds(),
-        closed=(TrainedCopy,),
+        closed=(TrainedPart,),
         all_linear=linear_kinds(),
         fused_targets=config.fused_targets,
     )
@@ -161,6 +163,7 @@ def attach(model: nn.Module, config: LoRAConfig, name: str = "default") -> nn.Mo
     if any(merged_layers(model)):
         raise ValueError("the model's adapters are merged; unmerge it before attaching another")
     targets, saved = plan(model, config)
+    beside = parts_beside(model, config, name, targets, saved)
     layers: dict[nn.Module, nn.Module] = {}
     for path, module in targets.items():
         if module in layers:  # a layer that stands in two places gets one adapter
@@ -181,6 +184,8 @@ def attach(model: nn.Module, config: LoRAConfig, name: str = "default") -> nn.Mo
             exact = cast(LowRankLinear, layer).dense_base()
             cast(LowRankLinear, layer).correct(cast(nn.Linear, dense).weight.detach().to(exact.dtype) - exact)
         layer.adapter_name = name
+        if config.bias != "none" and has_bias(module):
+            layer.trained_bias = new_bias(layer, config.adapter_dtype)
         layers[module] = layer
     copies = {module: TrainedCopy(module, name) for module in saved.values()}
     model.requires_grad_(False)
@@ -190,7 +195,33 @@ def attach(model: nn.Module, config: LoRAConfig, name: str = "default") -> nn.Mo
     for path, module in saved.items():
         replace(model, path, copies[module])
         copies[module].trained.requires_grad_(True)
+    for path, part in beside.items():
+        replace(model, path, part)
+        for parameter in part.parameters(recurse=False):
+            parameter.requires_grad_(True)
     return model
+
+
+def parts_beside(
+    model: nn.Module,
+    config: LoRAConfig,
+    name: str,
+    targets: dict[str, nn.Module],
+    saved: dict[str, nn.Module],
+) -> dict[str, TrainedPart]:
+    """What `attach` would put beside the low-rank layers and the trained copies, by name; the model is not changed.
+
+    Raises:
+        ValueError: biases or tokens that cannot be trained.
+    """
+    parts: dict[str, TrainedPart] = {}
+    made: dict[nn.Module, TrainedPart] = {}
+    for path, module in biases_beside(model, config.bias, targets, saved).items():
+        if module not in made:  # a module that stands in two places has one trained bias
+            made[module] = TrainedBias(module, name, config.adapter_dtype)
+        parts[path] = made[module]
+    taken = targets | saved | parts
+    return parts | token_rows(model, config.trainable_token_indices, name, config.adapter_dtype, taken)
 
 
 def adapter_layers(
@@ -252,9 +283,13 @@ def merge(model: nn.Module, *, requantize: bool = False) -> dict[str, float]:
     if not outermost:
         raise ValueError("the model has no adapter to merge")
     made: dict[AdapterLayer, tuple[nn.Module, float]] = {}
+    shared: dict[int, nn.Parameter] = {}
     for layer in outermost.values():
         if layer not in made:
-            made[layer] = (layer.trained, 0.0) if isinstance(layer, TrainedCopy) else _merged_layer(layer, requantize)
+            if isinstance(layer, TrainedPart):
+                made[layer] = (layer.merged(shared), 0.0)
+            else:
+                made[layer] = _merged_layer(layer, requantize)
     for path, layer in outermost.items():
         merged, _ = made[layer]
         merged.__dict__["merged_from"] = layer  # past nn.Module's registry: not a submodule, not in state dicts
@@ -274,6 +309,9 @@ def _merged_layer(layer: LowRankLayer, requantize: bool) -> tuple[nn.Module, flo
     else:
         weight = exact.to(layer.dtype)
         merged, stored = layer.plain(weight), weight.to(exact.dtype)
+    bias = getattr(layer, "bias", None)  # an embedding has none
+    if bias is not None and bias is not innermost.bias:
+        merged.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
     norm = torch.linalg.vector_norm(exact)
     error = torch.linalg.vector_norm(stored - exact) / norm if norm > 0 else torch.linalg.vector_norm(stored)
     return merged.train(layer.training), float(error)

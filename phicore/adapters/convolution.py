@@ -124,7 +124,7 @@ class LoRAConvolution(LowRankConvolution):
         self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:  # [N, in, *length] -> [N, out, *length']
-        return self.updated(self.base(x), x, self._update)
+        return self.updated(self.through_base(x), x, self._update)
 
     def project(self, x: Tensor) -> Tensor:
         return self.updated(self.project_base(x), x, self._update)

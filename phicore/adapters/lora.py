@@ -3,10 +3,11 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from phicore.adapters import base as base_layer
 from phicore.adapters.base import transposed_kinds
@@ -89,6 +90,7 @@ class LowRankLayer(nn.Module):
         enabled: when False the layer is its base.
         strength: factor of the low-rank product beside scaling.
         rows: the rows of a batch that the adapter answers for; None for all.
+        trained_bias: a bias that trains in place of the base's, which stays as it was; None for none.
     """
 
     accepts: str
@@ -124,6 +126,8 @@ class LowRankLayer(nn.Module):
         shape_A, shape_B = self.pair_shapes(base, rank)
         self.lora_A = nn.Parameter(torch.empty(shape_A, **where))
         self.lora_B = nn.Parameter(torch.empty(shape_B, **where))
+        self.trained_bias: nn.Parameter | None
+        self.register_parameter("trained_bias", None)
         self.train(base.training)
 
     @classmethod
@@ -161,8 +165,17 @@ class LowRankLayer(nn.Module):
 
     @property
     def bias(self) -> Tensor | None:
-        """The base's bias, [out] or None."""
-        return self.base.bias  # type: ignore[return-value]
+        """The bias that the layer adds now, [out] or None: its own trained one or the base's."""
+        bias: Tensor | None = self.base.bias  # type: ignore[assignment]
+        if self.trained_bias is None or not self.enabled or bias is None:
+            return bias
+        return self.trained_bias.to(bias.dtype)
+
+    def through_base(self, x: Tensor) -> Tensor:
+        """The base's output, with this layer's bias."""
+        if self.trained_bias is None or not self.enabled:
+            return self.base(x)
+        return functional_call(self.base, {_bias_key(self.base): cast(Tensor, self.bias)}, (x,))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -231,6 +244,13 @@ class LowRankLayer(nn.Module):
             f"rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}, rslora={self.rslora}, "
             f"adapter_name={self.adapter_name!r}"
         )
+
+
+def _bias_key(layer: nn.Module) -> str:
+    """The name within a layer, adapted or not, of the bias that it adds."""
+    if not isinstance(layer, LowRankLayer):
+        return "bias"
+    return "trained_bias" if layer.trained_bias is not None and layer.enabled else "base." + _bias_key(layer.base)
 
 
 class LowRankLinear(LowRankLayer):
@@ -349,7 +369,7 @@ class LoRALinear(LowRankLinear):
         self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
-        return self.updated(self.base(x), x, self._update)
+        return self.updated(self.through_base(x), x, self._update)
 
     def project(self, x: Tensor) -> Tensor:
         """x @ (W + scaling * B A)^T, without the bias."""

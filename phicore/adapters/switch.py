@@ -6,9 +6,10 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from phicore.adapters.attach import AdapterLayer, TrainedCopy, adapter_layers, merged_layers
+from phicore.adapters.attach import AdapterLayer, adapter_layers, merged_layers
 from phicore.adapters.dora import DoRALayer
 from phicore.adapters.lora import LowRankLayer, Rows
+from phicore.adapters.trained import TrainedBias, TrainedPart
 
 
 def activate(model: nn.Module, adapters: str | Sequence[str] | Mapping[str, float]) -> nn.Module:
@@ -27,16 +28,16 @@ def activate(model: nn.Module, adapters: str | Sequence[str] | Mapping[str, floa
 
     Raises:
         ValueError: a name that the model does not have, a merged model, or a strength other than 1 for an adapter that
-            holds a module trained whole (modules_to_save). The model is then unchanged.
+            holds more than low-rank pairs (modules_to_save, trained biases or tokens). The model is then unchanged.
     """
     named = [adapters] if isinstance(adapters, str) else adapters
     strengths = dict(named) if isinstance(named, Mapping) else dict.fromkeys(named, 1.0)
     layers = _layers(model, list(strengths))
     for path, layer in layers:
         strength = strengths.get(layer.adapter_name, 1.0)
-        if isinstance(layer, TrainedCopy) and strength != 1:
+        if strength != 1 and (what := _beside(layer)):
             raise ValueError(
-                f'"{layer.adapter_name}" holds {path} trained whole, which has no strength; give it 1, not {strength}'
+                f'"{layer.adapter_name}" holds {path} {what}, which has no strength; give it 1, not {strength}'
             )
     for _, layer in layers:
         layer.enabled = layer.adapter_name in strengths
@@ -58,15 +59,16 @@ def mixed(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
         names: for each row, the adapter's name, or None for the base model alone.
 
     Raises:
-        ValueError: a name that the model does not have; a merged model; modules trained whole (which would need a pass
-            of their own) among the adapters; in the forward pass, a layer whose input has another number of rows.
+        ValueError: a name that the model does not have; a merged model; an adapter that holds more than low-rank pairs
+            (modules_to_save, which would need a pass of their own; trained biases or tokens); in the forward pass, a
+            layer whose input has another number of rows.
     """
     layers = _layers(model, [name for name in names if name is not None])
     for path, layer in layers:
-        if layer.adapter_name in names and isinstance(layer, TrainedCopy):
+        if layer.adapter_name in names and (what := _beside(layer)):
             raise ValueError(
-                f'{path} of "{layer.adapter_name}" is a module trained whole, which cannot be mixed with others in a '
-                f"batch"
+                f'"{layer.adapter_name}" is more than low-rank pairs: it holds {path} {what}, which cannot be mixed '
+                f"with others in a batch"
             )
     before = [(layer, layer.enabled) for _, layer in layers]
     norms: list[tuple[DoRALayer, torch.Tensor]] = []
@@ -88,6 +90,13 @@ def mixed(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
             layer.enabled = enabled
             if isinstance(layer, LowRankLayer):
                 layer.rows = None
+
+
+def _beside(layer: AdapterLayer) -> str:
+    """What of a layer trains that is no low-rank pair, in words; empty if nothing does."""
+    if isinstance(layer, TrainedPart):
+        return layer.what
+    return TrainedBias.what if layer.trained_bias is not None else ""
 
 
 def _layers(model: nn.Module, names: list[str]) -> list[tuple[str, AdapterLayer]]:

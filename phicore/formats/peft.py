@@ -3,8 +3,9 @@
 A key is "base_model.model." + the module's name + ".lora_A.weight" [rank, in], ".lora_B.weight" [out, rank],
 ".lora_magnitude_vector" [out] (DoRA); of an embedding ".lora_embedding_A" [rank, num], ".lora_embedding_B" [dim, rank];
 of a convolution ".lora_A.weight" [rank, in, *kernel], ".lora_B.weight" [out, rank / groups, 1, ...] and a magnitude
-[1, out, 1, ...]; or, for a module trained whole, the name of one of its own tensors. The adapter's name is not in the
-file.
+[1, out, 1, ...]; of a trained bias ".base_layer.bias" [out], or ".bias" where the layer has no pair; of trained rows of
+an embedding ".token_adapter.trainable_tokens_delta" [k, dim], which are values; or, for a module trained whole, the
+name of one of its own tensors. The adapter's name is not in the file.
 """
 
 import json
@@ -30,16 +31,19 @@ from phicore.adapters.attach import (
     layer_class,
     linear_kinds,
     merged_layers,
+    parts_beside,
     pattern_value,
     plan,
 )
 from phicore.adapters.base import transposed_kinds
-from phicore.adapters.config import LoRAConfig
+from phicore.adapters.config import BIASES, LoRAConfig
 from phicore.adapters.convolution import LowRankConvolution
 from phicore.adapters.dora import DoRALayer
 from phicore.adapters.embedding import LowRankEmbedding
 from phicore.adapters.layer_index import as_patterns, described_by_indices, layer_index
 from phicore.adapters.lora import LowRankLayer, LowRankLinear
+from phicore.adapters.token_rows import TrainedRows, input_embedding, owners
+from phicore.adapters.trained import TrainedBias, has_bias
 from phicore.expressions import check_bounded
 from phicore.formats.safetensors_files import NO_PICKLE, TensorFile, read_json
 from phicore.modules import ALL_LINEAR, check_expression, ends_with, leaves, matches, output_heads
@@ -47,6 +51,7 @@ from phicore.modules import ALL_LINEAR, check_expression, ends_with, leaves, mat
 DEFAULT_RANK, DEFAULT_ALPHA = 8, 8  # PEFT's, for a file that does not say
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
+BIAS, ROWS = ".base_layer.bias", ".token_adapter.trainable_tokens_delta"
 
 # Fields that say nothing about what the adapter computes once its weights are there.
 NEUTRAL = {
@@ -58,6 +63,7 @@ NEUTRAL = {
 READ = {
     "peft_type", "r", "lora_alpha", "target_modules", "exclude_modules", "use_dora", "use_rslora", "rank_pattern",
     "alpha_pattern", "modules_to_save", "bias", "fan_in_fan_out", "layers_to_transform", "layers_pattern",
+    "trainable_token_indices",
 }  # fmt: skip
 
 MOST_WAYS = 1 << 26  # of matching all patterns of a file against a name
@@ -145,12 +151,19 @@ def adapter_tensors(model: nn.Module, name: str = "default") -> dict[str, Tensor
 def _layer_tensors(path: str, layer: AdapterLayer) -> dict[str, Tensor]:
     if isinstance(layer, TrainedCopy):
         return {f"{PREFIX}{path}.{key}": tensor for key, tensor in layer.trained.state_dict(keep_vars=True).items()}
+    if isinstance(layer, TrainedBias):
+        return {f"{PREFIX}{path}.bias": layer.trained}
+    if isinstance(layer, TrainedRows):
+        return {PREFIX + path + ROWS: layer.trained} if layer.owner else {}
+    assert isinstance(layer, LowRankLayer)
     key_A, key_B, magnitude = _endings(type(layer))
     A, B = layer.matrices() if _start_is_taken_off(layer) else (layer.lora_A, layer.lora_B)
     tensors: dict[str, Tensor] = {PREFIX + path + key_A: A, PREFIX + path + key_B: B}
     if isinstance(layer, DoRALayer):
         shape = _magnitude_shape(type(layer), layer.lora_B.shape)
         tensors[PREFIX + path + magnitude] = layer.magnitude.view(shape)  # a view: writing to it writes to the layer
+    if layer.trained_bias is not None:
+        tensors[PREFIX + path + BIAS] = layer.trained_bias
     return tensors
 
 
@@ -203,6 +216,9 @@ def _differences(model: nn.Module, raw: dict[str, Any], name: str) -> list[str]:
             ):
                 if there != here:
                     unlike.setdefault(key, f"{key} of {path}: {there!r} in the file, {here!r} here")
+    tokens, filed = owners(list(adapter_layers(model, name))), _tokens_of_file(model, raw)
+    if {path: filed.get(path) for path in tokens} != tokens or (filed and not tokens):
+        unlike["tokens"] = f"trainable_token_indices: {filed!r} in the file, {tokens!r} here"
     return list(unlike.values())
 
 
@@ -231,12 +247,42 @@ def adapter_config(model: nn.Module, name: str = "default") -> dict[str, Any]:
             re.escape(p): _integer_if_whole(a) for p, layer in layers if (a := _alpha_in_file(layer)) != alpha
         },
         "modules_to_save": sorted(saved) or None,
-        "bias": "none",
+        "bias": _bias(model, name),
+        **({"trainable_token_indices": tokens} if (tokens := _tokens(model, name)) else {}),
         # PEFT warns where this is not what the layers are; it has one value for all of them.
         "fan_in_fan_out": bool(linear) and isinstance(linear[0], transposed_kinds()),
         "inference_mode": True,
     }
     return config
+
+
+def _bias(model: nn.Module, name: str) -> str:
+    """Which biases an adapter trains, in LoRAConfig's words."""
+    layers = [layer for _, layer in adapter_layers(model, name)]
+    if any(isinstance(layer, TrainedBias) for layer in layers):
+        return "all"
+    only = any(isinstance(layer, LowRankLayer) and layer.trained_bias is not None for layer in layers)
+    return "lora_only" if only else "none"
+
+
+def _tokens(model: nn.Module, name: str) -> list[int] | dict[str, list[int]] | None:
+    """trainable_token_indices of an adapter: a list for the input embedding alone."""
+    tokens = owners(list(adapter_layers(model, name)))
+    try:
+        alone = input_embedding(model, dict(model.named_modules(remove_duplicate=False)))
+    except ValueError:
+        alone = ""
+    return tokens[alone] if list(tokens) == [alone] else tokens or None
+
+
+def _tokens_of_file(model: nn.Module, raw: dict[str, Any]) -> dict[str, list[int]]:
+    """trainable_token_indices of a file by names that the model has, or that of the file where it has none."""
+    tokens = raw.get("trainable_token_indices") or {}
+    every = dict(model.named_modules(remove_duplicate=False))
+    if isinstance(tokens, list):
+        return {input_embedding(model, every): tokens}
+    named = {path: value for key, value in tokens.items() for path in every if matches(path, [key])}
+    return named if named else tokens
 
 
 def _integer_if_whole(alpha: float) -> float | int:
@@ -305,8 +351,6 @@ def _check_patterns(path: Path, raw: dict[str, Any]) -> None:
 
 def _read_config(directory: Path) -> dict[str, Any]:
     raw, path = read_raw_config(directory), directory / CONFIG
-    if raw.get("bias", "none") != "none":
-        raise ValueError(f'{path}: bias={raw["bias"]!r} is not supported; only "none" is')
     if (start := raw.get("init_lora_weights", True)) not in PLAIN_STARTS:
         raise ValueError(
             f"{path}: init_lora_weights={start!r} changed the base's weights too, which only peft repeats; convert the "
@@ -322,6 +366,10 @@ def _read_config(directory: Path) -> dict[str, Any]:
 
 def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**31
+
+
+def _are_whole(value: Any) -> bool:
+    return isinstance(value, list) and all(_is_whole(number) for number in value)
 
 
 def _is_number(value: Any) -> bool:
@@ -348,9 +396,11 @@ _RIGHT: dict[str, Callable[[Any], bool]] = {
     "target_modules": lambda value: _is_expression(value) or _are_names(value),
     "exclude_modules": lambda value: _is_expression(value) or _are_names(value),
     "modules_to_save": _are_names,
-    "layers_to_transform": lambda value: (
-        _is_whole(value) or (isinstance(value, list) and all(_is_whole(index) for index in value))
+    "bias": lambda value: value in BIASES,
+    "trainable_token_indices": lambda value: (
+        _are_whole(value) or (isinstance(value, dict) and all(_are_whole(tokens) for tokens in value.values()))
     ),
+    "layers_to_transform": lambda value: _is_whole(value) or _are_whole(value),
     "layers_pattern": lambda value: all(_is_expression(v) for v in (value if isinstance(value, list) else [value])),
     "rank_pattern": lambda value: (
         isinstance(value, dict) and all(_is_expression(k) and _is_whole(v) for k, v in value.items())
@@ -389,7 +439,9 @@ def _lora_config(model: nn.Module, raw: dict[str, Any], tensors: dict[str, Tenso
             f"no key of the adapter names a layer of {type(model).__name__}; keys start like {sorted(tensors)[:2]}, "
             f"the model's layers like {list(candidates)[:2]}, and each key must start with {PREFIX!r}"
         )
-    floating = [t.dtype for t in tensors.values() if t.is_floating_point()]
+    # A pair's dtype before that of biases or whole modules, which PEFT leaves in the base's.
+    floating = [t.dtype for _, t in sorted(tensors.items(), key=lambda item: ".lora_" not in item[0]) if _floats(t)]
+    biased = any(map(has_bias, model.modules() if raw.get("bias") == "all" else [candidates[path] for path in known]))
     return LoRAConfig(
         rank=raw.get("r", DEFAULT_RANK),
         alpha=raw.get("lora_alpha", DEFAULT_ALPHA),
@@ -405,8 +457,14 @@ def _lora_config(model: nn.Module, raw: dict[str, Any], tensors: dict[str, Tenso
             for entry in raw.get("modules_to_save") or []
             if any(matches(path, [entry]) for path, _ in model.named_modules(remove_duplicate=False))
         ],
+        bias=raw.get("bias", "none") if biased else "none",
+        trainable_token_indices=raw.get("trainable_token_indices") or None,
         adapter_dtype=floating[0] if floating else None,
     )
+
+
+def _floats(tensor: Tensor) -> bool:
+    return tensor.is_floating_point()
 
 
 def _ends_some(pattern: str, paths: list[str]) -> bool:
@@ -452,17 +510,27 @@ def _expected_tensors(model: nn.Module, config: LoRAConfig) -> dict[str, Tensor]
         shapes = {key_A: shape_A, key_B: shape_B}
         if config.dora:
             shapes[magnitude] = _magnitude_shape(kind, shape_B)
+        if config.bias != "none" and has_bias(module):
+            shapes[BIAS] = tuple(module.bias.shape)  # type: ignore[arg-type]
         for ending, shape in shapes.items():
             tensors[PREFIX + path + ending] = torch.empty(shape, dtype=dtype, device="meta")
+    for path, part in parts_beside(model, config, "", targets, saved).items():
+        if part not in seen:
+            seen.add(part)
+            tensors |= {key: tensor.to("meta") for key, tensor in _layer_tensors(path, part).items()}
     return tensors
 
 
 def _drop_tables(model: nn.Module, tensors: dict[str, Tensor], directory: Path) -> None:
-    """Takes out the tables that PEFT saves beside the adapter of an embedding, which are the base's.
+    """Takes out what PEFT saves beside an adapter: tables of embeddings, which are the base's, and with bias="all"
+    the biases of modules that are saved whole once more.
 
     Raises:
         ValueError: a table that is not the model's.
     """
+    for key in [key for key in tensors if key.endswith((".original_module.bias", ".modules_to_save.bias"))]:
+        if key.replace(".original_module", "").replace(".modules_to_save", "") in tensors:
+            del tensors[key]
     ending = ".base_layer.weight"
     for key in [key for key in tensors if key.startswith(PREFIX) and key.endswith(ending)]:
         path = key[len(PREFIX) : -len(ending)]

@@ -66,6 +66,41 @@ SETTINGS = {
         {"target_modules": LLAMA, "layers_to_transform": 1},
         {"target_modules": LLAMA, "layers_to_transform": 1},
     ),
+    "biases of layers": (
+        "gpt2",
+        {"target_modules": ["c_attn", "c_fc"], "bias": "lora_only"},
+        {"target_modules": ["c_attn", "c_fc"], "bias": "lora_only", "fan_in_fan_out": True},
+    ),
+    "biases dora": (
+        "gpt2",
+        {"target_modules": ["c_attn"], "bias": "lora_only", "dora": True},
+        {"target_modules": ["c_attn"], "bias": "lora_only", "use_dora": True, "fan_in_fan_out": True},
+    ),
+    "all biases": (
+        "gpt2",
+        {"target_modules": ["c_attn"], "bias": "all"},
+        {"target_modules": ["c_attn"], "bias": "all", "fan_in_fan_out": True},
+    ),
+    "convolution biases": (
+        "conv",
+        {"target_modules": ["conv1", "conv2"], "bias": "all"},
+        {"target_modules": ["conv1", "conv2"], "bias": "all"},
+    ),
+    "tokens": (
+        "llama",
+        {"target_modules": LLAMA, "trainable_token_indices": [7, 3, 12]},
+        {"target_modules": LLAMA, "trainable_token_indices": [7, 3, 12]},
+    ),
+    "tokens of both ends": (
+        "llama",
+        {"target_modules": LLAMA, "trainable_token_indices": {"embed_tokens": [3, 7], "lm_head": [9, 1]}},
+        {"target_modules": LLAMA, "trainable_token_indices": {"embed_tokens": [3, 7], "lm_head": [9, 1]}},
+    ),
+    "tied tokens": (
+        "tied llama",
+        {"target_modules": LLAMA, "trainable_token_indices": [7, 3, 12]},
+        {"target_modules": LLAMA, "trainable_token_indices": [7, 3, 12]},
+    ),
     "phi3": (
         "phi3",
         {"target_modules": "all-linear", "dora": True},
@@ -377,6 +412,59 @@ def test_names_with_regex_signs(tmp_path, randomize):
     }  # fmt: skip
 
 
+def test_all_biases_beside_a_head_trained_whole(tmp_path, tiny, randomize):
+    """PEFT's file holds the head's bias three times over, of which one is the base's."""
+    options = {"target_modules": ["query", "output.dense"], "bias": "all", "modules_to_save": ["classifier"]}
+    config = peft.LoraConfig(r=4, lora_alpha=7, task_type="SEQ_CLS", **options)
+    other = randomize(peft.get_peft_model(tiny("bert"), config, autocast_adapter_dtype=False)).eval()
+    other.save_pretrained(tmp_path / "theirs")
+    assert len([k for k in load_file(tmp_path / "theirs" / WEIGHTS) if "classifier" in k]) == 4
+    model = phicore.load_adapter(tiny("bert"), tmp_path / "theirs")
+    torch.testing.assert_close(logits(model), logits(other), rtol=1e-6, atol=1e-6)
+
+    randomize(model, seed=5)
+    phicore.save_adapter(model, tmp_path / "ours")
+    assert {k for k in load_file(tmp_path / "ours" / WEIGHTS) if "classifier" in k} == {
+        f"{PREFIX}classifier.weight",
+        f"{PREFIX}classifier.bias",
+    }
+    other = load_in_peft(tiny("bert"), tmp_path / "ours")
+    torch.testing.assert_close(logits(model), logits(other), rtol=1e-6, atol=1e-6)
+    with phicore.disabled(model):
+        assert torch.equal(logits(model), logits(tiny("bert")))
+
+
+@pytest.mark.parametrize(
+    ("there", "message"),
+    [
+        ([3, 7], r"trainable_token_indices: \{'model.embed_tokens': \[3, 7\]\} in the file, .* \[7, 3\]\} here"),
+        ({"lm_head": [7, 3]}, r"trainable_token_indices: \{'lm_head': \[7, 3\]\} in the file"),
+        (None, r"trainable_token_indices: \{\} in the file, .* \[7, 3\]\} here"),
+    ],
+)
+def test_other_tokens_are_not_loaded_into_an_adapter(tmp_path, tiny, randomize, unchanged, there, message):
+    config = phicore.LoRAConfig(rank=4, target_modules=LLAMA, trainable_token_indices=[7, 3])
+    model = randomize(phicore.attach(tiny("llama"), config))
+    phicore.save_adapter(model, tmp_path)
+    edit(tmp_path, trainable_token_indices=there)
+    with unchanged(model), pytest.raises(ValueError, match=message):
+        phicore.load_adapter(model, tmp_path)
+
+
+def test_dtypes_of_a_file_whose_biases_are_in_the_base_s(tmp_path, tiny, randomize):
+    """PEFT trains A and B in float32 over a bfloat16 base, and biases in bfloat16."""
+    config = peft.LoraConfig(r=4, lora_alpha=7, target_modules=["c_attn"], bias="lora_only", fan_in_fan_out=True)
+    other = randomize(peft.get_peft_model(tiny("gpt2", dtype=torch.bfloat16), config))
+    other.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / WEIGHTS)
+    assert {t.dtype for t in stored.values()} == {torch.float32, torch.bfloat16}
+    model = phicore.load_adapter(tiny("gpt2", dtype=torch.bfloat16), tmp_path)
+    for path, layer in adapter_layers(model):
+        assert torch.equal(layer.lora_B, stored[f"{PREFIX}{path}.lora_B.weight"])
+        assert torch.equal(layer.bias, stored[f"{PREFIX}{path}.base_layer.bias"])
+        assert layer.lora_A.dtype == torch.float32
+
+
 def test_a_table_that_peft_saved_beside_its_adapter(tmp_path, tiny, randomize, unchanged):
     """PEFT adds an adapted embedding's own table to the file: it is passed over if it is the model's, or named."""
     other = theirs(tiny, randomize, "embedding")
@@ -546,10 +634,7 @@ def test_not_a_lora_configuration(spoiled, refused, text):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"bias": "all"}, "bias='all' is not supported"),
-        ({"bias": "lora_only"}, "bias='lora_only' is not supported"),
         ({"lora_bias": True}, "does not support: lora_bias=True"),
-        ({"trainable_token_indices": [1, 2]}, r"does not support: trainable_token_indices=\[1, 2\]"),
         ({"layer_replication": [[0, 1]]}, "does not support: layer_replication"),
         ({"use_qalora": True, "lora_bias": True}, "does not support: lora_bias=True, use_qalora=True"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changed the base's weights too"),
@@ -582,6 +667,10 @@ def test_settings_that_are_not_supported_are_named(spoiled, refused, fields, mes
         ("exclude_modules", True),
         ("exclude_modules", {"embed": 1}),
         ("modules_to_save", "head"),
+        ("bias", "some"),
+        ("bias", ["all"]),
+        ("trainable_token_indices", [1.5]),
+        ("trainable_token_indices", {"embed": 3}),
         ("rank_pattern", True),
         ("rank_pattern", ["embed"]),
         ("rank_pattern", {"embed": "3"}),
