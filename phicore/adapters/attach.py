@@ -55,7 +55,7 @@ class TrainedCopy(TrainedPart):
 
     def __init__(self, base: nn.Module, adapter_name: str) -> None:
         trained = copy.deepcopy(base).requires_grad_(True)
-        super().__init__(base, adapter_name)
+        super().__init__(base.requires_grad_(False), adapter_name)
         self.trained = trained
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -21,7 +21,7 @@ class TrainedRows(TrainedPart):
     """An embedding, or a linear layer that reads the same table, of whose weight some rows train.
 
     Args:
-        base: nn.Embedding or nn.Linear; it is frozen.
+        base: nn.Embedding or nn.Linear, which `attach` freezes.
         adapter_name: which adapter of the model it belongs to.
         token_indices: the rows, each once.
         trained: their values [k, dim], shared with another module of the same table; None makes them, from the table.

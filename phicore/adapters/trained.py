@@ -18,7 +18,7 @@ class TrainedPart(nn.Module):
     """A module of which something trains, in the place of the frozen one.
 
     Attributes:
-        base: the frozen module.
+        base: the module as it was, which `attach` freezes.
         adapter_name: which adapter of the model it belongs to.
         enabled: when False the layer is its base.
     """
@@ -28,7 +28,7 @@ class TrainedPart(nn.Module):
 
     def __init__(self, base: nn.Module, adapter_name: str) -> None:
         super().__init__()
-        self.base = base.requires_grad_(False)
+        self.base = base
         self.adapter_name = adapter_name
         self.enabled = True
         self.train(base.training)

@@ -198,8 +198,7 @@ def test_a_stack_adds_the_bias_of_the_last_that_is_active(randomize):
     torch.testing.assert_close(second, alone(IDS))
 
 
-@BIAS
-@DORA
+@pytest.mark.parametrize(("bias", "dora"), [("lora_only", True), ("all", False)])
 def test_one_graph(randomize, bias, dora):
     torch._dynamo.reset()
     model = adapted(randomize, bias=bias, dora=dora)
