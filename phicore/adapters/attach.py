@@ -9,6 +9,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from phicore.adapters import base as base_layer
 from phicore.adapters.base import transposed_kinds
 from phicore.adapters.config import LoRAConfig
 from phicore.adapters.convolution import CONVOLUTIONS, DoRAConvolution, LoRAConvolution, LowRankConvolution
@@ -16,6 +17,7 @@ from phicore.adapters.dora import DoRALinear
 from phicore.adapters.embedding import DoRAEmbedding, LoRAEmbedding, LowRankEmbedding
 from phicore.adapters.layer_index import at_indices
 from phicore.adapters.lora import LoRALinear, LowRankLayer, LowRankLinear
+from phicore.adapters.tied import TiedHead, add_tied, owners_of_tied, same_table
 from phicore.adapters.token_rows import token_rows
 from phicore.adapters.trained import TrainedBias, TrainedPart, biases_beside, has_bias, new_bias
 from phicore.modules import ends_with, matches, no_match, replace, select
@@ -100,6 +102,12 @@ def plan(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, nn.Module], di
             if any(isinstance(inner, AdapterLayer) for inner in module.modules()):
                 raise ValueError(f'modules_to_save entry "{entry}" matches {name}, which has an adapter in it already')
         saved |= found
+    if config.ensure_weight_tying and config.dora:
+        raise ValueError(
+            "ensure_weight_tying with dora: DoRA's norms of an embedding run over its vocabulary and those of its head "
+            "over the width, so one pair has no one meaning for both, and PEFT's files none at all; use dora=False, or "
+            "ensure_weight_tying=False"
+        )
     whole = tuple(f"{path}." for path in saved)
     selected = select(
         model,
@@ -113,6 +121,8 @@ def plan(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, nn.Module], di
     if config.layers_to_transform is not None:
         chosen = at_indices(selected, config.layers_to_transform, config.layers_pattern)
         selected = {path: module for path, module in selected.items() if path in chosen}
+    if config.ensure_weight_tying:
+        selected = add_tied(model, selected, config.exclude_modules, saved)
     targets = {path: m for path, m in selected.items() if path not in saved and not path.startswith(whole)}
     if not targets:
         raise ValueError(
@@ -165,8 +175,12 @@ def attach(model: nn.Module, config: LoRAConfig, name: str = "default") -> nn.Mo
     targets, saved = plan(model, config)
     beside = parts_beside(model, config, name, targets, saved)
     layers: dict[nn.Module, nn.Module] = {}
-    for path, module in targets.items():
+    tied = owners_of_tied(model, targets) if config.ensure_weight_tying else {}
+    for path, module in sorted(targets.items(), key=lambda item: item[0] in tied):  # which take the pairs of others
         if module in layers:  # a layer that stands in two places gets one adapter
+            continue
+        if path in tied:
+            layers[module] = _tied_layer(module, cast(LoRAEmbedding, layers[targets[tied[path]]]), config)
             continue
         dense, base = module, module
         if config.init == "loftq":
@@ -200,6 +214,19 @@ def attach(model: nn.Module, config: LoRAConfig, name: str = "default") -> nn.Mo
         for parameter in part.parameters(recurse=False):
             parameter.requires_grad_(True)
     return model
+
+
+def _tied_layer(module: nn.Module, owner: LoRAEmbedding, config: LoRAConfig) -> LowRankLayer:
+    """The adapter of a layer that reads an adapted embedding's table, with the embedding's own pair."""
+    if not LowRankEmbedding.fits(module):
+        layer: LowRankLayer = TiedHead(module, owner, config.dropout)
+    else:
+        layer = LoRAEmbedding(module, owner.rank, owner.alpha, config.dropout, rslora=owner.rslora, init=owner.init)
+        layer.lora_A, layer.lora_B = owner.lora_A, owner.lora_B
+        layer.adapter_name = owner.adapter_name
+    if config.bias != "none" and has_bias(module):
+        layer.trained_bias = new_bias(layer, config.adapter_dtype)
+    return layer
 
 
 def parts_beside(
@@ -289,12 +316,24 @@ def merge(model: nn.Module, *, requantize: bool = False) -> dict[str, float]:
             if isinstance(layer, TrainedPart):
                 made[layer] = (layer.merged(shared), 0.0)
             else:
-                made[layer] = _merged_layer(layer, requantize)
+                made[layer] = _merged_once(layer, made) or _merged_layer(layer, requantize)
     for path, layer in outermost.items():
         merged, _ = made[layer]
         merged.__dict__["merged_from"] = layer  # past nn.Module's registry: not a submodule, not in state dicts
         replace(model, path, merged)
     return {path: made[layer][1] for path, layer in outermost.items()}
+
+
+def _merged_once(
+    layer: LowRankLayer, made: Mapping[AdapterLayer, tuple[nn.Module, float]]
+) -> tuple[nn.Module, float] | None:
+    """A merged layer with the very table of one that was merged before, if the two read one."""
+    if isinstance(layer, TiedHead | LoRAEmbedding):
+        for other, (merged, error) in made.items():
+            if same_table(layer, other):
+                like = base_layer.with_parameter(layer.innermost, "weight", cast(nn.Parameter, merged.weight))
+                return _with_bias(like, layer).train(layer.training), error
+    return None
 
 
 def _merged_layer(layer: LowRankLayer, requantize: bool) -> tuple[nn.Module, float]:
@@ -309,12 +348,17 @@ def _merged_layer(layer: LowRankLayer, requantize: bool) -> tuple[nn.Module, flo
     else:
         weight = exact.to(layer.dtype)
         merged, stored = layer.plain(weight), weight.to(exact.dtype)
-    bias = getattr(layer, "bias", None)  # an embedding has none
-    if bias is not None and bias is not innermost.bias:
-        merged.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
     norm = torch.linalg.vector_norm(exact)
     error = torch.linalg.vector_norm(stored - exact) / norm if norm > 0 else torch.linalg.vector_norm(stored)
-    return merged.train(layer.training), float(error)
+    return _with_bias(merged, layer).train(layer.training), float(error)
+
+
+def _with_bias(merged: nn.Module, layer: LowRankLayer) -> nn.Module:
+    """A merged layer with the bias that its adapter trained, if it did."""
+    bias = getattr(layer, "bias", None)  # an embedding has none
+    if bias is not None and bias is not layer.innermost.bias:
+        merged.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+    return merged
 
 
 def unmerge(model: nn.Module) -> nn.Module:

@@ -123,12 +123,15 @@ class LowRankLayer(nn.Module):
             "dtype": dtype or base_layer.compute_dtype(base),
             "device": base_layer.device(base),
         }
-        shape_A, shape_B = self.pair_shapes(base, rank)
-        self.lora_A = nn.Parameter(torch.empty(shape_A, **where))
-        self.lora_B = nn.Parameter(torch.empty(shape_B, **where))
+        self._make_pair(base, where)
         self.trained_bias: nn.Parameter | None
         self.register_parameter("trained_bias", None)
         self.train(base.training)
+
+    def _make_pair(self, base: nn.Module, where: dict[str, Any]) -> None:
+        shape_A, shape_B = self.pair_shapes(base, self.rank)
+        self.lora_A = nn.Parameter(torch.empty(shape_A, **where))
+        self.lora_B = nn.Parameter(torch.empty(shape_B, **where))
 
     @classmethod
     def fits(cls, base: nn.Module) -> bool:

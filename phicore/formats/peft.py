@@ -42,6 +42,7 @@ from phicore.adapters.dora import DoRALayer
 from phicore.adapters.embedding import LowRankEmbedding
 from phicore.adapters.layer_index import as_patterns, described_by_indices, layer_index
 from phicore.adapters.lora import LowRankLayer, LowRankLinear
+from phicore.adapters.tied import TiedHead, owners_of_tied, tied_tables
 from phicore.adapters.token_rows import TrainedRows, input_embedding, owners
 from phicore.adapters.trained import TrainedBias, has_bias
 from phicore.expressions import check_bounded
@@ -57,13 +58,13 @@ BIAS, ROWS = ".base_layer.bias", ".token_adapter.trainable_tokens_delta"
 NEUTRAL = {
     "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version",
     "init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_config",
-    "megatron_core", "runtime_config", "ephemeral_gpu_offload", "ensure_weight_tying", "qalora_group_size",
+    "megatron_core", "runtime_config", "ephemeral_gpu_offload", "qalora_group_size",
     "lora_dropout",
 }  # fmt: skip
 READ = {
     "peft_type", "r", "lora_alpha", "target_modules", "exclude_modules", "use_dora", "use_rslora", "rank_pattern",
     "alpha_pattern", "modules_to_save", "bias", "fan_in_fan_out", "layers_to_transform", "layers_pattern",
-    "trainable_token_indices",
+    "trainable_token_indices", "ensure_weight_tying",
 }  # fmt: skip
 
 MOST_WAYS = 1 << 26  # of matching all patterns of a file against a name
@@ -122,6 +123,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str 
         expected = _expected_tensors(model, config)
     _drop_tables(model, tensors, directory)
     _check_keys(expected, tensors, directory)
+    _check_tied(model, config, name, tensors, directory)
     if config is not None:
         attach(model, config, name)
     with torch.no_grad():
@@ -248,6 +250,7 @@ def adapter_config(model: nn.Module, name: str = "default") -> dict[str, Any]:
         },
         "modules_to_save": sorted(saved) or None,
         "bias": _bias(model, name),
+        **({"ensure_weight_tying": True} if any(isinstance(layer, TiedHead) for _, layer in layers) else {}),
         **({"trainable_token_indices": tokens} if (tokens := _tokens(model, name)) else {}),
         # PEFT warns where this is not what the layers are; it has one value for all of them.
         "fan_in_fan_out": bool(linear) and isinstance(linear[0], transposed_kinds()),
@@ -459,8 +462,15 @@ def _lora_config(model: nn.Module, raw: dict[str, Any], tensors: dict[str, Tenso
         ],
         bias=raw.get("bias", "none") if biased else "none",
         trainable_token_indices=raw.get("trainable_token_indices") or None,
+        # PEFT passes over the flag where nothing that it adapts is tied.
+        ensure_weight_tying=bool(raw.get("ensure_weight_tying")) and bool(_tied_here(model, known)),
         adapter_dtype=floating[0] if floating else None,
     )
+
+
+def _tied_here(model: nn.Module, paths: list[str]) -> list[str]:
+    """Which of these layers are tied to another of them."""
+    return [path for places in tied_tables(model).values() for path in places if places.keys() <= set(paths)]
 
 
 def _floats(tensor: Tensor) -> bool:
@@ -496,6 +506,7 @@ def _expected_tensors(model: nn.Module, config: LoRAConfig) -> dict[str, Tensor]
     targets, saved = plan(model, config)
     dtype = config.adapter_dtype or torch.get_default_dtype()
     tensors: dict[str, Tensor] = {}
+    owner = owners_of_tied(model, targets) if config.ensure_weight_tying else {}
     seen: set[nn.Module] = set()
     for path, module in (targets | saved).items():
         if module in seen:  # a module that stands in two places is stored for the first
@@ -506,7 +517,8 @@ def _expected_tensors(model: nn.Module, config: LoRAConfig) -> dict[str, Tensor]
             continue
         kind = layer_class(module, config.dora)
         key_A, key_B, magnitude = _endings(kind)
-        shape_A, shape_B = kind.pair_shapes(module, pattern_value(config.rank_pattern, path, config.rank))
+        rank = pattern_value(config.rank_pattern, owner.get(path, path), config.rank)
+        shape_A, shape_B = kind.pair_shapes(module, rank)
         shapes = {key_A: shape_A, key_B: shape_B}
         if config.dora:
             shapes[magnitude] = _magnitude_shape(kind, shape_B)
@@ -535,14 +547,42 @@ def _drop_tables(model: nn.Module, tensors: dict[str, Tensor], directory: Path) 
     for key in [key for key in tensors if key.startswith(PREFIX) and key.endswith(ending)]:
         path = key[len(PREFIX) : -len(ending)]
         module: Any = dict(model.named_modules(remove_duplicate=False)).get(path)
-        if isinstance(module, nn.Embedding | LowRankEmbedding):
-            here: Tensor = (module.innermost if isinstance(module, LowRankEmbedding) else module).weight
+        if isinstance(module, LowRankLayer):
+            module = module.innermost
+        if isinstance(module, nn.Embedding | nn.Linear):
+            here: Tensor = module.weight
             if here.shape != tensors[key].shape or not torch.equal(tensors[key].to(here), here):
                 raise ValueError(
                     f"{directory}: {key} is another table than the model's embedding {path}: the adapter was trained "
                     f"over another base. Load that base model, or put this table into the model first"
                 )
             del tensors[key]
+
+
+def _check_tied(
+    model: nn.Module, config: LoRAConfig | None, name: str, tensors: dict[str, Tensor], directory: Path
+) -> None:
+    """Raises ValueError where one pair is to be loaded for an embedding and its head, and the file has two."""
+    if config is None:
+        heads = {path: layer for path, layer in adapter_layers(model, name) if isinstance(layer, TiedHead)}
+        places = {
+            path: other
+            for path, head in heads.items()
+            for other, layer in adapter_layers(model, name)
+            if isinstance(layer, LowRankEmbedding) and layer.lora_A is head.embedding_A
+        }
+    else:
+        targets = plan(model, config)[0]
+        tied = owners_of_tied(model, targets) if config.ensure_weight_tying else {}
+        places = {path: first for path, first in tied.items() if not LowRankEmbedding.fits(targets[path])}
+    for path, first in places.items():
+        head = [tensors[f"{PREFIX}{path}.lora_{part}.weight"] for part in "AB"]
+        embedding = [tensors[f"{PREFIX}{first}.lora_embedding_{part}"] for part in "BA"]
+        if not all(torch.equal(one, other.t().to(one.dtype)) for one, other in zip(head, embedding, strict=True)):
+            raise ValueError(
+                f"{directory}: ensure_weight_tying means one pair for {first} and {path}, and the file has two that "
+                f"differ; load it into a model without this adapter, with ensure_weight_tying false in {CONFIG}"
+            )
 
 
 def _check_keys(expected: dict[str, Tensor], tensors: dict[str, Tensor], directory: Path) -> None:

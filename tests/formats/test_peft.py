@@ -101,6 +101,11 @@ SETTINGS = {
         {"target_modules": LLAMA, "trainable_token_indices": [7, 3, 12]},
         {"target_modules": LLAMA, "trainable_token_indices": [7, 3, 12]},
     ),
+    "tied": (
+        "tied llama",
+        {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True},
+        {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True},
+    ),
     "phi3": (
         "phi3",
         {"target_modules": "all-linear", "dora": True},
@@ -201,10 +206,9 @@ def test_we_read_what_peft_writes(tmp_path, tiny, randomize, setting):
     other.save_pretrained(tmp_path, save_embedding_layers=False)
     model = phicore.load_adapter(tiny(SETTINGS[setting][0]), tmp_path)
     torch.testing.assert_close(logits(model), logits(other), rtol=1e-6, atol=1e-6)
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert sum(p.numel() for n, p in model.named_parameters() if n in trained) == sum(
-        p.numel() for p in other.parameters() if p.requires_grad
-    )
+    # PEFT makes two parameters of a tied pair, over one storage
+    trained, exact = ({p.data_ptr(): p.numel() for p in m.parameters() if p.requires_grad} for m in (model, other))
+    assert sum(trained.values()) == sum(exact.values())
 
     # and into a model that has this adapter already, whatever its values
     model = ours(tiny, randomize, setting)
@@ -482,6 +486,26 @@ def test_a_table_that_peft_saved_beside_its_adapter(tmp_path, tiny, randomize, u
             phicore.load_adapter(spared, tmp_path)
 
 
+def test_a_tied_pair_of_peft_with_its_tables(tmp_path, tiny, randomize, unchanged):
+    other = theirs(tiny, randomize, "tied")
+    with pytest.warns(UserWarning, match="save_embedding_layers"):
+        other.save_pretrained(tmp_path)
+    assert f"{PREFIX}lm_head.base_layer.weight" in load_file(tmp_path / WEIGHTS)
+    model = phicore.load_adapter(tiny("tied llama"), tmp_path)
+    torch.testing.assert_close(logits(model), logits(other), rtol=1e-6, atol=1e-6)
+    assert model.lm_head.embedding_A is model.model.embed_tokens.lora_A
+
+    edit_tensors(tmp_path, lambda tensors: {k: t + (k.endswith("lm_head.lora_B.weight")) for k, t in tensors.items()})
+    for spared in (tiny("tied llama"), model):
+        with (
+            unchanged(spared),
+            pytest.raises(ValueError, match=r"one pair for model\.embed_tokens and lm_head,"),
+        ):
+            phicore.load_adapter(spared, tmp_path)
+    edit(tmp_path, ensure_weight_tying=False, target_modules=["embed_tokens", "lm_head", "q_proj"])
+    assert type(phicore.load_adapter(tiny("tied llama"), tmp_path).lm_head) is phicore.LoRALinear
+
+
 # ===== files that are not right =====
 
 
@@ -709,7 +733,14 @@ def test_many_patterns_that_take_long_together_are_refused(spoiled, refused):
 
 def test_settings_that_say_nothing_are_passed_over(spoiled, toy):
     edit(spoiled, peft_version="99", megatron_core="megatron.core", init_lora_weights="eva", inference_mode=False)
-    edit(spoiled, lora_bias=False, trainable_token_indices=None, layers_to_transform=[], a_setting_of_tomorrow=None)
+    edit(
+        spoiled,
+        lora_bias=False,
+        ensure_weight_tying=True,
+        trainable_token_indices=None,
+        layers_to_transform=[],
+        a_setting_of_tomorrow=None,
+    )
     phicore.load_adapter(toy(), spoiled)
 
 
