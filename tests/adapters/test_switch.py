@@ -44,7 +44,7 @@ PRODUCTS = ("mm", "addmm", "bmm", "convolution", "embedding", "nf4_linear", "nf4
 
 
 class BasePasses(TorchDispatchMode):
-    """Notes each operator that takes all of IDS through the weight of a base."""
+    """Notes each operator that takes all of IDS through the weight of a base, and each that decodes one."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -60,7 +60,8 @@ class BasePasses(TorchDispatchMode):
         first = result[0] if isinstance(result, tuple) else result
         for tensor in (t for t in args if isinstance(t, Tensor)):
             path = self.paths.get(tensor.untyped_storage().data_ptr())
-            if path and func._opname in PRODUCTS and first.numel() == OUTPUTS[path]:
+            product = func._opname in PRODUCTS and first.numel() == OUTPUTS.get(path or "")
+            if path and (product or func._opname == "nf4_dequantize"):
                 self.seen.append(path)
         return result
 
@@ -162,7 +163,7 @@ def test_a_batch_of_mixed_names_is_each_row_alone_with_one_base_pass(net, random
     for row, name in enumerate(names):
         activate(model, [] if name is None else name)
         expected.append(model(IDS[row : row + 1]))
-    activate(model, "a")
+    activate(model, list(kinds))
     before = model(IDS)
     with mixed(model, names), BasePasses(model) as passes:
         y = model(IDS)

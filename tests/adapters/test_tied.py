@@ -102,6 +102,14 @@ def test_stacks_are_merged_once_where_they_amount_to_one_table(randomize):
     torch.testing.assert_close(model(IDS), y)
 
 
+def test_a_head_that_was_turned_off_is_merged_alone(randomize):
+    model = adapted(randomize)
+    model.head.enabled = False
+    y = model(IDS)
+    phicore.merge(model)
+    torch.testing.assert_close(model(IDS), y)
+
+
 def test_copies_pickles_and_state_dicts(randomize):
     model = adapted(randomize)
     y = model(IDS)

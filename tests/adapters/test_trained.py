@@ -198,6 +198,20 @@ def test_a_stack_adds_the_bias_of_the_last_that_is_active(randomize):
     torch.testing.assert_close(second, alone(IDS))
 
 
+@DORA
+def test_an_adapter_over_one_that_is_off_adds_the_bias_of_the_base(randomize, dora):
+    model = adapted(randomize, bias="lora_only")
+    config = phicore.LoRAConfig(rank=2, target_modules=["conv", "up"], dora=dora)
+    randomize(phicore.attach(model, config, "second"))
+    alone = phicore.attach(build(), config)
+    layers = dict(adapter_layers(alone))
+    with torch.no_grad():
+        for path, layer in adapter_layers(model, "second"):
+            for name, value in layer.named_parameters(recurse=False):
+                getattr(layers[path], name).copy_(value)
+    torch.testing.assert_close(activate(model, "second")(IDS), alone(IDS))
+
+
 @pytest.mark.parametrize(("bias", "dora"), [("lora_only", True), ("all", False)])
 def test_one_graph(randomize, bias, dora):
     torch._dynamo.reset()
