@@ -134,7 +134,7 @@ def select(
         if fused:
             told = _fused_message(type(model).__name__, fused)
             if fused_targets == "map":
-                warnings.warn(f"{told}, which are taken whole in their place", stacklevel=4)  # attach's caller
+                warnings.warn(f"{told}, which are taken whole in their place", stacklevel=5)  # attach's caller
             elif fused_targets != "split":
                 choice = ' or set fused_targets="map" (or "split", for an adapter a part)' if fused_targets else ""
                 raise ValueError(f"{told}; name those{choice}")
