@@ -29,12 +29,18 @@ def matches(name: str, targets: str | Sequence[str]) -> bool:
     return any(name == target or name.endswith("." + target) for target in targets)
 
 
+def ends_with(expression: str) -> str:
+    """The regular expression of names that end, after a dot or whole, in what another one matches."""
+    return rf"(?:.*\.)?(?:{expression})"
+
+
 def check_expression(what: str, expression: str) -> None:
     """Raises ValueError unless expression is a regular expression."""
     try:
         re.compile(expression)
-    except re.error as error:
-        raise ValueError(f"{what}: {expression!r} is no regular expression: {error}") from error
+    except (re.error, OverflowError, RecursionError) as error:
+        shown = expression if len(expression) <= 80 else expression[:77] + "..."
+        raise ValueError(f"{what}: {shown!r} is no regular expression: {error}") from error
 
 
 def leaves(
@@ -91,10 +97,9 @@ def select(
     if isinstance(target_modules, str):
         check_expression("target_modules", target_modules)
     every = dict(model.named_modules(remove_duplicate=False))
-    for excluded in exclude_modules:
-        if not any(matches(name, [excluded]) for name in every):
-            raise ValueError(no_match(f'exclude_modules entry "{excluded}"', excluded, every))
     candidates = dict(leaves(model, kinds, closed))
+    for excluded in exclude_modules:
+        _check_exclusion(excluded, every, candidates)
     fused: dict[str, list[str]] = {}  # a target that means a part of a fused layer -> the whole layers
     if target_modules == ALL_LINEAR:
         heads = output_heads(model)
@@ -129,7 +134,7 @@ def select(
         if fused:
             told = _fused_message(type(model).__name__, fused)
             if fused_targets == "map":
-                warnings.warn(f"{told}, which are taken whole in their place", stacklevel=4)  # attach's caller
+                warnings.warn(f"{told}, which are taken whole in their place", stacklevel=5)  # attach's caller
             elif fused_targets != "split":
                 choice = ' or set fused_targets="map" (or "split", for an adapter a part)' if fused_targets else ""
                 raise ValueError(f"{told}; name those{choice}")
@@ -143,6 +148,20 @@ def select(
             f"{type(model).__name__} (it has {len(candidates)} layers that could be chosen)"
         )
     return chosen
+
+
+def _check_exclusion(excluded: str, every: dict[str, nn.Module], candidates: Iterable[str]) -> None:
+    """Raises ValueError for an exclusion that cannot leave anything out."""
+    found = [name for name in every if matches(name, [excluded])]
+    if not found:
+        raise ValueError(no_match(f'exclude_modules entry "{excluded}"', excluded, every))
+    inside = tuple(f"{name}." for name in found)
+    hidden = any(isinstance(part, nn.MultiheadAttention) for name in found for part in every[name].modules())
+    if not hidden and not any(name in found or name.startswith(inside) for name in candidates):
+        raise ValueError(
+            f'exclude_modules entry "{excluded}" matches {found[0]}, a {type(every[found[0]]).__name__} which neither '
+            f"is nor holds a layer that could be chosen: it would leave nothing out"
+        )
 
 
 def fused_wholes(target: str | Sequence[str], candidates: Iterable[str], every: Container[str]) -> list[str]:

@@ -145,6 +145,8 @@ def tiny() -> Callable[..., nn.Module]:
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
                 return ConvToy().to(dtype).eval()
+        if family == "tied llama":
+            return build("llama", tied=True, dtype=dtype, seed=seed, **more)
         if family == "llama":
             config, kind = transformers.LlamaConfig(**options, **fewer), transformers.LlamaForCausalLM
         elif family == "phi3":

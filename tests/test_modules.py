@@ -113,6 +113,12 @@ def test_a_list_selects_in_the_models_order(toy):
         ([], [], r"target_modules must name something"),
         ("", [], r"target_modules must name something"),
         ("up_proj(", [], r"'up_proj\(' is no regular expression"),
+        (
+            ["up_proj"],
+            ["norm"],
+            r'exclude_modules entry "norm" matches norm, a LayerNorm which .* leave nothing',
+        ),
+        ("a{99999999999}", [], r"is no regular expression: the repetition number is too large"),
         (["up_proj"], "head", r"exclude_modules must be a list, got \['up_proj'\] and 'head'"),
     ],
 )

@@ -1,13 +1,14 @@
 """Putting adapters into a model, merging them into its weights and taking them out again."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from phicore.adapters import base as base_layer
 from phicore.adapters.attention import (
     OpenAttention,
     allow_fused_paths,
@@ -23,7 +24,11 @@ from phicore.adapters.dora import DoRALinear
 from phicore.adapters.embedding import DoRAEmbedding, LoRAEmbedding, LowRankEmbedding
 from phicore.adapters.experts import LoRAExperts, plan_parameters
 from phicore.adapters.fused import FusedDoRALinear, FusedLoRALinear, Split, part_paths, splits
+from phicore.adapters.layer_index import at_indices
 from phicore.adapters.lora import LoRALinear, LowRankLayer, LowRankLinear
+from phicore.adapters.tied import TiedHead, add_tied, owners_of_tied, same_table
+from phicore.adapters.token_rows import token_rows
+from phicore.adapters.trained import TrainedBias, TrainedPart, biases_beside, has_bias, new_bias
 from phicore.modules import matches, no_match, replace, select
 from phicore.nf4.linear import NF4Linear
 from phicore.nf4.tensor import quantize
@@ -50,35 +55,35 @@ def layer_class(base: nn.Module, dora: bool) -> type[LowRankLayer]:
     return DoRALinear if dora else LoRALinear
 
 
-class TrainedCopy(nn.Module):
+class TrainedCopy(TrainedPart):
     """A module of `modules_to_save`: a trained copy that stands in for its frozen base.
 
     Attributes:
-        base: the frozen module.
         trained: the copy that trains and answers while `enabled`.
-        adapter_name: which adapter of the model it belongs to.
     """
 
+    what = "trained whole"
+
     def __init__(self, base: nn.Module, adapter_name: str) -> None:
-        super().__init__()
-        self.trained = copy.deepcopy(base).requires_grad_(True)
-        self.base = base.requires_grad_(False)
-        self.adapter_name = adapter_name
-        self.enabled = True
-        self.train(base.training)
+        trained = copy.deepcopy(base).requires_grad_(True)
+        super().__init__(base.requires_grad_(False), adapter_name)
+        self.trained = trained
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return (self.trained if self.enabled else self.base)(*args, **kwargs)
 
+    def merged(self, shared: dict[int, nn.Parameter]) -> nn.Module:
+        return self.trained
+
     def __getattr__(self, name: str) -> Any:
         # Code that reads a head's or an embedding's weight finds the trained one.
         try:
-            return super().__getattr__(name)
+            return nn.Module.__getattr__(self, name)
         except AttributeError:
-            return getattr(super().__getattr__("trained"), name)
+            return getattr(nn.Module.__getattr__(self, "trained"), name)
 
 
-AdapterLayer = LowRankLayer | TrainedCopy | LoRAExperts
+AdapterLayer = LowRankLayer | TrainedPart | LoRAExperts
 
 
 def plan(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
@@ -98,19 +103,17 @@ def plan(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, nn.Module], di
             if any(isinstance(inner, AdapterLayer) for inner in module.modules()):
                 raise ValueError(f'modules_to_save entry "{entry}" matches {name}, which has an adapter in it already')
         saved |= found
+    if config.ensure_weight_tying and config.dora:
+        raise ValueError(
+            "ensure_weight_tying with dora: DoRA's norms of an embedding run over its vocabulary and those of its head "
+            "over the width, so one pair has no one meaning for both, and PEFT's files none at all; use dora=False, or "
+            "ensure_weight_tying=False"
+        )
     whole = tuple(f"{path}." for path in saved)
     only_parameters = bool(config.target_parameters) and not config.target_modules
     chosen: dict[str, nn.Module] = {}
     if not only_parameters:
-        chosen = select(
-            model,
-            config.target_modules,
-            config.exclude_modules,
-            adaptable_kinds(),
-            closed=(TrainedCopy, LoRAExperts),
-            all_linear=linear_kinds(),
-            fused_targets=config.fused_targets,
-        )
+        chosen = _chosen(model, config, saved)
     chosen = {path: module for path, module in chosen.items() if path not in saved and not path.startswith(whole)}
     targets = _with_projections(chosen)
     if isinstance(model, nn.MultiheadAttention):
@@ -156,6 +159,23 @@ def plan(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, nn.Module], di
             )
         layer_class(module, config.dora).pair_shapes(module, pattern_value(config.rank_pattern, name, config.rank))
     return targets, saved
+
+
+def _chosen(model: nn.Module, config: LoRAConfig, saved: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """The modules that target_modules means, in the blocks that are to be adapted, with what is tied to them."""
+    chosen = select(
+        model,
+        config.target_modules,
+        config.exclude_modules,
+        adaptable_kinds(),
+        closed=(TrainedPart, LoRAExperts),
+        all_linear=linear_kinds(),
+        fused_targets=config.fused_targets,
+    )
+    if config.layers_to_transform is not None:
+        there = at_indices(chosen, config.layers_to_transform, config.layers_pattern)
+        chosen = {path: module for path, module in chosen.items() if path in there}
+    return add_tied(model, chosen, config.exclude_modules, saved) if config.ensure_weight_tying else chosen
 
 
 def _with_projections(targets: dict[str, nn.Module]) -> dict[str, nn.Module]:
@@ -216,10 +236,15 @@ def attach(model: nn.Module, config: LoRAConfig, name: str = "default") -> nn.Mo
     targets, saved = plan(model, config)
     parts = splits(model, config, targets)
     stacks = plan_parameters(model, config, targets, saved)
+    beside = parts_beside(model, config, name, targets, saved, stacks)
     targets, opened = _opened(model, targets)
     layers: dict[nn.Module, nn.Module] = {}
-    for path, module in targets.items():
+    tied = owners_of_tied(model, targets) if config.ensure_weight_tying else {}
+    for path, module in sorted(targets.items(), key=lambda item: item[0] in tied):  # which take the pairs of others
         if module in layers:  # a layer that stands in two places gets one adapter
+            continue
+        if path in tied:
+            layers[module] = _tied_layer(module, cast(LoRAEmbedding, layers[targets[tied[path]]]), config)
             continue
         dense, base = module, module
         if config.init == "loftq":
@@ -233,6 +258,8 @@ def attach(model: nn.Module, config: LoRAConfig, name: str = "default") -> nn.Mo
             exact = cast(LowRankLinear, layer).dense_base()
             cast(LowRankLinear, layer).correct(cast(nn.Linear, dense).weight.detach().to(exact.dtype) - exact)
         layer.adapter_name = name
+        if config.bias != "none" and has_bias(module):
+            layer.trained_bias = new_bias(layer, config.adapter_dtype)
         layers[module] = layer
     experts: dict[nn.Module, LoRAExperts] = {}
     for module, ranks, alphas in stacks.values():
@@ -254,6 +281,10 @@ def attach(model: nn.Module, config: LoRAConfig, name: str = "default") -> nn.Mo
     for path, module in saved.items():
         replace(model, path, copies[module])
         copies[module].trained.requires_grad_(True)
+    for path, part in beside.items():
+        replace(model, path, part)
+        for parameter in part.parameters(recurse=False):
+            parameter.requires_grad_(True)
     keep_off_fused_paths(model)
     return model
 
@@ -264,6 +295,51 @@ def _adapter(base: nn.Module, rank: Any, alpha: Any, config: LoRAConfig, split: 
         fused = FusedDoRALinear if config.dora else FusedLoRALinear
         return fused(base, split.sizes, split.ranks, split.alphas, config.dropout, **options)
     return layer_class(base, config.dora)(base, rank, alpha, config.dropout, **options)
+
+
+def _tied_layer(module: nn.Module, owner: LoRAEmbedding, config: LoRAConfig) -> LowRankLayer:
+    """The adapter of a layer that reads an adapted embedding's table, with the embedding's own pair."""
+    if not LowRankEmbedding.fits(module):
+        layer: LowRankLayer = TiedHead(module, owner, config.dropout)
+    else:
+        layer = LoRAEmbedding(module, owner.rank, owner.alpha, config.dropout, rslora=owner.rslora, init=owner.init)
+        layer.lora_A, layer.lora_B = owner.lora_A, owner.lora_B
+        layer.adapter_name = owner.adapter_name
+    if config.bias != "none" and has_bias(module):
+        layer.trained_bias = new_bias(layer, config.adapter_dtype)
+    return layer
+
+
+def parts_beside(
+    model: nn.Module,
+    config: LoRAConfig,
+    name: str,
+    targets: dict[str, nn.Module],
+    saved: dict[str, nn.Module],
+    stacks: Collection[str],
+) -> dict[str, TrainedPart]:
+    """What `attach` would put beside the low-rank layers and the trained copies, by name; the model is not changed.
+
+    Args:
+        model, config, name: as `attach`.
+        targets, saved: of `plan`.
+        stacks: names of the modules of which parameters are adapted (target_parameters).
+
+    Raises:
+        ValueError: biases or tokens that cannot be trained.
+    """
+    if config.bias == "all" and any(adapter_layers(model)):
+        raise ValueError(
+            'bias="all" trains the biases of the whole model, which has an adapter already; use bias="lora_only"'
+        )
+    parts: dict[str, TrainedPart] = {}
+    made: dict[nn.Module, TrainedPart] = {}
+    for path, module in biases_beside(model, config.bias, targets, saved, stacks).items():
+        if module not in made:  # a module that stands in two places has one trained bias
+            made[module] = TrainedBias(module, name, config.adapter_dtype)
+        parts[path] = made[module]
+    taken = {*targets, *saved, *parts, *stacks}
+    return parts | token_rows(model, config.trainable_token_indices, name, config.adapter_dtype, taken)
 
 
 def adapter_layers(
@@ -325,9 +401,15 @@ def merge(model: nn.Module, *, requantize: bool = False) -> dict[str, float]:
     if not outermost:
         raise ValueError("the model has no adapter to merge")
     made: dict[AdapterLayer, tuple[nn.Module, float]] = {}
+    shared: dict[int, nn.Parameter] = {}
     for layer in outermost.values():
         if layer not in made:
-            made[layer] = _merged_layer(layer, requantize)
+            if isinstance(layer, TrainedPart):
+                made[layer] = (layer.merged(shared), 0.0)
+            elif isinstance(layer, LoRAExperts):
+                made[layer] = layer.merged()
+            else:
+                made[layer] = _merged_once(layer, made) or _merged_layer(layer, requantize)
     for path, layer in outermost.items():
         merged, _ = made[layer]
         merged.__dict__["merged_from"] = layer  # past nn.Module's registry: not a submodule, not in state dicts
@@ -348,11 +430,19 @@ def _close(model: nn.Module) -> None:
             replace(model, path, closed[module])
 
 
-def _merged_layer(layer: AdapterLayer, requantize: bool) -> tuple[nn.Module, float]:
-    if isinstance(layer, TrainedCopy):
-        return layer.trained, 0.0
-    if isinstance(layer, LoRAExperts):
-        return layer.merged()
+def _merged_once(
+    layer: LowRankLayer, made: Mapping[AdapterLayer, tuple[nn.Module, float]]
+) -> tuple[nn.Module, float] | None:
+    """A merged layer with the very table of one that was merged before, if the two read one."""
+    if isinstance(layer, TiedHead | LoRAEmbedding):
+        for other, (merged, error) in made.items():
+            if same_table(layer, other):
+                like = base_layer.with_parameter(layer.innermost, "weight", cast(nn.Parameter, merged.weight))
+                return _with_bias(like, layer).train(layer.training), error
+    return None
+
+
+def _merged_layer(layer: LowRankLayer, requantize: bool) -> tuple[nn.Module, float]:
     exact = layer.merged_weight()  # [out, in]
     innermost = layer.innermost
     if requantize and isinstance(innermost, NF4Linear):
@@ -366,7 +456,15 @@ def _merged_layer(layer: AdapterLayer, requantize: bool) -> tuple[nn.Module, flo
         merged, stored = layer.plain(weight), weight.to(exact.dtype)
     norm = torch.linalg.vector_norm(exact)
     error = torch.linalg.vector_norm(stored - exact) / norm if norm > 0 else torch.linalg.vector_norm(stored)
-    return merged.train(layer.training), float(error)
+    return _with_bias(merged, layer).train(layer.training), float(error)
+
+
+def _with_bias(merged: nn.Module, layer: LowRankLayer) -> nn.Module:
+    """A merged layer with the bias that its adapter trained, if it did."""
+    bias = getattr(layer, "bias", None)  # an embedding has none
+    if bias is not None and bias is not layer.innermost.bias:
+        merged.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+    return merged
 
 
 def unmerge(model: nn.Module) -> nn.Module:

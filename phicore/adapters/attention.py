@@ -15,6 +15,7 @@ from torch.nn import functional
 from phicore.adapters.config import pattern_value
 from phicore.adapters.experts import LoRAExperts
 from phicore.adapters.lora import LowRankLayer
+from phicore.adapters.trained import TrainedPart
 
 SEPARATE = ("q_proj", "k_proj", "v_proj")
 
@@ -254,6 +255,7 @@ class OpenAttention(nn.MultiheadAttention):
 
 # ===== torch's fused paths =====
 
+_ADAPTERS = (LowRankLayer, LoRAExperts, TrainedPart)
 _FUSED = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}
 
 
@@ -264,7 +266,7 @@ def keep_off_fused_paths(model: nn.Module) -> None:
     """
     for module in model.modules():
         for kind, switch in _FUSED.items():
-            if isinstance(module, kind) and any(isinstance(m, (LowRankLayer, LoRAExperts)) for m in module.modules()):
+            if isinstance(module, kind) and any(isinstance(m, _ADAPTERS) for m in module.modules()):
                 module.__dict__.setdefault("fused_path", getattr(module, switch, False))
                 setattr(module, switch, 0)
 

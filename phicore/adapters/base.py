@@ -98,10 +98,15 @@ def dense_weight(base: Base, dtype: torch.dtype) -> Tensor:
 
 def with_weight(base: Base, weight: Tensor) -> Base:
     """A layer like base, hooks and all, with another frozen weight; everything else is shared with base."""
+    return with_parameter(base, "weight", nn.Parameter(weight, requires_grad=False))
+
+
+def with_parameter(base: Base, name: str, parameter: nn.Parameter) -> Base:
+    """A layer like base, hooks and all, with another parameter of this name; everything else is shared with base."""
     layer = copy.copy(base)
     for registry in ("_parameters", "_buffers", "_modules"):
         layer.__dict__[registry] = dict(base.__dict__[registry])
-    layer.weight = nn.Parameter(weight, requires_grad=False)
+    setattr(layer, name, parameter)
     return layer
 
 

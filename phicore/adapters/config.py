@@ -7,8 +7,10 @@ from typing import Literal, TypeVar
 
 import torch
 
-from phicore.modules import check_expression
+from phicore.adapters.layer_index import as_patterns
+from phicore.modules import check_expression, ends_with
 
+BIASES = ("none", "all", "lora_only")
 INITS = ("kaiming", "gaussian", "pissa", "olora", "loftq")
 FUSED_TARGETS = ("raise", "map", "split")
 
@@ -66,6 +68,24 @@ class LoRAConfig:
     modules_to_save: Sequence[str] = field(default_factory=list)
     """Names or suffixes of modules that are trained whole, and saved with the adapter."""
 
+    layers_to_transform: int | Sequence[int] | None = None
+    """Only the target_modules in the blocks of these numbers, "layers.7." say; None for all."""
+
+    layers_pattern: str | Sequence[str] | None = None
+    """Names of the numbered lists that layers_to_transform counts in ("layers", "h"); None for the first numbered list
+    in a layer's name that itself stands in a module."""
+
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Which biases train beside the adapter: "all" of the model, or those of the adapted layers ("lora_only")."""
+
+    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
+    """Tokens whose rows of the embedding train, the others staying frozen: their numbers, for the model's input
+    embedding; or name or suffix of an embedding -> numbers. Heads tied to the embedding follow."""
+
+    ensure_weight_tying: bool = False
+    """If target_modules mean an embedding, or a head tied to it, adapt the two by one pair; else each name is adapted
+    alone, which unties them."""
+
     adapter_dtype: torch.dtype | None = None
     """Dtype of the adapter's weights in memory and on disk; None takes the base layer's."""
 
@@ -82,6 +102,7 @@ class LoRAConfig:
         for what, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
             for key in pattern:
                 check_expression(what, key)
+                check_expression(f"{what}, which is put behind a prefix", ends_with(key))
         if isinstance(self.target_parameters, str):
             raise ValueError(f"target_parameters must be a list of names, got {self.target_parameters!r}")
         if not 0 <= self.dropout < 1:
@@ -90,12 +111,35 @@ class LoRAConfig:
             raise ValueError(f"init must be one of {', '.join(INITS)}, got {self.init!r}")
         if self.fused_targets not in FUSED_TARGETS:
             raise ValueError(f"fused_targets must be one of {', '.join(FUSED_TARGETS)}, got {self.fused_targets!r}")
+        if self.bias not in BIASES:
+            raise ValueError(f"bias must be one of {', '.join(BIASES)}, got {self.bias!r}")
+        if self.layers_to_transform is None:
+            if self.layers_pattern:
+                raise ValueError(f"layers_pattern={self.layers_pattern!r} needs layers_to_transform, which is None")
+        else:
+            _check_indices("layers_to_transform", self.layers_to_transform)
+            for name in as_patterns(self.layers_pattern):
+                check_expression("layers_pattern", name)
+                check_expression("layers_pattern, which is put behind a prefix", ends_with(name))
+        tokens = self.trainable_token_indices
+        for what, indices in tokens.items() if isinstance(tokens, Mapping) else [("", tokens)]:
+            if indices is not None:
+                _check_indices("trainable_token_indices" + (f"[{what!r}]" if what else ""), indices)
+
+
+def _check_indices(what: str, indices: int | Sequence[int]) -> None:
+    """Raises ValueError unless these are whole numbers from 0, each given once, and at least one."""
+    listed = [indices] if isinstance(indices, int) else list(indices)
+    wrong = [i for i in listed if not isinstance(i, int) or isinstance(i, bool) or i < 0]
+    if wrong or not listed or len(set(listed)) < len(listed):
+        problem = f"{wrong[0]!r} is none" if wrong else "one comes twice" if listed else "there is none"
+        raise ValueError(f"{what} must be whole numbers from 0, each given once: {problem}; got {indices!r}")
 
 
 def pattern_value(pattern: Mapping[str, T], name: str, default: T) -> T:
     """The value whose key, a regular expression, is the whole name or its end after a dot; the first that fits."""
     for key, value in pattern.items():
-        if re.fullmatch(rf"(.*\.)?({key})", name):
+        if re.fullmatch(ends_with(key), name):
             return value
     return default
 

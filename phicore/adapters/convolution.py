@@ -124,7 +124,7 @@ class LoRAConvolution(LowRankConvolution):
         self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:  # [N, in, *length] -> [N, out, *length']
-        return self.updated(self.base(x), x, self._update)
+        return self.updated(self.through_base(x), x, self._update)
 
     def project(self, x: Tensor) -> Tensor:
         return self.updated(self.project_base(x), x, self._update)
@@ -146,11 +146,11 @@ class DoRAConvolution(DoRALayer, LowRankConvolution):
         return y if self.bias is None else y + self.per_channel(self.bias)
 
     def project(self, x: Tensor) -> Tensor:
-        y = self.project_base(x)
-        if not self.enabled:
-            return y
+        return self.updated(self.project_base(x), x, self._update)
+
+    def _update(self, y: Tensor, x: Tensor) -> Tensor:
         v = y + self.low_rank(x)
-        return v * self.per_channel(self.scale(self._base_rows(), v.dtype))
+        return self.weighed(y, v * self.per_channel(self.scale(self._base_rows(), v.dtype)))
 
     @torch.no_grad()
     def _base_rows(self) -> Tensor:

@@ -117,13 +117,28 @@ class DoRALayer(LowRankLayer):
             weight = self.dense_base()
             self.base_norm_squared = (weight * weight).sum(1)
 
+    @property
+    def factor(self) -> float:
+        """What the low-rank product is multiplied by; the strength weighs W' and not V'."""
+        return self.scaling
+
+    @property
+    def whole(self) -> bool:
+        """Whether the layer computes W' for all rows, at its full strength."""
+        return self.enabled and self.rows is None and self.strength == 1
+
+    def weighed(self, z: Tensor, y: Tensor) -> Tensor:
+        """W x + strength * (W' x - W x), [..., out], of z = W x and y = W' x."""
+        return y if self.strength == 1 else torch.lerp(z, y, self.strength)
+
     def merged_weight(self) -> Tensor:
-        """W', [out, in], in float32 (float64 for a float64 layer)."""
+        """W + strength * (W' - W), [out, in], in float32 (float64 for a float64 layer)."""
+        base = self.dense_base()
         if not self.enabled:
-            return self.dense_base()
-        direction = self._direction()
+            return base
+        direction = base + self.product()
         norm = torch.linalg.vector_norm(direction, dim=1)
-        return row_scale(self.magnitude.to(norm.dtype), norm).unsqueeze(1) * direction
+        return self.weighed(base, row_scale(self.magnitude.to(norm.dtype), norm).unsqueeze(1) * direction)
 
     def scale(self, WA: Tensor, dtype: torch.dtype) -> Tensor:
         """m / ||V'||, [out] in dtype, with m differentiable; WA is W A^T [out, rank] as the base computed it."""
@@ -182,6 +197,9 @@ class DoRALinear(DoRALayer, LowRankLinear):
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
         if not self.enabled:
             return self.base(x)
+        if not self.whole:
+            y = self.project(x)
+            return y if self.bias is None else y + self.bias.to(y.dtype)
         if self.fuses(x) or fuses_scaling(x):
             return self._fused(x)
         v, scale = self._project(x)
@@ -197,7 +215,28 @@ class DoRALinear(DoRALayer, LowRankLinear):
         """x @ W'^T, without the bias."""
         if not self.enabled:
             return base_layer.project(self.base, x)
+        if not self.whole:
+            A = self.matrices()[0].detach()
+            z, wa = base_layer.project_with_rows(self.base, x, A.to(x.dtype))
+            return self._weighed_rows(z, x, wa)
         return scaled_rows(*self._project(x))
+
+    def project_with_rows(self, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.enabled or self.rows is None:
+            return super().project_with_rows(x, rows)
+        A = self.matrices()[0].detach().to(x.dtype)
+        z, products = base_layer.project_with_rows(self.base, x, torch.cat([A, rows.to(x.dtype)]))
+        return self._weighed_rows(z, x, products[: A.shape[0]]), products[A.shape[0] :]
+
+    def _weighed_rows(self, z: Tensor, x: Tensor, wa: Tensor) -> Tensor:
+        """x W'^T, of the strength and the rows of the batch that the layer has, given z = x W^T and wa = A W^T."""
+        A, B = self.matrices()
+        scale = self.scale(wa.t(), z.dtype)
+
+        def update(z: Tensor, x: Tensor) -> Tensor:
+            return self.weighed(z, low_rank_update(z, x, A, B, self.factor, self.active_dropout) * scale)
+
+        return self.updated(z, x, update)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x V'^T [..., out] and m / ||V'|| [out], both in the base's output dtype."""

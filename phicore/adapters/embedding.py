@@ -86,11 +86,11 @@ class DoRAEmbedding(DoRALayer, LowRankEmbedding):
     """
 
     def forward(self, tokens: Tensor) -> Tensor:  # int64 [...] -> [..., dim]
-        y = self.base(tokens)
-        if not self.enabled:
-            return y
+        return self.updated(self.base(tokens), tokens, self._update)
+
+    def _update(self, y: Tensor, tokens: Tensor) -> Tensor:
         v = self.low_rank_lookup(y, tokens)
-        return v * self.scale(self._base_rows(), v.dtype)
+        return self.weighed(y, v * self.scale(self._base_rows(), v.dtype))
 
     @torch.no_grad()
     def _base_rows(self) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from phicore.adapters import base as base_layer
 from phicore.adapters.config import LoRAConfig, pattern_value, scaling
 from phicore.adapters.lora import LowRankLayer, start_pair
+from phicore.adapters.trained import TrainedPart
 from phicore.modules import matches, no_match
 
 
@@ -256,8 +257,13 @@ def plan_parameters(
     ):
         if given:
             raise ValueError(f"target_parameters cannot have {what}: {reason}")
+    if config.layers_to_transform is not None:
+        raise ValueError(
+            f"layers_to_transform={config.layers_to_transform!r} chooses among target_modules, and target_parameters "
+            f"are adapted in all blocks (by PEFT too); name the parameters with the numbers of their blocks instead"
+        )
     check_init(config.init)
-    stacks = list(named_stacks(model, (LowRankLayer,)))
+    stacks = list(named_stacks(model, (LowRankLayer, TrainedPart)))
     every = {f"{path}.{name}" if path else name for path, _, own in stacks for name in own}
     for entry in config.target_parameters:
         if not any(matches(name, [entry]) for name in every):

@@ -3,10 +3,11 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from phicore.adapters import base as base_layer
 from phicore.adapters.base import transposed_kinds
@@ -140,6 +141,7 @@ class LowRankLayer(nn.Module):
         enabled: when False the layer is its base.
         strength: factor of the low-rank product beside scaling.
         rows: the rows of a batch that the adapter answers for; None for all.
+        trained_bias: a bias that trains in place of the base's, which stays as it was; None for none.
     """
 
     accepts: str
@@ -173,6 +175,8 @@ class LowRankLayer(nn.Module):
             "device": base_layer.device(base),
         }
         self._make_pair(base, where)
+        self.trained_bias: nn.Parameter | None
+        self.register_parameter("trained_bias", None)
         self.train(base.training)
 
     def _make_pair(self, base: nn.Module, where: dict[str, Any]) -> None:
@@ -211,8 +215,17 @@ class LowRankLayer(nn.Module):
 
     @property
     def bias(self) -> Tensor | None:
-        """The base's bias, [out] or None."""
-        return self.base.bias  # type: ignore[return-value]
+        """The bias that the layer adds now, [out] or None: its own trained one or the base's."""
+        bias: Tensor | None = self.base.bias  # type: ignore[assignment]
+        if self.trained_bias is None or not self.enabled or bias is None:
+            return bias
+        return self.trained_bias.to(bias.dtype)
+
+    def through_base(self, x: Tensor) -> Tensor:
+        """The base's output, with this layer's bias."""
+        if self.trained_bias is None or not self.enabled:
+            return self.base(x)
+        return functional_call(self.base, {_bias_key(self.base): cast(Tensor, self.bias)}, (x,))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -264,8 +277,9 @@ class LowRankLayer(nn.Module):
         return base_layer.dense_weight(self.base, base_layer.accumulate_dtype(self.dtype))
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
-        """The weight that this layer amounts to, [out, in], computed in float32 and rounded once to dtype."""
-        return self.merged_weight().to(dtype)
+        """The weight that this layer amounts to for whoever stands over it, [out, in], computed in float32 and rounded
+        once to dtype: its base's if it answers for some rows of a batch, which are others than theirs."""
+        return (self.merged_weight() if self.rows is None else self.dense_base()).to(dtype)
 
     def merged_weight(self) -> Tensor:
         """W + scaling * B A, [out, in], in float32 (float64 for a float64 layer)."""
@@ -280,6 +294,13 @@ class LowRankLayer(nn.Module):
             f"rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}, rslora={self.rslora}, "
             f"adapter_name={self.adapter_name!r}"
         )
+
+
+def _bias_key(layer: nn.Module) -> str:
+    """The name within a layer, adapted or not, of the bias that it adds."""
+    if not isinstance(layer, LowRankLayer):
+        return "bias"
+    return "trained_bias" if layer.trained_bias is not None and layer.enabled else "base." + _bias_key(layer.base)
 
 
 class LowRankLinear(LowRankLayer):
@@ -347,12 +368,19 @@ class LowRankLinear(LowRankLayer):
 
     def project_with_rows(self, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """For an adapter over this one: x and rows through this layer's weight. [..., out] and [r, out]."""
+        if not self.enabled or self.rows is not None:  # which concerns none of the rows of A above
+            y, above = base_layer.project_with_rows(self.base, x, rows)
+            return self.updated(y, x, self._update), above
         y = self.project(x)
         with torch.no_grad():
             return y, rows @ self.dense_weight(rows.dtype).t()
 
     def project(self, x: Tensor) -> Tensor:
         """x through this layer's weight, without the bias: [..., in] -> [..., out]."""
+        raise NotImplementedError
+
+    def _update(self, y: Tensor, x: Tensor) -> Tensor:
+        """x through this layer's weight, given it through the base's: [..., out], [..., in] -> [..., out]."""
         raise NotImplementedError
 
     def plain(self, weight: Tensor) -> nn.Module:
@@ -395,9 +423,10 @@ class LoRALinear(LowRankLinear):
         self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
-        if self.fuses(x) and self.enabled and self.rows is None:
+        # The operator adds the base's own bias.
+        if self.trained_bias is None and self.fuses(x) and self.enabled and self.rows is None:
             return base_layer.low_rank(self.base, x, *self.matrices(), self.factor)[0]
-        return self.updated(self.base(x), x, self._update)
+        return self.updated(self.through_base(x), x, self._update)
 
     def project(self, x: Tensor) -> Tensor:
         """x @ (W + scaling * B A)^T, without the bias."""

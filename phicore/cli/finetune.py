@@ -37,6 +37,15 @@ class AdapterOptions(LoRAConfig):
     """Layers to adapt: all-linear (all but the output head), names or ".name" suffixes, or one regular expression that
     matches whole names."""
 
+    layers_to_transform: tuple[int, ...] | None = None
+    """Only the target modules in the blocks of these numbers; all by default."""
+
+    layers_pattern: tuple[str, ...] | None = None
+    """Names of the numbered lists that layers_to_transform counts in; by default the first in a layer's name."""
+
+    trainable_token_indices: tuple[int, ...] | None = None
+    """Tokens whose rows of the input embedding train, the others staying frozen; a head tied to it follows."""
+
     dora: Annotated[bool, tyro.conf.Suppress] = False  # --method says it
     adapter_dtype: Annotated[torch.dtype | None, tyro.conf.Suppress] = None  # float32: AdamW's steps vanish in 16 bits
 

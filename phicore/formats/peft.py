@@ -3,8 +3,9 @@
 A key is "base_model.model." + the module's name + ".lora_A.weight" [rank, in], ".lora_B.weight" [out, rank],
 ".lora_magnitude_vector" [out] (DoRA); of an embedding ".lora_embedding_A" [rank, num], ".lora_embedding_B" [dim, rank];
 of a convolution ".lora_A.weight" [rank, in, *kernel], ".lora_B.weight" [out, rank / groups, 1, ...] and a magnitude
-[1, out, 1, ...]; or, for a module trained whole, the name of one of its own tensors. The adapter's name is not in the
-file.
+[1, out, 1, ...]; of a trained bias ".base_layer.bias" [out], or ".bias" where the layer has no pair; of trained rows of
+an embedding ".token_adapter.trainable_tokens_delta" [k, dim], which are values; or, for a module trained whole, the
+name of one of its own tensors. The adapter's name is not in the file.
 
 The pairs of a parameter of a module (target_parameters) are one, A [experts * rank, in] and B [out, rank * experts],
 under the module's name. Where several of its parameters are adapted, PEFT nests a wrapper for each: that of the last
@@ -35,6 +36,7 @@ from torch import Tensor, nn
 
 from phicore import atomic
 from phicore.adapters.attach import (
+    AdapterLayer,
     TrainedCopy,
     adaptable_kinds,
     adapter_layers,
@@ -42,24 +44,31 @@ from phicore.adapters.attach import (
     layer_class,
     linear_kinds,
     merged_layers,
+    parts_beside,
     pattern_value,
     plan,
 )
 from phicore.adapters.attention import OpenAttention, is_packed, layer_setting, projections
 from phicore.adapters.base import transposed_kinds
-from phicore.adapters.config import LoRAConfig
+from phicore.adapters.config import BIASES, LoRAConfig
 from phicore.adapters.convolution import LowRankConvolution
 from phicore.adapters.dora import DoRALayer
 from phicore.adapters.embedding import LowRankEmbedding
 from phicore.adapters.experts import LoRAExperts, named_stacks, plan_parameters, stacked_shape
 from phicore.adapters.fused import FusedLinear, Split, diagonal_blocks, part_paths, part_sizes, splits
+from phicore.adapters.layer_index import as_patterns, described_by_indices, layer_index
 from phicore.adapters.lora import LowRankLayer, LowRankLinear
+from phicore.adapters.tied import TiedHead, owners_of_tied, tied_tables
+from phicore.adapters.token_rows import TrainedRows, input_embedding, owners
+from phicore.adapters.trained import TrainedBias, TrainedPart, has_bias
+from phicore.expressions import check_bounded
 from phicore.formats.safetensors_files import NO_PICKLE, TensorFile, parse_json, read_json
-from phicore.modules import ALL_LINEAR, leaves, matches, output_heads
+from phicore.modules import ALL_LINEAR, check_expression, ends_with, leaves, matches, output_heads
 
 DEFAULT_RANK, DEFAULT_ALPHA = 8, 8  # PEFT's, for a file that does not say
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
+BIAS, ROWS = ".base_layer.bias", ".token_adapter.trainable_tokens_delta"
 PARTS = "phicore.parts"
 """Key of the metadata: JSON, name of a layer whose pair in the file is made of smaller ones -> its adapted parts (those
 of a fused layer; or itself, under its last name) -> their [rank, alpha]."""
@@ -68,14 +77,16 @@ of a fused layer; or itself, under its last name) -> their [rank, alpha]."""
 NEUTRAL = {
     "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version",
     "init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_config",
-    "megatron_core", "runtime_config", "ephemeral_gpu_offload", "ensure_weight_tying", "qalora_group_size",
-    "layers_pattern", "lora_dropout",
+    "megatron_core", "runtime_config", "ephemeral_gpu_offload", "qalora_group_size",
+    "lora_dropout",
 }  # fmt: skip
 READ = {
     "peft_type", "r", "lora_alpha", "target_modules", "exclude_modules", "use_dora", "use_rslora", "rank_pattern",
-    "alpha_pattern", "modules_to_save", "bias", "fan_in_fan_out", "target_parameters",
+    "alpha_pattern", "modules_to_save", "bias", "fan_in_fan_out", "target_parameters", "layers_to_transform",
+    "layers_pattern", "trainable_token_indices", "ensure_weight_tying",
 }  # fmt: skip
 
+MOST_WAYS = 1 << 26  # of matching all patterns of a file against a name
 PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # those that leave the base's weights as they are
 
 
@@ -136,12 +147,13 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str 
     _drop_tables(model, tensors, directory)
     _check_keys(expected, tensors, directory)
     _check_parts(model, config, name, tensors, directory)
+    _check_tied(model, config, name, tensors, directory)
     if config is not None:
         attach(model, config, name)
     with torch.no_grad():
         for path, layer in adapter_layers(model, name):
-            if isinstance(layer, TrainedCopy):
-                for key, parameter in _copy_tensors(path, layer).items():
+            if isinstance(layer, TrainedPart):
+                for key, parameter in _part_tensors(path, layer).items():
                     parameter.copy_(tensors[key])
             elif isinstance(layer, LoRAExperts):
                 _fill_experts(path, layer, tensors)
@@ -167,23 +179,30 @@ def adapter_tensors(model: nn.Module, name: str = "default") -> dict[str, Tensor
         names = sorted({layer.adapter_name for _, layer in adapter_layers(model)})
         state = "is merged; unmerge it first" if any(merged_layers(model)) else f"has the adapters {names}"
         raise ValueError(f'no adapter named "{name}" to read: the model {state}')
-    tensors: dict[str, Tensor] = {}
-    for path, layer in layers:
-        if isinstance(layer, TrainedCopy):
-            tensors |= _copy_tensors(path, layer)
-        elif isinstance(layer, LoRAExperts):
-            tensors |= _expert_tensors(path, layer)
-        else:
-            rank = _doubled_rank(layer, _settings_of(model, path, layer)[1])
-            pair = _pair_tensors(_place(model, path), layer, rank)
-            if _is_added_twice(model, path, layer):
-                pair = {key: tensor / 2 if ".lora_B" in key else tensor for key, tensor in pair.items()}
-            tensors |= pair
+    return {key: tensor for path, layer in layers for key, tensor in _layer_tensors(model, path, layer).items()}
+
+
+def _layer_tensors(model: nn.Module, path: str, layer: AdapterLayer) -> dict[str, Tensor]:
+    if isinstance(layer, TrainedPart):
+        return _part_tensors(path, layer)
+    if isinstance(layer, LoRAExperts):
+        return _expert_tensors(path, layer)
+    rank = _doubled_rank(layer, _settings_of(model, path, layer)[1])
+    tensors = _pair_tensors(_place(model, path), layer, rank)
+    if _is_added_twice(model, path, layer):
+        tensors = {key: tensor / 2 if ".lora_B" in key else tensor for key, tensor in tensors.items()}
+    if layer.trained_bias is not None:
+        tensors[_place(model, path) + BIAS] = layer.trained_bias
     return tensors
 
 
-def _copy_tensors(path: str, layer: TrainedCopy) -> dict[str, Tensor]:
-    return {f"{PREFIX}{path}.{key}": tensor for key, tensor in layer.trained.state_dict(keep_vars=True).items()}
+def _part_tensors(path: str, part: TrainedPart) -> dict[str, Tensor]:
+    if isinstance(part, TrainedCopy):
+        return {f"{PREFIX}{path}.{key}": tensor for key, tensor in part.trained.state_dict(keep_vars=True).items()}
+    if isinstance(part, TrainedRows):
+        return {PREFIX + path + ROWS: part.trained} if part.owner else {}
+    assert isinstance(part, TrainedBias)
+    return {f"{PREFIX}{path}.bias": part.trained}
 
 
 def _pair_tensors(place: str, layer: LowRankLayer, rank: int) -> dict[str, Tensor]:
@@ -211,6 +230,8 @@ def _fill_pair(place: str, layer: LowRankLayer, tensors: dict[str, Tensor]) -> N
         layer.lora_B.copy_(B)
     if isinstance(layer, DoRALayer):
         layer.set_magnitude(tensors[magnitude].flatten())
+    if layer.trained_bias is not None:
+        layer.trained_bias.copy_(tensors[place + BIAS])
 
 
 # ===== nn.MultiheadAttention =====
@@ -290,7 +311,7 @@ def _fill_experts(path: str, layer: LoRAExperts, tensors: dict[str, Tensor]) -> 
 
 def _named_parameters(model: nn.Module) -> dict[str, str]:
     """Every parameter that `attach` could find by target_parameters -> its module's name."""
-    stacks = named_stacks(model, (LowRankLayer, TrainedCopy))
+    stacks = named_stacks(model, (LowRankLayer, TrainedPart))
     return {f"{path}.{name}": path for path, _, own in stacks if path for name in own}
 
 
@@ -441,6 +462,9 @@ def _differences(model: nn.Module, raw: dict[str, Any], parts: "Parts", name: st
         ):
             if there != here:
                 unlike.setdefault(key, f"{key} of {path}: {there!r} in the file, {here!r} here")
+    tokens, filed = owners(list(adapter_layers(model, name))), _tokens_of_file(model, raw)
+    if {path: filed.get(path) for path in tokens} != tokens or (filed and not tokens):
+        unlike["tokens"] = f"trainable_token_indices: {filed!r} in the file, {tokens!r} here"
     return list(unlike.values())
 
 
@@ -478,13 +502,15 @@ def adapter_config(model: nn.Module, name: str = "default") -> dict[str, Any]:
         "r": rank,
         "lora_alpha": _integer_if_whole(alpha),
         "lora_dropout": first.dropout if first else 0.0,
-        "target_modules": _shortest_targets(model, sorted({_target(model, path) for path, _ in layers})),
+        **_shortest_targets(model, sorted({_target(model, path) for path, _ in layers})),
         "use_dora": isinstance(first, DoRALayer),
         "use_rslora": settings[0][3].rslora,
         "rank_pattern": {re.escape(path): r for path, r, _, _ in settings if r != rank},
         "alpha_pattern": {re.escape(path): _integer_if_whole(a) for path, _, a, _ in settings if a != alpha},
         "modules_to_save": sorted(saved) or None,
-        "bias": "none",
+        "bias": _bias(model, name),
+        **({"ensure_weight_tying": True} if any(isinstance(layer, TiedHead) for _, layer in layers) else {}),
+        **({"trainable_token_indices": tokens} if (tokens := _tokens(model, name)) else {}),
         # PEFT warns where this is not what the layers are; it has one value for all of them.
         "fan_in_fan_out": bool(linear) and isinstance(linear[0], transposed_kinds()),
         "inference_mode": True,
@@ -498,6 +524,35 @@ def _target(model: nn.Module, path: str) -> str:
     """What a reader must target: the layer, or the attention that it is a projection of."""
     parent = path.rpartition(".")[0]
     return parent if isinstance(model.get_submodule(parent), OpenAttention) else path
+
+
+def _bias(model: nn.Module, name: str) -> str:
+    """Which biases an adapter trains, in LoRAConfig's words."""
+    layers = [layer for _, layer in adapter_layers(model, name)]
+    if any(isinstance(layer, TrainedBias) for layer in layers):
+        return "all"
+    only = any(isinstance(layer, LowRankLayer) and layer.trained_bias is not None for layer in layers)
+    return "lora_only" if only else "none"
+
+
+def _tokens(model: nn.Module, name: str) -> list[int] | dict[str, list[int]] | None:
+    """trainable_token_indices of an adapter: a list for the input embedding alone."""
+    tokens = owners(list(adapter_layers(model, name)))
+    try:
+        alone = input_embedding(model, dict(model.named_modules(remove_duplicate=False)))
+    except ValueError:
+        alone = ""
+    return tokens[alone] if list(tokens) == [alone] else tokens or None
+
+
+def _tokens_of_file(model: nn.Module, raw: dict[str, Any]) -> dict[str, list[int]]:
+    """trainable_token_indices of a file by names that the model has, or that of the file where it has none."""
+    tokens = raw.get("trainable_token_indices") or {}
+    every = dict(model.named_modules(remove_duplicate=False))
+    if isinstance(tokens, list):
+        return {input_embedding(model, every): tokens}
+    named = {path: value for key, value in tokens.items() for path in every if matches(path, [key])}
+    return named if named else tokens
 
 
 def _integer_if_whole(alpha: float) -> float | int:
@@ -518,12 +573,19 @@ def _task_type(model: nn.Module) -> str | None:
     return None
 
 
-def _shortest_targets(model: nn.Module, paths: list[str]) -> list[str]:
-    """Last names if they mean just these modules, whole names otherwise; sorted, since PEFT's own order is a hash's."""
+def _shortest_targets(model: nn.Module, paths: list[str]) -> dict[str, Any]:
+    """target_modules: last names if they mean just these modules, if need be with the numbers of their blocks, whole
+    names otherwise; sorted, since PEFT's own order is a hash's."""
     last = sorted({path.rsplit(".", 1)[-1] for path in paths})
     inside = tuple(f"{path}." for path in [*paths, *(path for path, _ in adapter_layers(model))])
     meant = {name for name, _ in model.named_modules() if matches(name, last) and not name.startswith(inside)}
-    return last if meant == set(paths) else sorted(paths)
+    if meant == set(paths):
+        return {"target_modules": last}
+    # PEFT takes a target that is a whole name at any index.
+    if not meant & set(last) and (described := described_by_indices(paths, meant)) is not None:
+        indices, pattern = described
+        return {"target_modules": last, "layers_to_transform": indices, "layers_pattern": pattern}
+    return {"target_modules": sorted(paths)}
 
 
 def _shortest_parameters(model: nn.Module, paths: list[str]) -> list[str]:
@@ -549,13 +611,23 @@ def read_raw_config(directory: Path) -> dict[str, Any]:
     wrong = [key for key, right in _RIGHT.items() if raw.get(key) is not None and not right(raw[key])]
     if wrong:
         raise ValueError(f"{path}: values of a wrong type or size: " + ", ".join(f"{k}={raw[k]!r}" for k in wrong))
+    _check_patterns(path, raw)
     return {key: value for key, value in raw.items() if value is not None}
+
+
+def _check_patterns(path: Path, raw: dict[str, Any]) -> None:
+    """Raises ValueError for regular expressions of a file that might take very long to match."""
+    patterns = [(key, raw[key]) for key in ("target_modules", "exclude_modules") if isinstance(raw.get(key), str)]
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns += [(key, ends_with(pattern)) for pattern in raw.get(key) or {}]
+    patterns += [("layers_pattern", ends_with(pattern)) for pattern in as_patterns(raw.get("layers_pattern"))]
+    ways = sum(check_bounded(f"{path}: {key}", pattern) for key, pattern in patterns)
+    if ways > MOST_WAYS:
+        raise ValueError(f"{path}: its {len(patterns)} patterns might take very long to match; write them more plainly")
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
     raw, path = read_raw_config(directory), directory / CONFIG
-    if raw.get("bias", "none") != "none":
-        raise ValueError(f'{path}: bias={raw["bias"]!r} is not supported; only "none" is')
     if (start := raw.get("init_lora_weights", True)) not in PLAIN_STARTS:
         raise ValueError(
             f"{path}: init_lora_weights={start!r} changed the base's weights too, which only peft repeats; convert the "
@@ -573,15 +645,21 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**31
 
 
+def _are_whole(value: Any) -> bool:
+    return isinstance(value, list) and all(_is_whole(number) for number in value)
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63  # not NaN either
 
 
 def _is_expression(value: Any) -> bool:
     try:
-        return isinstance(value, str) and re.compile(value) is not None
-    except re.error:
+        check_expression("", value)
+        check_expression("", ends_with(value))
+    except (ValueError, TypeError):
         return False
+    return True
 
 
 def _are_names(value: Any) -> bool:
@@ -596,6 +674,12 @@ _RIGHT: dict[str, Callable[[Any], bool]] = {
     "exclude_modules": lambda value: _is_expression(value) or _are_names(value),
     "modules_to_save": _are_names,
     "target_parameters": _are_names,
+    "bias": lambda value: value in BIASES,
+    "trainable_token_indices": lambda value: (
+        _are_whole(value) or (isinstance(value, dict) and all(_are_whole(tokens) for tokens in value.values()))
+    ),
+    "layers_to_transform": lambda value: _is_whole(value) or _are_whole(value),
+    "layers_pattern": lambda value: all(_is_expression(v) for v in (value if isinstance(value, list) else [value])),
     "rank_pattern": lambda value: (
         isinstance(value, dict) and all(_is_expression(k) and _is_whole(v) for k, v in value.items())
     ),
@@ -635,7 +719,9 @@ def _lora_config(model: nn.Module, raw: dict[str, Any], tensors: dict[str, Tenso
             f"no key of the adapter names a layer of {type(model).__name__}; keys start like {sorted(tensors)[:2]}, "
             f"the model's layers like {list(candidates)[:2]}, and each key must start with {PREFIX!r}"
         )
-    floating = [t.dtype for t in tensors.values() if t.is_floating_point()]
+    # A pair's dtype before that of biases or whole modules, which PEFT leaves in the base's.
+    floating = [t.dtype for _, t in sorted(tensors.items(), key=lambda item: ".lora_" not in item[0]) if _floats(t)]
+    biased = any(map(has_bias, model.modules() if raw.get("bias") == "all" else [candidates[path] for path in known]))
     attentions = {path for path in known if isinstance(candidates[path], nn.MultiheadAttention)}
     parts = {path: of for path, of in parts.items() if path in known or path.rpartition(".")[0] in attentions}
     named = {part_paths(path).get(part, path): values for path, of in parts.items() for part, values in of.items()}
@@ -661,12 +747,25 @@ def _lora_config(model: nn.Module, raw: dict[str, Any], tensors: dict[str, Tenso
             for entry in raw.get("modules_to_save") or []
             if any(matches(path, [entry]) for path, _ in model.named_modules(remove_duplicate=False))
         ],
+        bias=raw.get("bias", "none") if biased else "none",
+        trainable_token_indices=raw.get("trainable_token_indices") or None,
+        # PEFT passes over the flag where nothing that it adapts is tied.
+        ensure_weight_tying=bool(raw.get("ensure_weight_tying")) and bool(_tied_here(model, known)),
         adapter_dtype=floating[0] if floating else None,
     )
 
 
+def _tied_here(model: nn.Module, paths: list[str]) -> list[str]:
+    """Which of these layers are tied to another of them."""
+    return [path for places in tied_tables(model).values() for path in places if places.keys() <= set(paths)]
+
+
+def _floats(tensor: Tensor) -> bool:
+    return tensor.is_floating_point()
+
+
 def _ends_some(pattern: str, paths: list[str]) -> bool:
-    return any(re.fullmatch(rf"(.*\.)?({pattern})", path) for path in paths)
+    return any(re.fullmatch(ends_with(pattern), path) for path in paths)
 
 
 def _meant(model: nn.Module, raw: dict[str, Any], candidates: dict[str, nn.Module]) -> set[str]:
@@ -677,15 +776,27 @@ def _meant(model: nn.Module, raw: dict[str, Any], candidates: dict[str, nn.Modul
         meant = {p for p, m in candidates.items() if m not in heads and isinstance(m, linear_kinds())}
     else:
         meant = {path for path in candidates if matches(path, targets)}
+    if (wanted := _indices(raw)) is not None:
+        patterns = as_patterns(raw.get("layers_pattern"))
+        meant = {path for path in meant if layer_index(path, patterns) in wanted}
     return {path for path in meant if not matches(path, excluded)}
+
+
+def _indices(raw: dict[str, Any]) -> list[int] | None:
+    """layers_to_transform as a list; None, as for an empty one, for all."""
+    indices = raw.get("layers_to_transform")
+    return [indices] if isinstance(indices, int) else indices or None
 
 
 def _expected_tensors(model: nn.Module, config: LoRAConfig) -> dict[str, Tensor]:
     """Keys of the adapter that config would attach, with tensors of the right shapes and kinds (on the meta device)."""
     targets, saved = plan(model, config)
     split = splits(model, config, targets)
+    stacks = plan_parameters(model, config, targets, saved)
+    beside = parts_beside(model, config, "", targets, saved, stacks)
     dtype = config.adapter_dtype or torch.get_default_dtype()
     tensors: dict[str, Tensor] = {}
+    owner = owners_of_tied(model, targets) if config.ensure_weight_tying else {}
     seen: set[nn.Module] = set()
     for path, module in (targets | saved).items():
         if module in seen:  # a module that stands in two places is stored for the first
@@ -696,16 +807,18 @@ def _expected_tensors(model: nn.Module, config: LoRAConfig) -> dict[str, Tensor]
             continue
         kind = layer_class(module, config.dora)
         key_A, key_B, magnitude = _endings(kind)
-        rank = _own_rank(model, config, path, split)
+        rank = _own_rank(model, config, owner.get(path, path), split)
         if found := _packed_attention(model, path):
             rank = max(_own_rank(model, config, f"{found[0]}.{which}", split) for which in ("in_proj", "out_proj"))
         shape_A, shape_B = kind.pair_shapes(module, rank)
         shapes = {key_A: shape_A, key_B: shape_B}
         if config.dora:
             shapes[magnitude] = _magnitude_shape(kind, shape_B)
+        if config.bias != "none" and has_bias(module):
+            shapes[BIAS] = tuple(module.bias.shape)  # type: ignore[arg-type]
         for ending, shape in shapes.items():
             tensors[_place(model, path) + ending] = torch.empty(shape, dtype=dtype, device="meta")
-    for path, (module, ranks, _) in plan_parameters(model, config, targets, saved).items():
+    for path, (module, ranks, _) in stacks.items():
         if module not in seen:
             seen.add(module)
             inner: Any = module.innermost if isinstance(module, LoRAExperts) else module
@@ -715,27 +828,63 @@ def _expected_tensors(model: nn.Module, config: LoRAConfig) -> dict[str, Tensor]
                 rank = ranks[name]
                 tensors[place + ".lora_A.weight"] = torch.empty(experts * rank, width, dtype=dtype, device="meta")
                 tensors[place + ".lora_B.weight"] = torch.empty(out, rank * experts, dtype=dtype, device="meta")
+    for path, part in beside.items():
+        if part not in seen:
+            seen.add(part)
+            tensors |= {key: tensor.to("meta") for key, tensor in _part_tensors(path, part).items()}
     return tensors
 
 
 def _drop_tables(model: nn.Module, tensors: dict[str, Tensor], directory: Path) -> None:
-    """Takes out the tables that PEFT saves beside the adapter of an embedding, which are the base's.
+    """Takes out what PEFT saves beside an adapter: tables of embeddings, which are the base's, and with bias="all"
+    the biases of modules that are saved whole once more.
 
     Raises:
         ValueError: a table that is not the model's.
     """
+    for key in [key for key in tensors if key.endswith((".original_module.bias", ".modules_to_save.bias"))]:
+        if key.replace(".original_module", "").replace(".modules_to_save", "") in tensors:
+            del tensors[key]
     ending = ".base_layer.weight"
     for key in [key for key in tensors if key.startswith(PREFIX) and key.endswith(ending)]:
         path = key[len(PREFIX) : -len(ending)]
         module: Any = dict(model.named_modules(remove_duplicate=False)).get(path)
-        if isinstance(module, nn.Embedding | LowRankEmbedding):
-            here: Tensor = (module.innermost if isinstance(module, LowRankEmbedding) else module).weight
+        if isinstance(module, LowRankLayer):
+            module = module.innermost
+        if isinstance(module, nn.Embedding | nn.Linear):
+            here: Tensor = module.weight
             if here.shape != tensors[key].shape or not torch.equal(tensors[key].to(here), here):
                 raise ValueError(
                     f"{directory}: {key} is another table than the model's embedding {path}: the adapter was trained "
                     f"over another base. Load that base model, or put this table into the model first"
                 )
             del tensors[key]
+
+
+def _check_tied(
+    model: nn.Module, config: LoRAConfig | None, name: str, tensors: dict[str, Tensor], directory: Path
+) -> None:
+    """Raises ValueError where one pair is to be loaded for an embedding and its head, and the file has two."""
+    if config is None:
+        heads = {path: layer for path, layer in adapter_layers(model, name) if isinstance(layer, TiedHead)}
+        places = {
+            path: other
+            for path, head in heads.items()
+            for other, layer in adapter_layers(model, name)
+            if isinstance(layer, LowRankEmbedding) and layer.lora_A is head.embedding_A
+        }
+    else:
+        targets = plan(model, config)[0]
+        tied = owners_of_tied(model, targets) if config.ensure_weight_tying else {}
+        places = {path: first for path, first in tied.items() if not LowRankEmbedding.fits(targets[path])}
+    for path, first in places.items():
+        head = [tensors[f"{PREFIX}{path}.lora_{part}.weight"] for part in "AB"]
+        embedding = [tensors[f"{PREFIX}{first}.lora_embedding_{part}"] for part in "BA"]
+        if not all(torch.equal(one, other.t().to(one.dtype)) for one, other in zip(head, embedding, strict=True)):
+            raise ValueError(
+                f"{directory}: ensure_weight_tying means one pair for {first} and {path}, and the file has two that "
+                f"differ; load it into a model without this adapter, with ensure_weight_tying false in {CONFIG}"
+            )
 
 
 def _check_keys(expected: dict[str, Tensor], tensors: dict[str, Tensor], directory: Path) -> None:

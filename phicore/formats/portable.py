@@ -38,6 +38,7 @@ from phicore.formats.peft import (
     PLAIN_STARTS,
     PREFIX,
     READ,
+    ROWS,
     WEIGHTS,
     read_raw_config,
     read_tensors,
@@ -60,7 +61,8 @@ REMEDIES = {
     "rank": ("set it so and say that here with max_rank (--max-rank), or train at a lower rank", False),
     "use_dora": (MERGE, False),
     "modules_to_save": (MERGE, False),
-    "bias": (MERGE_BY_PEFT, False),
+    "bias": (MERGE, False),
+    "tokens": (MERGE, False),
     "embedding": (MERGE, False),
     "convolution": (MERGE, False),
     "attention": (MERGE_BY_PEFT, False),
@@ -77,6 +79,7 @@ _UNKNOWN = {
     "convolution": "it adapts linear layers only",
     "attention": "it knows no weights of nn.MultiheadAttention",
     "fan_in_fan_out": "it adapts linear layers only, no Conv1D of transformers",
+    "tokens": "it knows no rows of an embedding that are trained",
     "init_lora_weights": "this start changed the base's weights too, and only peft repeats that when it loads",
     "other settings": "it does not know them",
 }
@@ -280,6 +283,8 @@ def features(adapter: Adapter) -> dict[str, str]:
             kind = "use_dora"
         elif _BIAS.fullmatch(key) or (key.endswith(".bias") and config.get("bias", "none") != "none"):
             kind = "bias"
+        elif key.endswith(ROWS):
+            kind = "tokens"
         else:
             kind = "modules_to_save"
         kinds.setdefault(kind, []).append(key)

@@ -53,3 +53,23 @@ def test_scaling(rank, alpha):
 def test_a_pattern_that_is_no_regular_expression_is_named(field):
     with pytest.raises(ValueError, match=rf"{field}: 'q_proj\(' is no regular expression"):
         phicore.LoRAConfig(**{field: {"q_proj(": 3}})
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_cannot_stand_behind_a_prefix_is_named(field):
+    with pytest.raises(ValueError, match=rf"{field}, which is put behind a prefix: .*global flags"):
+        phicore.LoRAConfig(**{field: {"(?i)Q_PROJ": 3}})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bias": "some"}, "bias must be one of none, all, lora_only, got 'some'"),
+        ({"trainable_token_indices": [3, 3]}, "trainable_token_indices must be .* one comes twice"),
+        ({"trainable_token_indices": {"embed": [1.0]}}, r"trainable_token_indices\['embed'\] must be .* 1.0 is none"),
+        ({"trainable_token_indices": []}, "trainable_token_indices must be .* there is none"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        phicore.LoRAConfig(**options)

@@ -157,7 +157,7 @@ def test_strengths_and_mixing(randomize):
     activate(model, {"first": 1e-9, "second": 0.0})
     torch.testing.assert_close(model(x), base)
     with (
-        pytest.raises(ValueError, match=r'experts of "first" is a parameter.*cannot be mixed'),
+        pytest.raises(ValueError, match=r"holds .*experts adapted in its parameters, which cannot be mixed"),
         mixed(model, ["first"]),
     ):
         pass

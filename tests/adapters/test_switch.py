@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import phicore
 from phicore.adapters import activate, adapter_layers, mixed
@@ -28,6 +29,7 @@ class Net(nn.Module):
         return self.down(torch.tanh(self.up(x)))
 
 
+DORA = {"dora": True}
 TARGETS = ["embed", "conv", "up", "down"]
 
 
@@ -35,6 +37,33 @@ TARGETS = ["embed", "conv", "up", "down"]
 def net() -> nn.Module:
     torch.manual_seed(0)
     return Net().double()
+
+
+OUTPUTS = {"embed": 24 * 8, "conv": 24 * 8, "up": 24 * 12, "down": 24 * 5}  # elements, for all of IDS
+PRODUCTS = ("mm", "addmm", "bmm", "convolution", "embedding", "nf4_linear", "nf4_project_with_rows")
+
+
+class BasePasses(TorchDispatchMode):
+    """Notes each operator that takes all of IDS through the weight of a base, and each that decodes one."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+        self.paths = {
+            tensor.untyped_storage().data_ptr(): path
+            for path, layer in adapter_layers(model)
+            for tensor in (layer.innermost.packed if hasattr(layer.innermost, "packed") else layer.innermost.weight,)
+        }
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        first = result[0] if isinstance(result, tuple) else result
+        for tensor in (t for t in args if isinstance(t, Tensor)):
+            path = self.paths.get(tensor.untyped_storage().data_ptr())
+            product = func._opname in PRODUCTS and first.numel() == OUTPUTS.get(path or "")
+            if path and (product or func._opname == "nf4_dequantize"):
+                self.seen.append(path)
+        return result
 
 
 def with_adapters(model: nn.Module, randomize, **names: dict) -> nn.Module:
@@ -78,6 +107,25 @@ def test_strengths_weigh_the_products(net, randomize):
     torch.testing.assert_close(activate(model, {"a": 0.25, "b": -1.5})(IDS), y)
 
 
+@pytest.mark.parametrize("names", [["a"], ["a", "b"]])
+def test_a_strength_of_dora_goes_straight_from_without_it_to_all_of_it(net, randomize, names):
+    model = with_adapters(net, randomize, a=DORA, b=DORA | {"rank": 4})
+    path, last = "up", names[-1]
+    weights = {}
+    for strength in (0.0, 0.3, 1.0, -0.5):
+        activate(model, dict.fromkeys(names[:-1], 1.0) | {last: strength})
+        y = model(IDS)
+        phicore.merge(model)
+        torch.testing.assert_close(model(IDS), y)
+        weights[strength] = model.get_submodule(path).weight
+        phicore.unmerge(model)
+    under = activate(model, names[:-1])(IDS)
+    torch.testing.assert_close(activate(model, dict.fromkeys(names[:-1], 1.0) | {last: 0.0})(IDS), under)
+    way = weights[1.0] - weights[0.0]
+    for strength in (0.3, -0.5):
+        torch.testing.assert_close(weights[strength], weights[0.0] + strength * way)
+
+
 def test_dora_over_lora_follows_what_is_under_it(net, randomize):
     model = with_adapters(copy.deepcopy(net), randomize, a={}, b={"dora": True})
     only_b = copy.deepcopy(net)
@@ -94,33 +142,49 @@ def test_dora_over_lora_follows_what_is_under_it(net, randomize):
     torch.testing.assert_close(model(IDS), both)
 
 
-def test_a_batch_of_mixed_names_is_each_row_alone_with_one_base_pass(net, randomize):
-    model = with_adapters(net, randomize, a={}, b={"rank": 4, "target_modules": ["up", "conv"]})
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        {"a": {}, "b": {"rank": 4, "target_modules": ["up", "conv"]}},
+        {"a": DORA, "b": {"rank": 4, "target_modules": ["up", "conv"]}},
+        {"a": {}, "b": DORA},
+        {"a": DORA, "b": DORA | {"rank": 4}},
+        {"c": DORA, "b": {}, "a": DORA | {"target_modules": ["up", "embed"]}, "d": DORA},
+    ],
+    ids=lambda kinds: "+".join(f"{name}{' dora' * ('dora' in options)}" for name, options in kinds.items()),
+)
+@pytest.mark.parametrize("nf4", [False, True], ids=["dense", "nf4"])
+def test_a_batch_of_mixed_names_is_each_row_alone_with_one_base_pass(net, randomize, kinds, nf4):
+    if nf4:
+        net = phicore.quantize_(net.float(), target_modules=["up", "down"]).double()
+    model = with_adapters(net, randomize, **kinds)
     names = ["b", None, "a", "b"]
     expected = []
     for row, name in enumerate(names):
         activate(model, [] if name is None else name)
         expected.append(model(IDS[row : row + 1]))
-    activate(model, "a")
-    calls = []
-    for path, layer in adapter_layers(model, "a"):
-        layer.base.register_forward_hook(lambda *_, path=path: calls.append(path))
+    activate(model, list(kinds))
     before = model(IDS)
-    calls.clear()
-    with mixed(model, names):
+    with mixed(model, names), BasePasses(model) as passes:
         y = model(IDS)
-    assert sorted(calls) == sorted(TARGETS)
+    assert sorted(passes.seen) == sorted(TARGETS)
     torch.testing.assert_close(y, torch.cat(expected))
     assert torch.equal(model(IDS), before)  # afterwards as it was
 
 
-def test_mixed_rows_train_their_own_adapter_only(net, randomize):
-    model = with_adapters(net, randomize, a={}, b={})
-    for _, layer in adapter_layers(model, "a"):
-        layer.lora_B.requires_grad_(True)
+@pytest.mark.parametrize("dora", [False, True])
+def test_mixed_rows_train_their_own_adapter_only(net, randomize, dora):
+    model = with_adapters(net, randomize, a={"dora": dora}, b={"dora": dora})
+    own = ("lora_A", "lora_B", "magnitude") if dora else ("lora_A", "lora_B")
+    of_a = [getattr(layer.requires_grad_(True), name) for _, layer in adapter_layers(model, "a") for name in own]
+    for _, layer in adapter_layers(model):
+        layer.innermost.requires_grad_(False)
+    activate(model, "a")
+    expected = torch.autograd.grad(model(IDS[:2]).square().sum(), of_a)
     with mixed(model, ["a", "a", None, None]):
-        model(IDS).sum().backward()
-    assert all(layer.lora_B.grad is not None for _, layer in adapter_layers(model, "a"))
+        model(IDS)[:2].square().sum().backward()
+    for parameter, exact in zip(of_a, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, exact)
     assert all(layer.lora_B.grad is None for _, layer in adapter_layers(model, "b"))
 
 
@@ -135,7 +199,10 @@ def test_what_is_refused(net, randomize, unchanged):
         ):
             activate(model, {"a": 2.0, "b": 0.5})
         assert all(layer.enabled for _, layer in adapter_layers(model))
-        with pytest.raises(ValueError, match='"b" is'), mixed(model, ["a", "b", None, None]):
+        with (
+            pytest.raises(ValueError, match=r'"b" is more than .* down trained whole'),
+            mixed(model, ["a", "b", None, None]),
+        ):
             pass
         with mixed(model, ["a", None]), pytest.raises(ValueError, match=r"each of 2 rows, .* input has shape \[4, 6\]"):
             model(IDS)

@@ -238,3 +238,35 @@ def test_two_ranks_share_the_work_and_one_speaks(tiny_model: Path, data: Path, t
     one, two = (load_file(tmp_path / run / "adapter/adapter_model.safetensors") for run in ("alone", "ranks"))
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("options", "fields"),
+    [
+        (
+            ["--layers-to-transform", "1", "--bias", "none", "--trainable-token-indices", "9", "5"],
+            {"layers_to_transform": [1], "trainable_token_indices": [9, 5]},
+        ),
+        (
+            ["--target-modules", "embed_tokens", "q_proj", "--ensure-weight-tying"],
+            {"target_modules": ["embed_tokens", "lm_head", "q_proj"], "ensure_weight_tying": True},
+        ),
+    ],
+    ids=["tokens", "tied"],
+)
+def test_what_is_tied_stays_tied_from_training_to_the_merged_model(
+    tiny_model: Path, data: Path, tmp_path: Path, options: list[str], fields: dict[str, object]
+) -> None:
+    assert run(tiny_model, data, tmp_path / "run", "--method", "lora", *options) == 0
+    saved = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
+    assert {key: saved[key] for key in fields} == fields
+    merge = ["merge", "--model", str(tiny_model), "--adapter", str(tmp_path / "run/adapter"), "--dtype", "float32"]
+    assert main([*merge, "--output", str(tmp_path / "merged")]) == 0
+    merged, tokenizer = load_model(str(tmp_path / "merged"), torch.float32)
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    model, _ = load_model(str(tiny_model), torch.float32)
+    base_table = model.lm_head.weight.detach().clone()
+    phicore.load_adapter(model, tmp_path / "run/adapter")
+    ids = tokenizer("0 Elm St", return_tensors="pt").input_ids
+    torch.testing.assert_close(merged(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(merged.lm_head.weight, base_table)

@@ -62,6 +62,51 @@ SETTINGS = {
         {"target_modules": LLAMA, "modules_to_save": ["lm_head"]},
         {"target_modules": LLAMA, "modules_to_save": ["lm_head"]},
     ),
+    "layers": (
+        "llama",
+        {"target_modules": LLAMA, "layers_to_transform": 1},
+        {"target_modules": LLAMA, "layers_to_transform": 1},
+    ),
+    "biases of layers": (
+        "gpt2",
+        {"target_modules": ["c_attn", "c_fc"], "bias": "lora_only"},
+        {"target_modules": ["c_attn", "c_fc"], "bias": "lora_only", "fan_in_fan_out": True},
+    ),
+    "biases dora": (
+        "gpt2",
+        {"target_modules": ["c_attn"], "bias": "lora_only", "dora": True},
+        {"target_modules": ["c_attn"], "bias": "lora_only", "use_dora": True, "fan_in_fan_out": True},
+    ),
+    "all biases": (
+        "gpt2",
+        {"target_modules": ["c_attn"], "bias": "all"},
+        {"target_modules": ["c_attn"], "bias": "all", "fan_in_fan_out": True},
+    ),
+    "convolution biases": (
+        "conv",
+        {"target_modules": ["conv1", "conv2"], "bias": "all"},
+        {"target_modules": ["conv1", "conv2"], "bias": "all"},
+    ),
+    "tokens": (
+        "llama",
+        {"target_modules": LLAMA, "trainable_token_indices": [7, 3, 12]},
+        {"target_modules": LLAMA, "trainable_token_indices": [7, 3, 12]},
+    ),
+    "tokens of both ends": (
+        "llama",
+        {"target_modules": LLAMA, "trainable_token_indices": {"embed_tokens": [3, 7], "lm_head": [9, 1]}},
+        {"target_modules": LLAMA, "trainable_token_indices": {"embed_tokens": [3, 7], "lm_head": [9, 1]}},
+    ),
+    "tied tokens": (
+        "tied llama",
+        {"target_modules": LLAMA, "trainable_token_indices": [7, 3, 12]},
+        {"target_modules": LLAMA, "trainable_token_indices": [7, 3, 12]},
+    ),
+    "tied": (
+        "tied llama",
+        {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True},
+        {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True},
+    ),
     "phi3": (
         "phi3",
         {"target_modules": "all-linear", "dora": True},
@@ -162,10 +207,9 @@ def test_we_read_what_peft_writes(tmp_path, tiny, randomize, setting):
     other.save_pretrained(tmp_path, save_embedding_layers=False)
     model = phicore.load_adapter(tiny(SETTINGS[setting][0]), tmp_path)
     torch.testing.assert_close(logits(model), logits(other), rtol=1e-6, atol=1e-6)
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert sum(p.numel() for n, p in model.named_parameters() if n in trained) == sum(
-        p.numel() for p in other.parameters() if p.requires_grad
-    )
+    # PEFT makes two parameters of a tied pair, over one storage
+    trained, exact = ({p.data_ptr(): p.numel() for p in m.parameters() if p.requires_grad} for m in (model, other))
+    assert sum(trained.values()) == sum(exact.values())
 
     # and into a model that has this adapter already, whatever its values
     model = ours(tiny, randomize, setting)
@@ -373,6 +417,59 @@ def test_names_with_regex_signs(tmp_path, randomize):
     }  # fmt: skip
 
 
+def test_all_biases_beside_a_head_trained_whole(tmp_path, tiny, randomize):
+    """PEFT's file holds the head's bias three times over, of which one is the base's."""
+    options = {"target_modules": ["query", "output.dense"], "bias": "all", "modules_to_save": ["classifier"]}
+    config = peft.LoraConfig(r=4, lora_alpha=7, task_type="SEQ_CLS", **options)
+    other = randomize(peft.get_peft_model(tiny("bert"), config, autocast_adapter_dtype=False)).eval()
+    other.save_pretrained(tmp_path / "theirs")
+    assert len([k for k in load_file(tmp_path / "theirs" / WEIGHTS) if "classifier" in k]) == 4
+    model = phicore.load_adapter(tiny("bert"), tmp_path / "theirs")
+    torch.testing.assert_close(logits(model), logits(other), rtol=1e-6, atol=1e-6)
+
+    randomize(model, seed=5)
+    phicore.save_adapter(model, tmp_path / "ours")
+    assert {k for k in load_file(tmp_path / "ours" / WEIGHTS) if "classifier" in k} == {
+        f"{PREFIX}classifier.weight",
+        f"{PREFIX}classifier.bias",
+    }
+    other = load_in_peft(tiny("bert"), tmp_path / "ours")
+    torch.testing.assert_close(logits(model), logits(other), rtol=1e-6, atol=1e-6)
+    with phicore.disabled(model):
+        assert torch.equal(logits(model), logits(tiny("bert")))
+
+
+@pytest.mark.parametrize(
+    ("there", "message"),
+    [
+        ([3, 7], r"trainable_token_indices: \{'model.embed_tokens': \[3, 7\]\} in the file, .* \[7, 3\]\} here"),
+        ({"lm_head": [7, 3]}, r"trainable_token_indices: \{'lm_head': \[7, 3\]\} in the file"),
+        (None, r"trainable_token_indices: \{\} in the file, .* \[7, 3\]\} here"),
+    ],
+)
+def test_other_tokens_are_not_loaded_into_an_adapter(tmp_path, tiny, randomize, unchanged, there, message):
+    config = phicore.LoRAConfig(rank=4, target_modules=LLAMA, trainable_token_indices=[7, 3])
+    model = randomize(phicore.attach(tiny("llama"), config))
+    phicore.save_adapter(model, tmp_path)
+    edit(tmp_path, trainable_token_indices=there)
+    with unchanged(model), pytest.raises(ValueError, match=message):
+        phicore.load_adapter(model, tmp_path)
+
+
+def test_dtypes_of_a_file_whose_biases_are_in_the_base_s(tmp_path, tiny, randomize):
+    """PEFT trains A and B in float32 over a bfloat16 base, and biases in bfloat16."""
+    config = peft.LoraConfig(r=4, lora_alpha=7, target_modules=["c_attn"], bias="lora_only", fan_in_fan_out=True)
+    other = randomize(peft.get_peft_model(tiny("gpt2", dtype=torch.bfloat16), config))
+    other.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / WEIGHTS)
+    assert {t.dtype for t in stored.values()} == {torch.float32, torch.bfloat16}
+    model = phicore.load_adapter(tiny("gpt2", dtype=torch.bfloat16), tmp_path)
+    for path, layer in adapter_layers(model):
+        assert torch.equal(layer.lora_B, stored[f"{PREFIX}{path}.lora_B.weight"])
+        assert torch.equal(layer.bias, stored[f"{PREFIX}{path}.base_layer.bias"])
+        assert layer.lora_A.dtype == torch.float32
+
+
 def test_a_table_that_peft_saved_beside_its_adapter(tmp_path, tiny, randomize, unchanged):
     """PEFT adds an adapted embedding's own table to the file: it is passed over if it is the model's, or named."""
     other = theirs(tiny, randomize, "embedding")
@@ -388,6 +485,26 @@ def test_a_table_that_peft_saved_beside_its_adapter(tmp_path, tiny, randomize, u
     for spared in (tiny("llama"), model):
         with unchanged(spared), pytest.raises(ValueError, match=r"embed_tokens\.base_layer\.weight .*another table"):
             phicore.load_adapter(spared, tmp_path)
+
+
+def test_a_tied_pair_of_peft_with_its_tables(tmp_path, tiny, randomize, unchanged):
+    other = theirs(tiny, randomize, "tied")
+    with pytest.warns(UserWarning, match="save_embedding_layers"):
+        other.save_pretrained(tmp_path)
+    assert f"{PREFIX}lm_head.base_layer.weight" in load_file(tmp_path / WEIGHTS)
+    model = phicore.load_adapter(tiny("tied llama"), tmp_path)
+    torch.testing.assert_close(logits(model), logits(other), rtol=1e-6, atol=1e-6)
+    assert model.lm_head.embedding_A is model.model.embed_tokens.lora_A
+
+    edit_tensors(tmp_path, lambda tensors: {k: t + (k.endswith("lm_head.lora_B.weight")) for k, t in tensors.items()})
+    for spared in (tiny("tied llama"), model):
+        with (
+            unchanged(spared),
+            pytest.raises(ValueError, match=r"one pair for model\.embed_tokens and lm_head,"),
+        ):
+            phicore.load_adapter(spared, tmp_path)
+    edit(tmp_path, ensure_weight_tying=False, target_modules=["embed_tokens", "lm_head", "q_proj"])
+    assert type(phicore.load_adapter(tiny("tied llama"), tmp_path).lm_head) is phicore.LoRALinear
 
 
 # ===== files that are not right =====
@@ -542,11 +659,7 @@ def test_not_a_lora_configuration(spoiled, refused, text):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"bias": "all"}, "bias='all' is not supported"),
-        ({"bias": "lora_only"}, "bias='lora_only' is not supported"),
         ({"lora_bias": True}, "does not support: lora_bias=True"),
-        ({"trainable_token_indices": [1, 2]}, r"does not support: trainable_token_indices=\[1, 2\]"),
-        ({"layers_to_transform": [0]}, r"does not support: layers_to_transform=\[0\]"),
         ({"layer_replication": [[0, 1]]}, "does not support: layer_replication"),
         ({"use_qalora": True, "lora_bias": True}, "does not support: lora_bias=True, use_qalora=True"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changed the base's weights too"),
@@ -579,10 +692,18 @@ def test_settings_that_are_not_supported_are_named(spoiled, refused, fields, mes
         ("exclude_modules", True),
         ("exclude_modules", {"embed": 1}),
         ("modules_to_save", "head"),
+        ("bias", "some"),
+        ("bias", ["all"]),
+        ("trainable_token_indices", [1.5]),
+        ("trainable_token_indices", {"embed": 3}),
         ("rank_pattern", True),
         ("rank_pattern", ["embed"]),
         ("rank_pattern", {"embed": "3"}),
         ("rank_pattern", {"*": 3}),
+        ("rank_pattern", {"(?i)embed": 3}),  # none behind a prefix
+        ("layers_to_transform", "1"),
+        ("layers_to_transform", [0.5]),
+        ("layers_pattern", ["*"]),
         ("alpha_pattern", {"embed": None}),
     ],
 )
@@ -591,9 +712,36 @@ def test_values_of_a_wrong_type_are_named(spoiled, refused, field, value):
     refused(spoiled, f"values of a wrong type or size: {field}=")
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("target_modules", "(a+)+b"),
+        ("exclude_modules", ".*.*.*.*.*.*x"),
+        ("rank_pattern", {"(.|.)*x": 3}),
+        ("alpha_pattern", {"x": 3, "(a|a)*x": 3}),
+        ("layers_pattern", ["blocks", "(a*)*"]),
+    ],
+)
+def test_patterns_that_could_take_for_ever_are_named(spoiled, refused, field, value):
+    edit(spoiled, **{field: value})
+    refused(spoiled, rf"{CONFIG}: {field}: the pattern .* might take very long to match")
+
+
+def test_many_patterns_that_take_long_together_are_refused(spoiled, refused):
+    edit(spoiled, alpha_pattern={f".*.*.*x{i}": 3 for i in range(100)})
+    refused(spoiled, "its 100 patterns might take very long to match")
+
+
 def test_settings_that_say_nothing_are_passed_over(spoiled, toy):
     edit(spoiled, peft_version="99", megatron_core="megatron.core", init_lora_weights="eva", inference_mode=False)
-    edit(spoiled, lora_bias=False, trainable_token_indices=None, layers_to_transform=[], a_setting_of_tomorrow=None)
+    edit(
+        spoiled,
+        lora_bias=False,
+        ensure_weight_tying=True,
+        trainable_token_indices=None,
+        layers_to_transform=[],
+        a_setting_of_tomorrow=None,
+    )
     phicore.load_adapter(toy(), spoiled)
 
 

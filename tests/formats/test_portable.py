@@ -193,6 +193,7 @@ ZERO = torch.zeros
 MAGNITUDES = {f"{name}.lora_magnitude_vector": torch.ones(SHAPES[kind][0]) for kind in SHAPES for name in names(kind)}
 EMBEDDING = {"model.embed_tokens.lora_embedding_A": ZERO(8, 5), "model.embed_tokens.lora_embedding_B": ZERO(20, 8)}
 HEAD = {"lm_head.weight": ZERO(5, 20)}
+TOKENS = {"model.embed_tokens.token_adapter.trainable_tokens_delta": ZERO(2, 20)}
 CONVOLUTION = {"conv.lora_A.weight": ZERO(8, 3, 2, 2), "conv.lora_B.weight": ZERO(4, 8, 1, 1)}
 ATTENTION = {"attn.lora_A": ZERO(8, 4), "attn.lora_B": ZERO(12, 8)}
 ATTENTION_TOO = {  # as PEFT 0.21 names the same
@@ -218,6 +219,9 @@ RULES = {
     ),
     "plain tensors": ({"tensors": HEAD}, "lm_head.weight", ALL_BUT_PEFT, []),
     "bias": ({"bias": "lora_only", "tensors": ALL_BIASES}, "bias='lora_only'", ALL_BUT_PEFT, []),
+    "tokens": (
+        {"trainable_token_indices": [1, 2], "tensors": TOKENS}, "trainable_tokens_delta", ALL_BUT_PEFT, []
+    ),
     "lora_bias": ({"lora_bias": True, "tensors": BIAS}, "lora_bias=True", ALL_BUT_PEFT, []),
     "rank 32": ({"ranks": {Q: 32}}, "rank 32: it takes at most 16 unless", ["vllm", "kaito"], []),
     "rank 16": ({"ranks": {Q: 16}}, "", [], []),
@@ -440,6 +444,7 @@ def adapted(tiny, randomize, tmp_path_factory):
         "patterns": {"rslora": True, **PATTERNS},
         "dora": {"dora": True},
         "head": {"modules_to_save": ["lm_head"]},
+        "tokens": {"trainable_token_indices": [7, 3]},
     }.items():
         config = phicore.LoRAConfig(rank=4, alpha=7, target_modules=LLAMA, **options)
         model = randomize(phicore.attach(tiny("llama"), config))
@@ -459,7 +464,7 @@ def test_peft_and_phicore_read_what_is_exported(tmp_path, tiny, adapted, target,
     torch.testing.assert_close(logits(ours), expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("kind", ["dora", "head"])
+@pytest.mark.parametrize("kind", ["dora", "head", "tokens"])
 def test_transformers_gets_all_that_peft_reads(tmp_path, tiny, adapted, kind):
     directory, expected = adapted[kind]
     assert export(directory, tmp_path / "output", "transformers") == []
