@@ -22,7 +22,8 @@ from torch import Tensor, nn
 import phicore
 from phicore.adapters import adapter_layers
 from phicore.formats.bitsandbytes import save_quantized
-from phicore.formats.peft import CONFIG, PREFIX, WEIGHTS, _with_metadata
+from phicore.formats.peft import CONFIG, PREFIX, WEIGHTS
+from phicore.formats.peft_parts import with_metadata
 
 IDS = torch.arange(1, 13).view(2, 6)
 LLAMA = ["q_proj", "v_proj", "down_proj"]
@@ -914,7 +915,7 @@ def test_parts_put_there_by_hand_are_saved_as_a_plain_adapter(tmp_path, randomiz
 )
 def test_metadata_that_is_not_right(spoiled, refused, text):
     data = (spoiled / WEIGHTS).read_bytes()
-    (spoiled / WEIGHTS).write_bytes(_with_metadata(data, "phicore.parts", text))
+    (spoiled / WEIGHTS).write_bytes(with_metadata(data, "phicore.parts", text))
     refused(spoiled, r"its metadata phicore\.parts")
 
 
