@@ -733,6 +733,13 @@ def test_many_patterns_that_take_long_together_are_refused(spoiled, refused):
     refused(spoiled, "its 100 patterns might take very long to match")
 
 
+def test_a_pattern_of_layers_that_the_model_has_not_is_passed_over(spoiled, toy):
+    """PEFT writes patterns as they were given, of whatever layers."""
+    edit(spoiled, rank_pattern={"q_proj": 5, "em?bed": 3}, alpha_pattern={"vision.*": 2, "embed": 9})
+    layers = dict(adapter_layers(phicore.load_adapter(toy(), spoiled)))
+    assert {path: layer.alpha for path, layer in layers.items() if hasattr(layer, "alpha")}["embed"] == 9
+
+
 def test_settings_that_say_nothing_are_passed_over(spoiled, toy):
     edit(spoiled, peft_version="99", megatron_core="megatron.core", init_lora_weights="eva", inference_mode=False)
     edit(
