@@ -69,14 +69,16 @@ class LoRAConfig:
     """Names or suffixes of modules that are trained whole, and saved with the adapter."""
 
     layers_to_transform: int | Sequence[int] | None = None
-    """Only the target_modules in the blocks of these numbers, "layers.7." say; None for all."""
+    """Only the target_modules in the blocks of these numbers, "layers.7." say; None for all. target_parameters are not
+    chosen by it, and are refused beside it."""
 
     layers_pattern: str | Sequence[str] | None = None
     """Names of the numbered lists that layers_to_transform counts in ("layers", "h"); None for the first numbered list
     in a layer's name that itself stands in a module."""
 
     bias: Literal["none", "all", "lora_only"] = "none"
-    """Which biases train beside the adapter: "all" of the model, or those of the adapted layers ("lora_only")."""
+    """Which biases train beside the adapter: "all" of the model, or those of the adapted layers ("lora_only"). A bias
+    is a parameter of this very name; of a fused layer it trains whole, and of an adapted nn.MultiheadAttention not."""
 
     trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
     """Tokens whose rows of the embedding train, the others staying frozen: their numbers, for the model's input

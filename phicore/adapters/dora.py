@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from phicore.adapters import base as base_layer
 from phicore.adapters.dora_scale import fuses_scaling, scale_columns
-from phicore.adapters.lora import LowRankLayer, LowRankLinear, low_rank_update
+from phicore.adapters.lora import LowRankLayer, LowRankLinear, dense_product, low_rank_update
 
 
 def factored_norm_squared(base_norm_squared: Tensor, WA: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
@@ -154,13 +154,12 @@ class DoRALayer(LowRankLayer):
         A, B = self.matrices()
         norm_squared = factored_norm_squared(self.base_norm_squared, WA, A, B, self.factor)
         cancelled = norm_squared < CANCELLATION[WA.dtype] * self.base_norm_squared  # [out]
-        # torch.compile makes a float that differs between layers or calls an input, which torch.cond's branches refuse.
-        scaled = self.factor * B.to(norm_squared.dtype)
+        # Tensors, since torch.cond takes no numbers that differ between layers.
+        factor = norm_squared.new_full((), self.factor) if torch.compiler.is_compiling() else self.factor
 
         def dense() -> Tensor:
-            with base_layer.without_autocast(A.device):
-                direction = self.dense_base().to(scaled.dtype) + scaled @ A.to(scaled.dtype)  # V', [out, in]
-            return torch.where(cancelled, direction.square().sum(1), norm_squared)
+            direction = self.dense_base() + dense_product(A, B, factor, base_layer.accumulate_dtype(self.dtype))
+            return torch.where(cancelled, direction.to(norm_squared.dtype).square().sum(1), norm_squared)
 
         def factored() -> Tensor:
             return norm_squared.clone()

@@ -89,6 +89,12 @@ class _AddProduct(torch.autograd.Function):
         return grad, grad_u, grad_B, None, None
 
 
+def dense_product(A: Tensor, B: Tensor, scale: float | Tensor, dtype: torch.dtype) -> Tensor:
+    """scale * B A in dtype: [rank, in], [out, rank] -> [out, in]."""
+    with base_layer.without_autocast(A.device):
+        return scale * (B.to(dtype) @ A.to(dtype))
+
+
 def top_singular(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """B [out, rank] and A [rank, in] whose product is the best approximation of a matrix by its rank: the largest
     singular vectors, with the roots of their values in both (Meng et al. 2024, "PiSSA", equations 2 and 3)."""
@@ -267,10 +273,7 @@ class LowRankLayer(nn.Module):
 
     def product(self) -> Tensor:
         """scaling * B A, [out, in], in float32 (float64 for a float64 layer)."""
-        accumulate = base_layer.accumulate_dtype(self.dtype)
-        A, B = self.matrices()
-        with base_layer.without_autocast(A.device):
-            return self.factor * (B.to(accumulate) @ A.to(accumulate))
+        return dense_product(*self.matrices(), self.factor, base_layer.accumulate_dtype(self.dtype))
 
     def dense_base(self) -> Tensor:
         """The base's weight, [out, in], in float32 (float64 for a float64 layer)."""

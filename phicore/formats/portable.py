@@ -30,19 +30,18 @@ from torch import Tensor, nn
 
 from phicore import atomic
 from phicore.adapters.attach import pattern_value
-from phicore.formats.peft import (
+from phicore.formats.peft import read_tensors
+from phicore.formats.peft_fields import (
     CONFIG,
     DEFAULT_ALPHA,
     DEFAULT_RANK,
     NEUTRAL,
     PLAIN_STARTS,
-    PREFIX,
     READ,
-    ROWS,
     WEIGHTS,
     read_raw_config,
-    read_tensors,
 )
+from phicore.formats.peft_keys import PREFIX, ROWS
 from phicore.modules import matches
 
 Target: TypeAlias = Literal["vllm", "tgi", "llama.cpp", "kaito", "transformers"]

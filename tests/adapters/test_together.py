@@ -1,13 +1,15 @@
 """Kinds of adapters and trained parts that meet in one model."""
 
 import copy
+import json
 
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
 
 import phicore
-from phicore.adapters import FusedLoRALinear, LoRAExperts, activate, adapter_layers, disabled, mixed
+from phicore.adapters import FusedDoRALinear, FusedLoRALinear, LoRAExperts, activate, adapter_layers, disabled, mixed
 from phicore.adapters.fused import FusedLinear
 from phicore.adapters.trained import TrainedPart
 
@@ -135,6 +137,20 @@ def test_pairs_parameters_copies_and_rows_in_one_model(randomize, tmp_path):
         activate(model, {"default": 0.5})
 
 
+def test_a_file_says_the_blocks_of_layers_beside_parameters_of_all_blocks(randomize, tmp_path):
+    """As PEFT has it: layers_to_transform is about target_modules alone."""
+    options = {"target_modules": r"inner\.layers\.[02]\..*qkv_proj", "target_parameters": ["experts.up"]}
+    model = adapted(build(), randomize, **options)
+    phicore.save_adapter(model, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["target_modules"], config["layers_to_transform"]) == (["qkv_proj"], [0, 2])
+    assert config["target_parameters"] == ["experts.up"]
+    theirs = peft.PeftModel.from_pretrained(build(), tmp_path, autocast_adapter_dtype=False)
+    torch.testing.assert_close(theirs(IDS), model(IDS))
+    other = phicore.load_adapter(build(), tmp_path)
+    torch.testing.assert_close(other(IDS), model(IDS))
+
+
 @DORA
 def test_rows_of_a_batch_by_parts_of_fused_layers(randomize, dora):
     """Each row is what its adapter alone makes of it; "second" stands over "first", whose rows pass by it."""
@@ -167,6 +183,17 @@ def test_an_operator_of_the_base_leaves_a_trained_bias_its_place(randomize, monk
     layer.trained_bias = nn.Parameter(torch.randn(16, dtype=torch.float64))
     x = torch.randn(3, WIDTH, dtype=torch.float64)
     torch.testing.assert_close(layer(x), x @ layer.merged_weight().T + layer.trained_bias)
+
+
+def test_layers_of_different_scalings_compile_to_one_graph_each(randomize):
+    """torch.compile turns a number that differs between layers into a symbol, which torch.cond does not take."""
+    x = torch.randn(3, WIDTH)
+    for alpha in (3, 5, 7):
+        layer = randomize(
+            FusedDoRALinear(nn.Linear(WIDTH, 16), PARTS, rank={"q_proj": 2, "v_proj": alpha}, alpha=alpha)
+        )
+        compiled = torch.compile(copy.deepcopy(layer), fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), layer(x))
 
 
 def _refused(model: nn.Module, message: str, **options) -> None:

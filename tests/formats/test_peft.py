@@ -22,7 +22,8 @@ from torch import Tensor, nn
 import phicore
 from phicore.adapters import adapter_layers
 from phicore.formats.bitsandbytes import save_quantized
-from phicore.formats.peft import CONFIG, PREFIX, WEIGHTS, _with_metadata
+from phicore.formats.peft import CONFIG, PREFIX, WEIGHTS
+from phicore.formats.peft_parts import with_metadata
 
 IDS = torch.arange(1, 13).view(2, 6)
 LLAMA = ["q_proj", "v_proj", "down_proj"]
@@ -732,6 +733,13 @@ def test_many_patterns_that_take_long_together_are_refused(spoiled, refused):
     refused(spoiled, "its 100 patterns might take very long to match")
 
 
+def test_a_pattern_of_layers_that_the_model_has_not_is_passed_over(spoiled, toy):
+    """PEFT writes patterns as they were given, of whatever layers."""
+    edit(spoiled, rank_pattern={"q_proj": 5, "em?bed": 3}, alpha_pattern={"vision.*": 2, "embed": 9})
+    layers = dict(adapter_layers(phicore.load_adapter(toy(), spoiled)))
+    assert {path: layer.alpha for path, layer in layers.items() if hasattr(layer, "alpha")}["embed"] == 9
+
+
 def test_settings_that_say_nothing_are_passed_over(spoiled, toy):
     edit(spoiled, peft_version="99", megatron_core="megatron.core", init_lora_weights="eva", inference_mode=False)
     edit(
@@ -914,7 +922,7 @@ def test_parts_put_there_by_hand_are_saved_as_a_plain_adapter(tmp_path, randomiz
 )
 def test_metadata_that_is_not_right(spoiled, refused, text):
     data = (spoiled / WEIGHTS).read_bytes()
-    (spoiled / WEIGHTS).write_bytes(_with_metadata(data, "phicore.parts", text))
+    (spoiled / WEIGHTS).write_bytes(with_metadata(data, "phicore.parts", text))
     refused(spoiled, r"its metadata phicore\.parts")
 
 

@@ -1,0 +1,262 @@
+"""adapter_config.json from a model's adapter, and the LoRAConfig that attaches what a file holds."""
+
+import re
+from collections import Counter
+from typing import Any
+
+from torch import Tensor, nn
+
+from phicore.adapters.attach import TrainedCopy, adaptable_kinds, adapter_layers, linear_kinds, pattern_value
+from phicore.adapters.attention import OpenAttention
+from phicore.adapters.base import transposed_kinds
+from phicore.adapters.config import LoRAConfig
+from phicore.adapters.dora import DoRALayer
+from phicore.adapters.experts import LoRAExperts
+from phicore.adapters.fused import part_paths
+from phicore.adapters.layer_index import as_patterns, described_by_indices, layer_index
+from phicore.adapters.lora import LowRankLayer, LowRankLinear
+from phicore.adapters.tied import TiedHead, tied_tables
+from phicore.adapters.token_rows import input_embedding, owners
+from phicore.adapters.trained import TrainedBias, has_bias
+from phicore.formats.peft_fields import DEFAULT_ALPHA, DEFAULT_RANK
+from phicore.formats.peft_keys import (
+    PREFIX,
+    adaptable_parameters,
+    doubled_alpha,
+    doubled_rank,
+    ranks_and_alphas,
+    start_is_taken_off,
+)
+from phicore.formats.peft_parts import Parts, filled_up, parts_of
+from phicore.modules import ALL_LINEAR, ends_with, leaves, matches, output_heads
+
+
+def adapter_config(model: nn.Module, name: str = "default") -> dict[str, Any]:
+    """adapter_config.json for an attached adapter: the fields that readers need and those that differ from default."""
+    layers = [(path, layer) for path, layer in adapter_layers(model, name) if isinstance(layer, LowRankLayer)]
+    settings = [
+        (path, doubled_rank(layer, rank), doubled_alpha(layer, alpha), layer)
+        for path, layer, rank, alpha, _ in ranks_and_alphas(model, name)
+    ]
+    parameters = [path for path, _, _, layer in settings if isinstance(layer, LoRAExperts)]
+    saved = [path for path, layer in adapter_layers(model, name) if isinstance(layer, TrainedCopy)]
+    ranks = Counter(rank for _, rank, _, _ in settings)
+    alphas = Counter(alpha for _, _, alpha, _ in settings)
+    rank, alpha = ranks.most_common(1)[0][0], alphas.most_common(1)[0][0]
+    first = layers[0][1] if layers else None
+    linear = [layer.innermost for _, layer in layers if isinstance(layer, LowRankLinear)]
+    base_config = getattr(model, "config", None)
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": getattr(base_config, "_name_or_path", None) or None,
+        "task_type": _task_type(model),
+        "r": rank,
+        "lora_alpha": _integer_if_whole(alpha),
+        "lora_dropout": first.dropout if first else 0.0,
+        **_shortest_targets(model, sorted({_target(model, path) for path, _ in layers})),
+        "use_dora": isinstance(first, DoRALayer),
+        "use_rslora": settings[0][3].rslora,
+        "rank_pattern": {re.escape(path): r for path, r, _, _ in settings if r != rank},
+        "alpha_pattern": {re.escape(path): _integer_if_whole(a) for path, _, a, _ in settings if a != alpha},
+        "modules_to_save": sorted(saved) or None,
+        "bias": _bias(model, name),
+        **({"ensure_weight_tying": True} if any(isinstance(layer, TiedHead) for _, layer in layers) else {}),
+        **({"trainable_token_indices": tokens} if (tokens := _tokens(model, name)) else {}),
+        # PEFT warns where this is not what the layers are; it has one value for all of them.
+        "fan_in_fan_out": bool(linear) and isinstance(linear[0], transposed_kinds()),
+        "inference_mode": True,
+    }
+    if parameters:
+        config["target_parameters"] = _shortest_parameters(model, parameters)
+    return config
+
+
+def _target(model: nn.Module, path: str) -> str:
+    """What a reader must target: the layer, or the attention that it is a projection of."""
+    parent = path.rpartition(".")[0]
+    return parent if isinstance(model.get_submodule(parent), OpenAttention) else path
+
+
+def _bias(model: nn.Module, name: str) -> str:
+    """Which biases an adapter trains, in LoRAConfig's words."""
+    layers = [layer for _, layer in adapter_layers(model, name)]
+    if any(isinstance(layer, TrainedBias) for layer in layers):
+        return "all"
+    only = any(isinstance(layer, LowRankLayer) and layer.trained_bias is not None for layer in layers)
+    return "lora_only" if only else "none"
+
+
+def _tokens(model: nn.Module, name: str) -> list[int] | dict[str, list[int]] | None:
+    """trainable_token_indices of an adapter: a list for the input embedding alone."""
+    tokens = owners(list(adapter_layers(model, name)))
+    try:
+        alone = input_embedding(model, dict(model.named_modules(remove_duplicate=False)))
+    except ValueError:
+        alone = ""
+    return tokens[alone] if list(tokens) == [alone] else tokens or None
+
+
+def _integer_if_whole(alpha: float) -> float | int:
+    return int(alpha) if float(alpha).is_integer() else alpha  # PEFT declares lora_alpha an int
+
+
+def _task_type(model: nn.Module) -> str | None:
+    for ending, task in (
+        ("ForCausalLM", "CAUSAL_LM"),
+        ("LMHeadModel", "CAUSAL_LM"),
+        ("ForSequenceClassification", "SEQ_CLS"),
+        ("ForTokenClassification", "TOKEN_CLS"),
+        ("ForQuestionAnswering", "QUESTION_ANS"),
+        ("ForConditionalGeneration", "SEQ_2_SEQ_LM"),
+    ):
+        if type(model).__name__.endswith(ending):
+            return task
+    return None
+
+
+def _shortest_targets(model: nn.Module, paths: list[str]) -> dict[str, Any]:
+    """target_modules: last names if they mean just these modules, if need be with the numbers of their blocks, whole
+    names otherwise; sorted, since PEFT's own order is a hash's."""
+    last = sorted({path.rsplit(".", 1)[-1] for path in paths})
+    inside = tuple(f"{path}." for path in [*paths, *(path for path, _ in adapter_layers(model))])
+    meant = {name for name, _ in model.named_modules() if matches(name, last) and not name.startswith(inside)}
+    if meant == set(paths):
+        return {"target_modules": last}
+    # PEFT takes a target that is a whole name at any index.
+    if not meant & set(last) and (described := described_by_indices(paths, meant)) is not None:
+        indices, pattern = described
+        return {"target_modules": last, "layers_to_transform": indices, "layers_pattern": pattern}
+    return {"target_modules": sorted(paths)}
+
+
+def _shortest_parameters(model: nn.Module, paths: list[str]) -> list[str]:
+    """Names of parameters with their module's last name if they mean just these, whole names otherwise; sorted."""
+    last = sorted({".".join(path.rsplit(".", 2)[-2:]) for path in paths})
+    meant = {name for name in adaptable_parameters(model) if matches(name, last)}
+    return last if meant == set(paths) else sorted(paths)
+
+
+# ===== from a file to a model =====
+
+
+def lora_config(model: nn.Module, raw: dict[str, Any], tensors: dict[str, Tensor], parts: Parts) -> LoRAConfig:
+    """The configuration that attaches what the file holds: its own modules, by their whole names.
+
+    PEFT passes over targets that match nothing, so target_modules alone does not say what was adapted.
+    """
+    endings = r"\.(lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)$"
+    adapted = sorted({re.sub(endings, "", key[len(PREFIX) :]) for key in tensors if re.search(endings, key)})
+    candidates = dict(leaves(model, adaptable_kinds()))
+    parameters = [n for n in adaptable_parameters(model) if matches(n, raw.get("target_parameters") or [])]
+    owners = {name.rpartition(".")[0] for name in parameters}
+    meant = set(adapted) | _meant(model, raw, candidates)
+    known = sorted(path for path in meant if path in candidates and path not in owners)
+    if not known and not parameters:
+        raise ValueError(
+            f"no key of the adapter names a layer of {type(model).__name__}; keys start like {sorted(tensors)[:2]}, "
+            f"the model's layers like {list(candidates)[:2]}, and each key must start with {PREFIX!r}"
+        )
+    # A pair's dtype before that of biases or whole modules, which PEFT leaves in the base's.
+    floating = [t.dtype for _, t in sorted(tensors.items(), key=lambda item: ".lora_" not in item[0]) if _floats(t)]
+    biased = any(map(has_bias, model.modules() if raw.get("bias") == "all" else [candidates[path] for path in known]))
+    attentions = {path for path in known if isinstance(candidates[path], nn.MultiheadAttention)}
+    parts = {path: of for path, of in parts.items() if path in known or path.rpartition(".")[0] in attentions}
+    named = {part_paths(path).get(part, path): values for path, of in parts.items() for part, values in of.items()}
+    split = [path for path, of in parts.items() if of.keys() <= part_paths(path).keys()]
+    targets = [p for p in known if p not in split]
+    targets += [part_paths(path)[part] for path in split if path in known for part in parts[path]]
+    return LoRAConfig(
+        rank=raw.get("r", DEFAULT_RANK),
+        alpha=raw.get("lora_alpha", DEFAULT_ALPHA),
+        target_modules="|".join(re.escape(path) for path in targets),
+        target_parameters=parameters,
+        fused_targets="split" if split else "raise",
+        dropout=raw.get("lora_dropout") or 0.0,
+        dora=bool(raw.get("use_dora")),
+        rslora=bool(raw.get("use_rslora")),
+        rank_pattern={re.escape(path): rank for path, (rank, _) in named.items()}
+        | {k: v for k, v in (raw.get("rank_pattern") or {}).items() if _ends_some(k, [*known, *parameters])},
+        alpha_pattern={re.escape(path): alpha for path, (_, alpha) in named.items()}
+        | {k: v for k, v in (raw.get("alpha_pattern") or {}).items() if _ends_some(k, [*known, *parameters])},
+        # For some tasks PEFT writes the names that a head can have, of which the model has one.
+        modules_to_save=[
+            entry
+            for entry in raw.get("modules_to_save") or []
+            if any(matches(path, [entry]) for path, _ in model.named_modules(remove_duplicate=False))
+        ],
+        bias=raw.get("bias", "none") if biased else "none",
+        trainable_token_indices=raw.get("trainable_token_indices") or None,
+        # PEFT passes over the flag where nothing that it adapts is tied.
+        ensure_weight_tying=bool(raw.get("ensure_weight_tying")) and bool(_tied_here(model, known)),
+        adapter_dtype=floating[0] if floating else None,
+    )
+
+
+def _tied_here(model: nn.Module, paths: list[str]) -> list[str]:
+    """Which of these layers are tied to another of them."""
+    return [path for places in tied_tables(model).values() for path in places if places.keys() <= set(paths)]
+
+
+def _floats(tensor: Tensor) -> bool:
+    return tensor.is_floating_point()
+
+
+def _ends_some(pattern: str, paths: list[str]) -> bool:
+    return any(re.fullmatch(ends_with(pattern), path) for path in paths)
+
+
+def _meant(model: nn.Module, raw: dict[str, Any], candidates: dict[str, nn.Module]) -> set[str]:
+    """The layers of the model that the file's target_modules names, so that a key missing from the file is seen."""
+    targets, excluded = raw.get("target_modules") or [], raw.get("exclude_modules") or []
+    if targets == ALL_LINEAR:
+        heads = output_heads(model)
+        meant = {p for p, m in candidates.items() if m not in heads and isinstance(m, linear_kinds())}
+    else:
+        meant = {path for path in candidates if matches(path, targets)}
+    if (wanted := _indices(raw)) is not None:
+        patterns = as_patterns(raw.get("layers_pattern"))
+        meant = {path for path in meant if layer_index(path, patterns) in wanted}
+    return {path for path in meant if not matches(path, excluded)}
+
+
+def _indices(raw: dict[str, Any]) -> list[int] | None:
+    """layers_to_transform as a list; None, as for an empty one, for all."""
+    indices = raw.get("layers_to_transform")
+    return [indices] if isinstance(indices, int) else indices or None
+
+
+def differences(model: nn.Module, raw: dict[str, Any], parts: Parts, name: str) -> list[str]:
+    """Settings of the file that differ from those of the attached layers, each with the first layer it differs at.
+
+    They are compared layer by layer, since patterns that are written differently can mean the same.
+    """
+    unlike: dict[str, str] = {}
+    for path, layer, rank, alpha, own_path in ranks_and_alphas(model, name):
+        for key, there, here in (
+            ("r", pattern_value(raw.get("rank_pattern") or {}, path, raw.get("r", DEFAULT_RANK)), rank),
+            ("start", "plain", layer.init if start_is_taken_off(layer) else "plain"),
+            (
+                "lora_alpha",
+                pattern_value(raw.get("alpha_pattern") or {}, path, raw.get("lora_alpha", DEFAULT_ALPHA)),
+                alpha,
+            ),
+            ("use_dora", bool(raw.get("use_dora")), isinstance(layer, DoRALayer)),
+            ("use_rslora", bool(raw.get("use_rslora")), layer.rslora),
+            ("parts", parts.get(own_path, parts_of(layer)), parts_of(layer) or filled_up(own_path, layer, parts)),
+        ):
+            if there != here:
+                unlike.setdefault(key, f"{key} of {path}: {there!r} in the file, {here!r} here")
+    tokens, filed = owners(list(adapter_layers(model, name))), _tokens_of_file(model, raw)
+    if {path: filed.get(path) for path in tokens} != tokens or (filed and not tokens):
+        unlike["tokens"] = f"trainable_token_indices: {filed!r} in the file, {tokens!r} here"
+    return list(unlike.values())
+
+
+def _tokens_of_file(model: nn.Module, raw: dict[str, Any]) -> dict[str, list[int]]:
+    """trainable_token_indices of a file by names that the model has, or that of the file where it has none."""
+    tokens = raw.get("trainable_token_indices") or {}
+    every = dict(model.named_modules(remove_duplicate=False))
+    if isinstance(tokens, list):
+        return {input_embedding(model, every): tokens}
+    named = {path: value for key, value in tokens.items() for path in every if matches(path, [key])}
+    return named if named else tokens
