@@ -156,7 +156,10 @@ def child(options: argparse.Namespace) -> None:
 
     def gate() -> None:
         print("ready", file=answers, flush=True)
-        if sys.stdin.readline().strip() != "go":
+        word = sys.stdin.readline().strip()
+        if not word:  # the parent has gone
+            raise SystemExit
+        if word != "go":
             raise Enough
 
     run = {"phicore": run_phicore, "peft": run_peft}[options.child]
@@ -209,9 +212,14 @@ class Side:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.process.poll() is None:
-            self.process.terminate()
-            self.process.wait()
+        # Not by SIGTERM, which a Trainer answers when its step is done: it would wait at the gate for ever.
+        with self.process as process, contextlib.suppress(BrokenPipeError):
+            assert process.stdin is not None
+            process.stdin.close()
+            try:
+                process.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                process.kill()
         self.errors.close()
 
 
