@@ -257,7 +257,7 @@ def measure(method: str, options: argparse.Namespace) -> list[Figure]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
-    parser.add_argument("--quick", action="store_true", help="dora and qlora, three steps of two examples")
+    parser.add_argument("--quick", action="store_true", help="qdora only, three steps of two examples")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--steps", type=int, default=6, help="of which the first is not counted")
     parser.add_argument("--batch-size", type=int, default=4)
@@ -274,7 +274,7 @@ def main() -> None:
     if not MODEL.is_dir():
         raise SystemExit("the demo's model and data are missing; run `make demo-data` first")
     if options.quick:
-        options.methods, options.steps, options.batch_size, options.eval_examples = ["dora", "qlora"], 3, 2, 4
+        options.methods, options.steps, options.batch_size, options.eval_examples = ["qdora"], 3, 2, 4
     dtype, why = figures.dtype(options.dtype)
     options.dtype = str(dtype).removeprefix("torch.")
     print(f"{options.dtype}: {why}; {options.steps} steps of {options.batch_size} examples, rank {RANK}", flush=True)

@@ -180,7 +180,9 @@ def whole_model(options: argparse.Namespace) -> list[Figure]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
-    parser.add_argument("--quick", action="store_true", help="1M weights, bfloat16, five turns")
+    parser.add_argument(
+        "--quick", action="store_true", help="1M weights, bfloat16, five turns, without memory of single calls"
+    )
     parser.add_argument("--rows", type=int, default=3072)
     parser.add_argument("--columns", type=int, default=3072)
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
@@ -196,7 +198,9 @@ def main() -> None:
         options.rows, options.columns, options.dtypes, options.turns = 1024, 1024, ["bfloat16"], 5
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    found = [*timed(options), *errors(options), *memory(options), *whole_model(options)]
+    found = [*timed(options), *errors(options), *whole_model(options)]
+    if not options.quick:
+        found += memory(options)
     if options.json:
         weights = f"{options.rows * options.columns / 1e6:.1f}M"
         figures.write(options.json, {"weights": weights, "block size": BLOCK_SIZE, "turns": options.turns}, found)

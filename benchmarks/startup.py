@@ -38,7 +38,7 @@ def measure(options: argparse.Namespace) -> list[Figure]:
             lambda: first_step("phicore", method, options),  # noqa: B023 (called at once)
             lambda: first_step("peft", method, options),  # noqa: B023
             options.first_steps,
-            warm_ups=1,  # reads the files once
+            warm_ups=0 if options.quick else 1,  # reads the files once
         )
         found.append(
             figures.timed("from process start to the first step done", method, peer_name(method), pair, unit="s")
