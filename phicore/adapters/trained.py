@@ -3,6 +3,7 @@
 Each stands in the place of a frozen module, which it holds as `base`, so that the base model is there unchanged.
 """
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -90,6 +91,12 @@ def has_bias(module: nn.Module) -> bool:
     return isinstance(module._parameters.get("bias"), nn.Parameter)
 
 
+def _other_biases(path: str, module: nn.Module) -> list[str]:
+    """Names of a module's parameters that are biases but not called so, which no TrainedBias can train."""
+    own = (name for name, _ in module.named_parameters(recurse=False))
+    return [f"{path}.{name}" for name in own if "bias" in name and name not in ("bias", "trained_bias")]
+
+
 def biases_beside(
     model: nn.Module, bias: str, targets: Mapping[str, nn.Module], saved: Iterable[str], stacks: Iterable[str] = ()
 ) -> dict[str, nn.Module]:
@@ -104,8 +111,11 @@ def biases_beside(
 
     Raises:
         ValueError: there is no bias to train; the model has adapters already beside which all biases cannot train; a
-            module of its own bias that also holds layers; biases of an nn.MultiheadAttention that is adapted, or in a
-            module of which parameters are.
+            module of its own bias that also holds layers; biases of an
+            nn.MultiheadAttention that is adapted, or in a module of which parameters are.
+
+    Warns:
+        UserWarning: biases under other names, which stay frozen (an nn.MultiheadAttention's in_proj_bias).
     """
     for module in model.modules():
         if isinstance(module, TrainedBias):
@@ -129,10 +139,14 @@ def biases_beside(
                     f'{stack}; use bias="none", or target_modules'
                 )
     found: dict[str, nn.Module] = {}
+    left: list[str] = []
     if bias == "all":
         whole = tuple(f"{path}." for path in saved)
         for path, module in model.named_modules(remove_duplicate=False):
-            if path in targets or path in saved or path.startswith(whole) or not has_bias(module):
+            if path in targets or path in saved or path.startswith(whole):
+                continue
+            left += _other_biases(path, module)
+            if not has_bias(module):
                 continue
             if any(True for _ in module.children()) or not path:
                 raise ValueError(
@@ -140,6 +154,12 @@ def biases_beside(
                     f'the layers in it, which cannot be trained alone; use bias="lora_only", or modules_to_save'
                 )
             found[path] = module
+    if left:
+        warnings.warn(
+            f'bias="all" leaves {", ".join(left[:5])}{" ..." if len(left) > 5 else ""} frozen, since only parameters '
+            f'called "bias" can be trained alone; name their modules in modules_to_save to train them',
+            stacklevel=4,
+        )
     if not found and not any(has_bias(layer) for layer in targets.values()):
         raise ValueError(
             f'bias="{bias}": {"no module" if bias == "all" else "no adapted layer"} has a bias; use "none"'

@@ -57,6 +57,13 @@ def adapted(randomize, *, nf4: bool = False, **options) -> nn.Module:
     return randomize(phicore.attach(build(nf4=nf4), config))
 
 
+def test_biases_under_other_names_are_said_to_stay_frozen():
+    with pytest.warns(UserWarning, match=r'bias="all" leaves attention.in_proj_bias frozen') as caught:
+        model = phicore.attach(build(), phicore.LoRAConfig(target_modules=TARGETS, bias="all"))
+    assert caught[0].filename == __file__  # the caller's line
+    assert not model.attention.in_proj_bias.requires_grad
+
+
 def biases(model: nn.Module) -> dict[str, nn.Parameter]:
     """The biases that train, by the name of their layer."""
     return {
