@@ -1,6 +1,7 @@
 """What several test files share: one thread, seeds, small models, and two ways of saying "nothing changed"."""
 
 import contextlib
+import copy
 import os
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -246,3 +247,22 @@ def saved_for_backward() -> Callable[[Callable[[], Tensor], nn.Module], list[Ten
         return [tensor for pointer, tensor in kept.items() if pointer not in own]
 
     return record
+
+
+@pytest.fixture
+def check_one_graph() -> Callable[..., None]:
+    """Compiles a copy of a model as one graph and compares its output and gradients with the model's own."""
+
+    def check(model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        torch._dynamo.reset()
+        copied = copy.deepcopy(model)
+        compiled = torch.compile(copied, fullgraph=True, backend="aot_eager")
+        y, z = model(*args, **kwargs), compiled(*args, **kwargs)
+        torch.testing.assert_close(z, y)
+        y.sum().backward()
+        z.sum().backward()
+        for (name, p), q in zip(model.named_parameters(), copied.parameters(), strict=True):
+            if p.requires_grad:
+                torch.testing.assert_close(q.grad, p.grad, msg=lambda text, name=name: f"{name}: {text}")
+
+    return check

@@ -157,7 +157,22 @@ def diagonal_blocks(B: Tensor, sizes: Mapping[str, int], ranks: Mapping[str, int
     return blocks
 
 
-class FusedLoRALinear(LoRALinear, FusedLinear):
+class _TakesParts(LowRankLinear):
+    """The constructor of both layers; in front of LoRALinear and DoRALinear, whose own knows no parts."""
+
+    def __init__(
+        self,
+        base: nn.Module,
+        parts: Mapping[str, int],
+        rank: int | Mapping[str, int] = 16,
+        alpha: float | Mapping[str, float] = 32.0,
+        dropout: float = 0.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(base, rank, alpha, dropout, parts=parts, **options)  # type: ignore[arg-type]
+
+
+class FusedLoRALinear(_TakesParts, LoRALinear, FusedLinear):
     """A fused linear layer with a LoRA adapter for each part: y[part] = base(x)[part] + scaling * (x A^T) B^T.
 
     One pass through the base, one product with all A and one with all B; it costs what LoRALinear costs at the sum of
@@ -182,19 +197,8 @@ class FusedLoRALinear(LoRALinear, FusedLinear):
         (torch.Size([2, 128]), torch.Size([32, 4]))
     """
 
-    def __init__(
-        self,
-        base: nn.Module,
-        parts: Mapping[str, int],
-        rank: int | Mapping[str, int] = 16,
-        alpha: float | Mapping[str, float] = 32.0,
-        dropout: float = 0.0,
-        **options: Any,
-    ) -> None:
-        super().__init__(base, rank, alpha, dropout, parts=parts, **options)  # type: ignore[arg-type]
 
-
-class FusedDoRALinear(DoRALinear, FusedLinear):
+class FusedDoRALinear(_TakesParts, DoRALinear, FusedLinear):
     """A fused linear layer with a DoRA adapter for each part; the rows of other parts are the base's.
 
     Args and errors: as FusedLoRALinear.
@@ -202,17 +206,6 @@ class FusedDoRALinear(DoRALinear, FusedLinear):
     Attributes:
         magnitude: m, [out], of all rows, made anew at each access: a part's own where it has a pair, ||W|| elsewhere.
     """
-
-    def __init__(
-        self,
-        base: nn.Module,
-        parts: Mapping[str, int],
-        rank: int | Mapping[str, int] = 16,
-        alpha: float | Mapping[str, float] = 32.0,
-        dropout: float = 0.0,
-        **options: Any,
-    ) -> None:
-        super().__init__(base, rank, alpha, dropout, parts=parts, **options)  # type: ignore[arg-type]
 
     def _make_magnitude(self, out: int) -> None:
         for name, pair in self.parts.items():

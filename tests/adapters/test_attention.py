@@ -208,19 +208,10 @@ def test_self_attention_projects_once(randomize, monkeypatch):
 
 
 @pytest.mark.parametrize(("dora", "fused_targets", "need_weights"), [(False, "raise", True), (True, "split", False)])
-def test_compiles_to_one_graph(randomize, dora, fused_targets, need_weights):
+def test_compiles_to_one_graph(randomize, check_one_graph, dora, fused_targets, need_weights):
     model = adapted(model_of(torch.float32, batch_first=True), randomize, dora=dora, fused_targets=fused_targets)
-    torch._dynamo.reset()
-    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
     x = torch.randn(N, LENGTH, WIDTH)
-    y, z = model(x, x, x, need_weights=need_weights), compiled(x, x, x, need_weights=need_weights)
-    torch.testing.assert_close(z, y)
-    y.sum().backward()
-    z.sum().backward()
-    grads = dict(compiled._orig_mod.named_parameters())
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            torch.testing.assert_close(grads[name].grad, p.grad)
+    check_one_graph(model, x, x, x, need_weights=need_weights)
 
 
 @DORA

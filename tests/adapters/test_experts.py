@@ -170,19 +170,8 @@ def test_the_adapted_weights_are_formed_once(randomize, saved_for_backward):
     assert sum(t.numel() == EXPERTS * HIDDEN * IN for t in kept) == 2
 
 
-def test_compiles_to_one_graph(randomize):
-    model = adapted(model_of(dtype=torch.float32), randomize)
-    torch._dynamo.reset()
-    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
-    x = torch.randn(4, IN)
-    y, z = model(x), compiled(x)
-    torch.testing.assert_close(z, y)
-    y.sum().backward()
-    z.sum().backward()
-    grads = dict(compiled._orig_mod.named_parameters())
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            torch.testing.assert_close(grads[name].grad, p.grad)
+def test_compiles_to_one_graph(randomize, check_one_graph):
+    check_one_graph(adapted(model_of(dtype=torch.float32), randomize), torch.randn(4, IN))
 
 
 def test_every_way_that_transformers_runs_experts(tiny, randomize):

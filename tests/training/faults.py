@@ -4,6 +4,7 @@ import os
 import resource
 import signal
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from phicore.training import TrainConfig, Trainer, checkpoint
 from tests.training.small_run import SETTINGS, examples, process, small_model
 
 Fault = tuple[str, int, int]  # what goes wrong, on which rank, in which step
+PATIENCE = 60.0  # seconds for a run, many more than it takes
 
 
 def start(world_size: int, output: Path, fault: Fault | None = None, **settings: Any) -> list[Any]:
@@ -26,6 +28,18 @@ def start(world_size: int, output: Path, fault: Fault | None = None, **settings:
     for one in processes:
         one.start()
     return processes
+
+
+def finish(processes: list[Any]) -> list[int | None]:
+    """Exit codes; None for a rank that is still there after PATIENCE, which is ended."""
+    end = time.monotonic() + PATIENCE
+    for one in processes:
+        one.join(max(0.0, end - time.monotonic()))
+    codes = [one.exitcode for one in processes]
+    for one in processes:
+        one.kill()
+        one.join()
+    return codes
 
 
 def log(output: Path, rank: int) -> Path:

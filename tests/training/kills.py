@@ -22,12 +22,11 @@ from typing import Any
 
 from phicore.training.checkpoint import latest_checkpoint, read_state
 from phicore.training.consolidate import consolidate
-from tests.training.faults import log, start
+from tests.training.faults import finish, log, start
 from tests.training.small_run import assert_same_run
 
 WORLD_SIZE = 2
 SETTINGS: dict[str, Any] = {"steps": 24, "save_every": 1, "eval_every": 4, "step_timeout": 30.0}
-PATIENCE = 60.0  # seconds until what is left of a run is called hanging
 
 
 @dataclass
@@ -58,7 +57,7 @@ def campaign(directory: Path, kills: int, seed: int, say: Callable[[str], object
     choose, report = random.Random(seed), Report()
     ranks = start(WORLD_SIZE, directory / "undisturbed", **SETTINGS)
     begun = _wait_for_training(directory / "undisturbed", ranks, time.time())
-    if not begun or _end(ranks) != [0] * WORLD_SIZE:
+    if not begun or finish(ranks) != [0] * WORLD_SIZE:
         report.wrong.append(f"the undisturbed run failed: {log(directory / 'undisturbed', 0).read_text()}")
         return report
     duration = time.time() - begun
@@ -77,7 +76,7 @@ def campaign(directory: Path, kills: int, seed: int, say: Callable[[str], object
             killed = [rank for rank in choose.choice([[0], [1], [0, 1]]) if ranks[rank].is_alive()]
             for rank in killed:
                 ranks[rank].kill()
-        codes = _end(ranks)
+        codes = finish(ranks)
         if killed:
             report.kills += 1
             where = f"kill {report.kills}, of rank {' and '.join(map(str, killed))}, {output.name}"
@@ -109,18 +108,6 @@ def _wait_for_training(output: Path, ranks: list[Any], since: float) -> float | 
             return None
         time.sleep(0.005)
     return time.time()
-
-
-def _end(ranks: list[Any]) -> list[int | None]:
-    """Exit codes; None for a rank that hangs, which is ended."""
-    end = time.monotonic() + PATIENCE
-    for rank in ranks:
-        rank.join(max(0.0, end - time.monotonic()))
-    codes = [rank.exitcode for rank in ranks]
-    for rank in ranks:
-        rank.kill()
-        rank.join()
-    return codes
 
 
 def _newest_step(output: Path) -> int | None:

@@ -5,34 +5,18 @@ import os
 import re
 import shutil
 import signal
-import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from phicore.training.checkpoint import latest_checkpoint, read_state
 from phicore.training.consolidate import consolidate
 from tests.training import kills
-from tests.training.faults import log, start
+from tests.training.faults import PATIENCE, finish, log, start
 from tests.training.kills import Report, campaign
 from tests.training.small_run import assert_same_run
 
 SETTINGS = {"steps": 8, "save_every": 2, "eval_every": 3, "step_timeout": 20.0}
-PATIENCE = 60  # seconds for a run, many more than it takes
-
-
-def finish(processes: list[Any]) -> list[int | None]:
-    """Exit codes; None for a rank that is still there, which is ended."""
-    end = time.monotonic() + PATIENCE
-    for one in processes:
-        one.join(max(0.0, end - time.monotonic()))
-    codes = [one.exitcode for one in processes]
-    for one in processes:
-        if one.exitcode is None:
-            one.kill()
-            one.join()
-    return codes
 
 
 @pytest.fixture(scope="module")
