@@ -115,7 +115,8 @@ SUITES = {
         Suite("zero", "Sharding: ZeroOptimizer on real processes", full=("--worlds", "2", "4", "--turns", "9"),
               figures=zero_figures, threaded=False),
         Suite("kernels", "Kernels: machine code for GPUs that are not at hand", full=("--static",),
-              quick=("--static", "--targets", "sm_90"), figures=kernel_figures, threaded=False),
+              quick=("--static", "--targets", "sm_90", "--kernels", "bfloat16"), figures=kernel_figures,
+              threaded=False),
         Suite("startup", "Start-up, and lines of code"),
     )
 }  # fmt: skip
