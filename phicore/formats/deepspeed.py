@@ -16,7 +16,7 @@ weights, which are the rounded masters.
 import os
 import pickle
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -38,8 +38,19 @@ class _Plain:
     """Stands for the classes of DeepSpeed that its pickles name; holds their attributes and has no code."""
 
 
+STAGES = {"disabled": 0, "optimizer_states": 1, "gradients": 2, "weights": 3}
+
+
+def _stage(owner: type, name: str) -> int:
+    """Stands for getattr, by which some versions of Python (3.11.2) pickle members of an enum; it reaches no others."""
+    if owner is not int or name not in STAGES:
+        raise ValueError(f"it asks for {name!r} of a class, and members of ZeroStageEnum are {list(STAGES)}")
+    return STAGES[name]
+
+
 # All that its optimizer files name beyond tensors and plain values. A stage is an enum of an integer.
-STAND_INS = [
+STAND_INS: list[tuple[Callable[..., Any], str]] = [
+    (_stage, "builtins.getattr"),
     (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
     (_Plain, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
     (_Plain, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
@@ -70,8 +81,8 @@ def read_checkpoint(directory: str | os.PathLike[str]) -> DeepSpeedCheckpoint:
     """Reads a checkpoint that DeepSpeed's `save_checkpoint` wrote with ZeRO stage 1 or 2, of any number of ranks.
 
     The files are pickles. They are read with torch's weights_only unpickler, which makes tensors and plain values, and
-    for four classes of DeepSpeed objects without code; a file that names anything else is refused. DeepSpeed need not
-    be installed.
+    for four classes of DeepSpeed (and the members of one) objects without code; a file that names anything else is
+    refused. DeepSpeed need not be installed.
 
     Args:
         directory: of the run, where `latest` is, or of one checkpoint in it.

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ def test_a_suite_that_fails_is_named_and_the_others_are_kept(
         """Runs Python code, with the output's name as its argument."""
 
         def command(self, output: str, *, quick: bool, threads: int) -> list[str]:
-            return ["python", "-c", self.module, output]
+            return [sys.executable, "-c", self.module, output]
 
     good = (
         "import sys, pathlib; from benchmarks import figures; "

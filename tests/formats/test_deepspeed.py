@@ -224,6 +224,41 @@ def test_pickled_code_is_not_run(copy, tmp_path, file):
     assert not (tmp_path / "made").exists()
 
 
+class Reached:
+    """Pickles as getattr of something, as Python 3.11.2 does with members of an enum."""
+
+    def __init__(self, owner: type, name: str) -> None:
+        self.of = owner, name
+
+    def __reduce__(self) -> Any:
+        return (getattr, self.of)
+
+
+def test_a_stage_is_read_from_any_python_and_nothing_else_by_its_way(copy):
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    folder = copy("stage 2")
+    before = read_checkpoint(folder)
+    path = folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    state = torch.load(path, weights_only=False)
+
+    def save(stage: Any) -> None:
+        torch.save({**state, "optimizer_state_dict": {**state["optimizer_state_dict"], "zero_stage": stage}}, path)
+
+    save(Reached(ZeroStageEnum, "gradients"))
+    found = read_checkpoint(folder)
+    assert found.steps == before.steps
+    assert all(torch.equal(found.model[name], value) for name, value in before.model.items())
+    save(Reached(ZeroStageEnum, "weights"))
+    with pytest.raises(ValueError, match="is of ZeRO stage 3"):
+        read_checkpoint(folder)
+    for owner, name in ((ZeroStageEnum, "from_bytes"), (LossScaler, "__init__"), (LossScaler, "__subclasses__")):
+        save(Reached(owner, name))
+        with pytest.raises(ValueError, match=f"is damaged: it asks for '{name}' of a class"):
+            read_checkpoint(folder)
+
+
 @pytest.mark.parametrize("length", [0, 10, 3000])
 def test_damaged_files_are_named(copy, length):
     folder = copy("stage 2")
