@@ -168,10 +168,12 @@ def _tokens_meet_in_attention_alone(model: Any, batch: Mapping[str, Tensor]) -> 
 
 def _knows_rows(module: nn.Module) -> bool:
     """Whether a module may work on a batch's rows rather than its tokens, or is compiled for their shapes."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     return (
         isinstance(module, _NormBase)
         or (isinstance(module, LowRankLayer) and module.rows is not None)
-        or bool(module._forward_hooks or module._forward_pre_hooks)
+        # That one is transformers' own, for gradient checkpointing.
+        or any(getattr(hook, "__name__", "") != "make_inputs_require_grads" for hook in hooks)
         or module._compiled_call_impl is not None
         or "_orig_mod" in module._modules
     )
