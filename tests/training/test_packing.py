@@ -102,6 +102,8 @@ FAMILIES: list[tuple[str, dict[str, Any], float]] = [
     ("Olmo2", {}, 1e-10),
     ("Gemma", {"head_dim": 8}, 1e-6),
     ("Gemma3Text", {"head_dim": 8, "sliding_window": 20}, 1e-6),
+    ("OPT", {"ffn_dim": 44, "word_embed_proj_dim": 32}, 1e-10),
+    ("Mixtral", {"num_local_experts": 4, "experts_implementation": "eager"}, 1e-10),  # the others know no float64
     ("GPTBigCode", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32}, 1e-10),
 ]
 
