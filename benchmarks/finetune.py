@@ -6,6 +6,10 @@ process of its own and take their steps in turn, one at a time, each the same ba
 else the machine does meets all three alike. The first step warms up. The second PEFT starts from another seed of the
 adapter: how far its held-out loss lies from the first one's is the noise of the losses.
 
+Both sides are given the same padded batches, and tokens/s counts real tokens. phicore leaves the padding out by itself
+(`phicore.training.packing`), and part of its advantage is that; PEFT's loop computes it, as any loop over padded
+batches does. A user of PEFT can leave it out too, with transformers' DataCollatorWithFlattening; that is not measured.
+
     python -m benchmarks.finetune [--quick] [--methods lora dora qlora qdora] [--steps 6] [--json FILE]
 """
 
@@ -282,6 +286,7 @@ def main() -> None:
     if options.json:
         told = {"model": "SmolLM2-135M-Instruct", "dtype": f"{options.dtype} ({why})", "rank": RANK}
         told |= {"steps": options.steps, "examples a step": options.batch_size, "held out": options.eval_examples}
+        told |= {"padding": "in every batch; phicore leaves it out of its steps, PEFT computes it"}
         figures.write(options.json, told, found)
 
 

