@@ -63,9 +63,9 @@ def _sum_after_all_to_all(full: Tensor, dtype: torch.dtype, group: dist.ProcessG
 
     def finish() -> Tensor:
         work.wait()
-        parts = received.view(dist.get_world_size(group), -1)  # [W, shard]: row r came from rank r
-        total = parts[0].to(dtype, copy=True)
-        for part in parts[1:]:
+        first, *others = received.view(dist.get_world_size(group), -1)  # [shard] each, from rank 0, 1, ...
+        total = first + others.pop(0) if dtype == full.dtype else first.to(dtype)
+        for part in others:
             total += part
         return total
 

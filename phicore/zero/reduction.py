@@ -125,13 +125,18 @@ class GradientReducer:
 
     def _fill(self, bucket: Bucket, slot: Slot) -> None:
         grad = _dense_gradient(slot)
-        if bucket.buffer is None:
-            bucket.buffer = torch.empty_like(bucket.flat)
-        place = _place(bucket.buffer, slot).view(grad.shape)
-        if slot in bucket.filled and self.stage == 2:
-            place += grad
+        again = self.stage == 2 and slot in bucket.filled
+        if _can_be_lent(grad, bucket) and not again:
+            bucket.buffer, bucket.is_lent = grad.detach().view(-1), True
         else:
-            place.copy_(grad)
+            if bucket.buffer is None or bucket.is_lent:
+                own, bucket.is_lent = torch.empty_like(bucket.flat), False
+                bucket.buffer = own if bucket.buffer is None else own.copy_(bucket.buffer)
+            place = _place(bucket.buffer, slot).view(grad.shape)
+            if again:
+                place += grad
+            else:
+                place.copy_(grad)
         bucket.filled.add(slot)
         if self.stage == 2:
             slot.parameter.grad = None
@@ -169,7 +174,7 @@ class GradientReducer:
             # Summed wide: a float16 sum would overflow. Padding is not always written; what lies there may be anything.
             self.own_totals += [_place(bucket.buffer, slot).sum(dtype=bucket.wide) for slot in bucket.slots]
         self._in_flight.append((bucket, self.collectives(bucket.flat.device).reduce(bucket.buffer, bucket.wide)))
-        bucket.buffer = None
+        bucket.buffer, bucket.is_lent = None, False
         bucket.filled.clear()
         while len(self._in_flight) > MAX_IN_FLIGHT:
             self._finish_oldest()
@@ -231,6 +236,15 @@ def _dense_gradient(slot: Slot) -> Tensor:
     if grad.layout != torch.strided:
         raise TypeError(f"{slot.name} has a {grad.layout} gradient; ZeroOptimizer reduces dense ones only")
     return grad
+
+
+def _can_be_lent(grad: Tensor, bucket: Bucket) -> bool:
+    """Whether a gradient can be the bucket's buffer, with nothing to copy or to pad.
+
+    In stage 1 a later backward pass may add to it while it is on its way. That pass's round reduces it again, and what
+    arrived in between is replaced.
+    """
+    return grad.shape.numel() == bucket.flat.numel() and grad.dtype == bucket.flat.dtype and grad.is_contiguous()
 
 
 def _place(buffer: Tensor, slot: Slot) -> Tensor:
