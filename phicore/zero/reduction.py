@@ -17,8 +17,10 @@ from torch.utils.hooks import RemovableHandle
 
 from phicore.zero.collectives import Collectives
 from phicore.zero.layout import Bucket, Slot
+from phicore.zero.scratch import Scratch
 
 MAX_IN_FLIGHT = 2  # buckets being reduced at once: enough to overlap, and all that stage 2 holds beside its shards
+BUCKETS_KEPT = MAX_IN_FLIGHT + 1  # as much memory of them is kept between steps; one is filled while two travel
 
 
 class _Hook:
@@ -49,14 +51,22 @@ class GradientReducer:
         stage: 1 or 2.
         scale: factor for the sum over ranks.
         collectives: for a device.
+        scratch: where buckets' buffers come from.
         alone: there are no other ranks. Gradients then stay in `p.grad` in both stages, but for 16-bit parameters;
             otherwise what tells whether this rank's were finite is kept, a sum of each.
     """
 
     def __init__(
-        self, stage: int, scale: float, collectives: Callable[[torch.device], Collectives], *, alone: bool = False
+        self,
+        stage: int,
+        scale: float,
+        collectives: Callable[[torch.device], Collectives],
+        scratch: Scratch,
+        *,
+        alone: bool = False,
     ) -> None:
-        self.stage, self.scale, self.collectives, self.alone = stage, scale, collectives, alone
+        self.stage, self.scale, self.alone = stage, scale, alone
+        self.collectives, self.scratch = collectives, scratch
         self.own_totals: list[Tensor] = []
         self.buckets: list[Bucket] = []  # in the order in which they are reduced
         self.syncing = True
@@ -65,7 +75,7 @@ class GradientReducer:
         self._next = 0  # bucket of the open round
         self._open = False
         self._backward: int | None = None  # the pass whose end closes the open round
-        self._in_flight: deque[tuple[Bucket, Callable[[], Tensor]]] = deque()
+        self._in_flight: deque[tuple[Bucket, Callable[[], Tensor], Tensor | None]] = deque()  # buffers not lent
         self._handles: list[RemovableHandle] = []
         self._places: dict[Bucket, float] = {}  # where in a backward pass a bucket is ready, from 0 to 1
 
@@ -130,7 +140,7 @@ class GradientReducer:
             bucket.buffer, bucket.is_lent = grad.detach().view(-1), True
         else:
             if bucket.buffer is None or bucket.is_lent:
-                own, bucket.is_lent = torch.empty_like(bucket.flat), False
+                own, bucket.is_lent = self.scratch.take(bucket.flat), False
                 bucket.buffer = own if bucket.buffer is None else own.copy_(bucket.buffer)
             place = _place(bucket.buffer, slot).view(grad.shape)
             if again:
@@ -160,8 +170,6 @@ class GradientReducer:
                 if slot.parameter.grad is not None:
                     slot.used, slot.reduced = True, _identity(_dense_gradient(slot))
             return
-        if bucket.buffer is None:
-            bucket.buffer = torch.empty_like(bucket.flat)
         for slot in bucket.slots:
             if slot in bucket.filled:
                 continue
@@ -169,19 +177,25 @@ class GradientReducer:
                 slot.used = True
                 self._fill(bucket, slot)
             else:
+                if bucket.buffer is None:
+                    bucket.buffer = self.scratch.take(bucket.flat)
                 _place(bucket.buffer, slot).zero_()
+        assert bucket.buffer is not None
         if not self.alone:
             # Summed wide: a float16 sum would overflow. Padding is not always written; what lies there may be anything.
             self.own_totals += [_place(bucket.buffer, slot).sum(dtype=bucket.wide) for slot in bucket.slots]
-        self._in_flight.append((bucket, self.collectives(bucket.flat.device).reduce(bucket.buffer, bucket.wide)))
+        finish = self.collectives(bucket.flat.device).reduce(bucket.buffer, bucket.wide)
+        self._in_flight.append((bucket, finish, None if bucket.is_lent else bucket.buffer))
         bucket.buffer, bucket.is_lent = None, False
         bucket.filled.clear()
         while len(self._in_flight) > MAX_IN_FLIGHT:
             self._finish_oldest()
 
     def _finish_oldest(self) -> None:
-        bucket, finish = self._in_flight.popleft()
+        bucket, finish, buffer = self._in_flight.popleft()
         total = finish()
+        if buffer is not None:
+            self.scratch.give(buffer)
         if self.scale != 1:
             total.mul_(self.scale)
         if self.stage == 2 and bucket.grad is not None:

@@ -13,6 +13,7 @@ import phicore
 from phicore.zero.collectives import Collectives
 from phicore.zero.layout import build_bucket, cut_pieces
 from phicore.zero.reduction import GradientReducer
+from phicore.zero.scratch import Scratch
 from tests.zero.models import (
     Micro,
     Net,
@@ -251,7 +252,7 @@ def test_a_gradient_that_fills_its_bucket_is_sent_from_where_it_is(stage):
         sent.append(full.data_ptr())
         return lambda: 2 * full[:512]
 
-    reducer = GradientReducer(stage, 0.5, lambda device: Collectives(reduce, lambda full: lambda: None))
+    reducer = GradientReducer(stage, 0.5, lambda device: Collectives(reduce, lambda full: lambda: None), Scratch(0))
     reducer.add([bucket])
     for _ in range(2):
         (3 * weight).sum().backward()
