@@ -185,7 +185,7 @@ def print_steps(world_size: int, turns: int, fused: bool) -> dict[str, Any]:
 def print_tokens(world_size: int, turns: int, fused: bool) -> dict[str, Any]:
     (found, *_) = on_ranks(world_size, measure_tokens, turns, fused)
     print(f"\n{world_size} ranks, {turns} turns: time and processor time of a step, by tokens a rank")
-    columns = [key for key in next(iter(found["64"].values())) if " / " in key]
+    columns = [key for key in next(iter(next(iter(found.values())).values())) if " / " in key]
     print(f"{'tokens':>6}  {'':28}{'ms':>8}{'cpu ms':>9}" + "".join(f"{column:>18}" for column in columns))
     for tokens, rows in found.items():
         for name, row in rows.items():

@@ -1,6 +1,6 @@
 """Table 1 of the ZeRO paper, by counting the bytes of meta tensors in a fake process group."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from benchmarks.zero_peers import state_bytes
 
+WORLDS = (1, 4, 16, 64, 256, 1024)
 KINDS = ("paper", "counted", "held")
 
 
@@ -21,7 +22,7 @@ def paper_shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
             yield f"{layer}.{name}", (shape[0] * width, shape[1] * width)
 
 
-def print_paper() -> list[dict[str, float]]:
+def print_paper(worlds: Sequence[int] = WORLDS) -> list[dict[str, float]]:
     """Table 1 of Rajbhandari et al. 2019 by counting the bytes of meta tensors in a fake process group."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -35,7 +36,7 @@ def print_paper() -> list[dict[str, float]]:
         + f"{'sent / Psi':>12}"
     )
     table = []
-    for world_size in (1, 4, 16, 64, 256, 1024):
+    for world_size in worlds:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
         row: dict[str, float] = {"ranks": world_size}
         for stage in (1, 2):

@@ -60,8 +60,8 @@ def test_state_and_wire_are_at_the_bounds(ranks, world_size, stage, passes, no_s
 
 
 def test_the_papers_memory_table_is_what_the_tensors_hold(capsys):
-    table = print_paper()
-    assert [row["ranks"] for row in table] == [1, 4, 16, 64, 256, 1024]
+    table = print_paper(worlds=(1, 64))
+    assert [row["ranks"] for row in table] == [1, 64]
     for row in table:
         for stage in (1, 2):
             assert row[f"counted {stage}"] == pytest.approx(row[f"paper {stage}"], rel=0.02)
