@@ -20,7 +20,7 @@ time and cpu for steps of few and of many tokens a rank, beside DDP + AdamW and 
 itself taken twice. All take torch's AdamW as its constructor makes it; --fused gives all AdamW(fused=True).
 
 Peers: torch's DistributedDataParallel + AdamW, ZeroRedundancyOptimizer and FSDP2, and DeepSpeed where it imports, with
-buckets of the same size; its "reduce" reduces each gradient to its owner only, which gloo does faster than its default.
+buckets of the same size; its "reduce" sends each gradient to its owner only, in place of an all-reduce.
 """
 
 import argparse
