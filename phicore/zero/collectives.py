@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from phicore.zero.scratch import Scratch
+
 # torch 2.13 renames these and warns about the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -29,7 +31,9 @@ class Collectives:
     gather: Callable[[Tensor], Callable[[], None]]
 
 
-def choose_collectives(group: dist.ProcessGroup | None, world_size: int, device: torch.device) -> Collectives:
+def choose_collectives(
+    group: dist.ProcessGroup | None, world_size: int, device: torch.device, scratch: Scratch
+) -> Collectives:
     """The collectives for a group's backend on a device.
 
     NCCL (and any backend that is not gloo): reduce-scatter and all-gather, which it implements with the optimal
@@ -43,7 +47,7 @@ def choose_collectives(group: dist.ProcessGroup | None, world_size: int, device:
         return Collectives(lambda full, dtype: lambda: full.to(dtype), lambda full: lambda: None)
     if backend(group, device) == "gloo":
         return Collectives(
-            lambda full, dtype: _sum_after_all_to_all(full, dtype, group),
+            lambda full, dtype: _sum_after_all_to_all(full, dtype, group, scratch),
             lambda full: _broadcast_each_shard(full, group),
         )
     return Collectives(
@@ -57,16 +61,19 @@ def backend(group: dist.ProcessGroup | None, device: torch.device) -> str:
     return backends.get(device.type, dist.get_backend(group))
 
 
-def _sum_after_all_to_all(full: Tensor, dtype: torch.dtype, group: dist.ProcessGroup | None) -> Callable[[], Tensor]:
-    received = torch.empty_like(full)
+def _sum_after_all_to_all(
+    full: Tensor, dtype: torch.dtype, group: dist.ProcessGroup | None, scratch: Scratch
+) -> Callable[[], Tensor]:
+    received = scratch.take(full)
     work = dist.all_to_all_single(received, full, group=group, async_op=True)
 
     def finish() -> Tensor:
         work.wait()
-        parts = received.view(dist.get_world_size(group), -1)  # [W, shard]: row r came from rank r
-        total = parts[0].to(dtype, copy=True)
-        for part in parts[1:]:
+        first, *others = received.view(dist.get_world_size(group), -1)  # [shard] each, from rank 0, 1, ...
+        total = first + others.pop(0) if dtype == full.dtype else first.to(dtype)
+        for part in others:
             total += part
+        scratch.give(received)
         return total
 
     return finish

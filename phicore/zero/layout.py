@@ -70,7 +70,8 @@ class Bucket:
         pieces: of the parameters that reach into the shard.
         wide: dtype of the pieces and of the reduced gradient: float32 for 16-bit parameters.
         grad: [shard] the reduced gradient; None when there is none.
-        buffer: [world_size * shard] this rank's gradients while a round fills them in.
+        buffer: [world_size * shard] this rank's gradients while a round fills them in; only to be read where it is
+            the gradient itself (`is_lent`).
         filled: the slots that the open round has filled.
     """
 
@@ -81,6 +82,7 @@ class Bucket:
     wide: torch.dtype
     grad: Tensor | None = None
     buffer: Tensor | None = None
+    is_lent: bool = False
     filled: set[Slot] = field(default_factory=set)
 
     @property
@@ -95,20 +97,28 @@ class Bucket:
 
 
 def pack(named: Sequence[Named], bucket_bytes: int) -> list[list[Named]]:
-    """Fills buckets with parameters of one dtype and device each, last parameter first: the order of the backward
-    pass, so that the first bucket is ready first. A parameter beyond bucket_bytes has a bucket for itself."""
-    packed: list[list[Named]] = []
-    open_buckets: dict[tuple[torch.dtype, torch.device], list[Named]] = {}
-    for name, parameter in reversed(named):
+    """Fills buckets with parameters of one dtype and device each, last parameter first: the order of the backward pass.
+
+    A parameter of more than half of bucket_bytes has a bucket for itself: its gradient is then the bucket's, which
+    saves a copy, and smaller ones do not wait for it. The buckets are in the order in which a backward pass completes
+    them; one that is opened early and stays open, as that of a few biases does, must not hold up those after it.
+    """
+    packed: list[tuple[int, list[Named]]] = []  # with the place of the last parameter
+    open_buckets: dict[tuple[torch.dtype, torch.device], tuple[int, list[Named]]] = {}
+    for place, (name, parameter) in enumerate(reversed(named)):
         if parameter.numel() == 0:
             continue
+        if 2 * parameter.nbytes > bucket_bytes:
+            packed.append((place, [(name, parameter)]))
+            continue
         key = (parameter.dtype, parameter.device)
-        bucket = open_buckets.get(key)
-        if bucket is None or sum(p.nbytes for _, p in bucket) + parameter.nbytes > bucket_bytes:
-            bucket = open_buckets[key] = []
-            packed.append(bucket)
+        _, bucket = open_buckets.get(key, (place, []))
+        if sum(p.nbytes for _, p in bucket) + parameter.nbytes > bucket_bytes:
+            packed.append(open_buckets[key])
+            bucket = []
         bucket.append((name, parameter))
-    return packed
+        open_buckets[key] = (place, bucket)
+    return [bucket for _, bucket in sorted([*packed, *open_buckets.values()], key=lambda entry: entry[0])]
 
 
 def offsets(sizes: Iterable[int], alignment: int, world_size: int) -> tuple[list[int], int]:

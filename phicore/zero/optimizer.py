@@ -17,7 +17,8 @@ from phicore.zero.consolidate import gather_states
 from phicore.zero.elementwise import check_elementwise
 from phicore.zero.groups import describe, named_groups
 from phicore.zero.layout import Bucket, Named
-from phicore.zero.reduction import GradientReducer
+from phicore.zero.reduction import BUCKETS_KEPT, GradientReducer
+from phicore.zero.scratch import Scratch
 
 
 class ZeroOptimizer(torch.optim.Optimizer):
@@ -50,8 +51,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
         stage: 1 or 2.
         reduction: "mean" over ranks, as DistributedDataParallel has it, or "sum".
         process_group: the ranks; default all.
-        bucket_bytes: what a bucket holds at most, unless one parameter is larger. Results do not depend on it.
-        **options: of optimizer_class.
+        bucket_bytes: what a bucket holds at most, unless one parameter is larger. Results do not depend on it. On a CPU
+            up to three times as much memory is kept between steps for buckets to use again.
+        **options: of optimizer_class, which are its own defaults where none are given. On a CPU fused=True, where there
+            is such a form, makes an update several times faster; of AdamW seven times.
 
     Raises:
         TypeError: parameters without names.
@@ -87,8 +90,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.world_size = dist.get_world_size(process_group) if distributed else 1
         self.rank = dist.get_rank(process_group) if distributed else 0
         scale = 1.0 / self.world_size if reduction == "mean" else 1.0
-        collectives = _collectives_by_device(process_group, self.world_size)
-        self._reducer = GradientReducer(stage, scale, collectives, alone=self.world_size == 1)
+        scratch = Scratch(BUCKETS_KEPT * bucket_bytes)
+        collectives = _collectives_by_device(process_group, self.world_size, scratch)
+        self._reducer = GradientReducer(stage, scale, collectives, scratch, alone=self.world_size == 1)
         self._class = optimizer_class
         self._names: list[list[str]] = []  # of each group, as given
         self._shapes: dict[str, torch.Size] = {}
@@ -424,8 +428,10 @@ def _norm(grad: Tensor, norm_type: float) -> Tensor:
     return torch.linalg.vector_norm(rest, norm_type)
 
 
-def _collectives_by_device(group: dist.ProcessGroup | None, world_size: int) -> Callable[[torch.device], Collectives]:
-    return functools.cache(lambda device: choose_collectives(group, world_size, device))
+def _collectives_by_device(
+    group: dist.ProcessGroup | None, world_size: int, scratch: Scratch
+) -> Callable[[torch.device], Collectives]:
+    return functools.cache(lambda device: choose_collectives(group, world_size, device, scratch))
 
 
 def _device_of(groups: Sequence[Mapping[str, Any]]) -> torch.device:

@@ -17,8 +17,10 @@ from torch.utils.hooks import RemovableHandle
 
 from phicore.zero.collectives import Collectives
 from phicore.zero.layout import Bucket, Slot
+from phicore.zero.scratch import Scratch
 
 MAX_IN_FLIGHT = 2  # buckets being reduced at once: enough to overlap, and all that stage 2 holds beside its shards
+BUCKETS_KEPT = MAX_IN_FLIGHT + 1  # as much memory of them is kept between steps; one is filled while two travel
 
 
 class _Hook:
@@ -49,14 +51,22 @@ class GradientReducer:
         stage: 1 or 2.
         scale: factor for the sum over ranks.
         collectives: for a device.
+        scratch: where buckets' buffers come from.
         alone: there are no other ranks. Gradients then stay in `p.grad` in both stages, but for 16-bit parameters;
             otherwise what tells whether this rank's were finite is kept, a sum of each.
     """
 
     def __init__(
-        self, stage: int, scale: float, collectives: Callable[[torch.device], Collectives], *, alone: bool = False
+        self,
+        stage: int,
+        scale: float,
+        collectives: Callable[[torch.device], Collectives],
+        scratch: Scratch,
+        *,
+        alone: bool = False,
     ) -> None:
-        self.stage, self.scale, self.collectives, self.alone = stage, scale, collectives, alone
+        self.stage, self.scale, self.alone = stage, scale, alone
+        self.collectives, self.scratch = collectives, scratch
         self.own_totals: list[Tensor] = []
         self.buckets: list[Bucket] = []  # in the order in which they are reduced
         self.syncing = True
@@ -65,7 +75,7 @@ class GradientReducer:
         self._next = 0  # bucket of the open round
         self._open = False
         self._backward: int | None = None  # the pass whose end closes the open round
-        self._in_flight: deque[tuple[Bucket, Callable[[], Tensor]]] = deque()
+        self._in_flight: deque[tuple[Bucket, Callable[[], Tensor], Tensor | None]] = deque()  # buffers not lent
         self._handles: list[RemovableHandle] = []
         self._places: dict[Bucket, float] = {}  # where in a backward pass a bucket is ready, from 0 to 1
 
@@ -125,13 +135,18 @@ class GradientReducer:
 
     def _fill(self, bucket: Bucket, slot: Slot) -> None:
         grad = _dense_gradient(slot)
-        if bucket.buffer is None:
-            bucket.buffer = torch.empty_like(bucket.flat)
-        place = _place(bucket.buffer, slot).view(grad.shape)
-        if slot in bucket.filled and self.stage == 2:
-            place += grad
+        again = self.stage == 2 and slot in bucket.filled
+        if _can_be_lent(grad, bucket) and not again:
+            bucket.buffer, bucket.is_lent = grad.detach().view(-1), True
         else:
-            place.copy_(grad)
+            if bucket.buffer is None or bucket.is_lent:
+                own, bucket.is_lent = self.scratch.take(bucket.flat), False
+                bucket.buffer = own if bucket.buffer is None else own.copy_(bucket.buffer)
+            place = _place(bucket.buffer, slot).view(grad.shape)
+            if again:
+                place += grad
+            else:
+                place.copy_(grad)
         bucket.filled.add(slot)
         if self.stage == 2:
             slot.parameter.grad = None
@@ -155,8 +170,6 @@ class GradientReducer:
                 if slot.parameter.grad is not None:
                     slot.used, slot.reduced = True, _identity(_dense_gradient(slot))
             return
-        if bucket.buffer is None:
-            bucket.buffer = torch.empty_like(bucket.flat)
         for slot in bucket.slots:
             if slot in bucket.filled:
                 continue
@@ -164,19 +177,25 @@ class GradientReducer:
                 slot.used = True
                 self._fill(bucket, slot)
             else:
+                if bucket.buffer is None:
+                    bucket.buffer = self.scratch.take(bucket.flat)
                 _place(bucket.buffer, slot).zero_()
+        assert bucket.buffer is not None
         if not self.alone:
             # Summed wide: a float16 sum would overflow. Padding is not always written; what lies there may be anything.
             self.own_totals += [_place(bucket.buffer, slot).sum(dtype=bucket.wide) for slot in bucket.slots]
-        self._in_flight.append((bucket, self.collectives(bucket.flat.device).reduce(bucket.buffer, bucket.wide)))
-        bucket.buffer = None
+        finish = self.collectives(bucket.flat.device).reduce(bucket.buffer, bucket.wide)
+        self._in_flight.append((bucket, finish, None if bucket.is_lent else bucket.buffer))
+        bucket.buffer, bucket.is_lent = None, False
         bucket.filled.clear()
         while len(self._in_flight) > MAX_IN_FLIGHT:
             self._finish_oldest()
 
     def _finish_oldest(self) -> None:
-        bucket, finish = self._in_flight.popleft()
+        bucket, finish, buffer = self._in_flight.popleft()
         total = finish()
+        if buffer is not None:
+            self.scratch.give(buffer)
         if self.scale != 1:
             total.mul_(self.scale)
         if self.stage == 2 and bucket.grad is not None:
@@ -231,6 +250,15 @@ def _dense_gradient(slot: Slot) -> Tensor:
     if grad.layout != torch.strided:
         raise TypeError(f"{slot.name} has a {grad.layout} gradient; ZeroOptimizer reduces dense ones only")
     return grad
+
+
+def _can_be_lent(grad: Tensor, bucket: Bucket) -> bool:
+    """Whether a gradient can be the bucket's buffer, with nothing to copy or to pad.
+
+    In stage 1 a later backward pass may add to it while it is on its way. That pass's round reduces it again, and what
+    arrived in between is replaced.
+    """
+    return grad.shape.numel() == bucket.flat.numel() and grad.dtype == bucket.flat.dtype and grad.is_contiguous()
 
 
 def _place(buffer: Tensor, slot: Slot) -> Tensor:

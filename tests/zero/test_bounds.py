@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 import phicore
+from benchmarks.zero_paper import print_paper
 from tests.zero.tcp import bytes_sent
 
 
@@ -56,3 +57,15 @@ def test_state_and_wire_are_at_the_bounds(ranks, world_size, stage, passes, no_s
     mean = sum(sent for _, sent in found) / world_size
     assert mean == pytest.approx(bound, rel=0.03)
     assert max(sent for _, sent in found) == pytest.approx(bound, rel=0.05)
+
+
+def test_the_papers_memory_table_is_what_the_tensors_hold(capsys):
+    table = print_paper(worlds=(1, 64))
+    assert [row["ranks"] for row in table] == [1, 64]
+    for row in table:
+        for stage in (1, 2):
+            assert row[f"counted {stage}"] == pytest.approx(row[f"paper {stage}"], rel=0.02)
+            float32_shard = (4 if stage == 1 else 2) / row["ranks"] * 7.5  # GB beyond the paper's gradients
+            assert row[f"held {stage}"] - row[f"counted {stage}"] == pytest.approx(float32_shard, rel=0.02)
+        assert row["sent"] == pytest.approx(2 * (1 - 1 / row["ranks"]), rel=0.03)
+    assert "at most 0.0" in capsys.readouterr().out

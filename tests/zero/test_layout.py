@@ -28,6 +28,11 @@ def test_pack_keeps_every_parameter_once_and_the_limit(shapes, data, limit):
         assert len(bucket) == 1 or sum(p.nbytes for _, p in bucket) <= limit
         order = [int(name[1:]) for name, _ in bucket]
         assert order == sorted(order, reverse=True)
+    large = {name for name, p in named if 2 * p.nbytes > limit and p.numel()}
+    assert large == {bucket[0][0] for bucket in packed if 2 * bucket[0][1].nbytes > limit}
+    assert all(len(bucket) == 1 for bucket in packed if bucket[0][0] in large)
+    completed = [min(int(name[1:]) for name, _ in bucket) for bucket in packed]
+    assert completed == sorted(completed, reverse=True)  # as a backward pass completes them
 
 
 @given(SHAPES, DTYPES, st.integers(1, 9))

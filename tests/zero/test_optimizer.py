@@ -339,7 +339,7 @@ def test_a_model_that_was_moved_afterwards_is_an_error():
     optimizer = zero(model)
     model.double()
     loss_sum(model, *batch(0)).backward()
-    with pytest.raises(RuntimeError, match=r"head\.weight has other memory than when this optimizer was made"):
+    with pytest.raises(RuntimeError, match=r"\.weight has other memory than when this optimizer was made"):
         optimizer.step()
 
 

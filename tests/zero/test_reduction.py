@@ -1,5 +1,6 @@
 """Parameters that some ranks do not use, accumulation, and freezing: the right result, and no rank that waits."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import pytest
@@ -9,6 +10,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import phicore
+from phicore.zero.collectives import Collectives
+from phicore.zero.layout import build_bucket, cut_pieces
+from phicore.zero.reduction import GradientReducer
+from phicore.zero.scratch import Scratch
 from tests.zero.models import (
     Micro,
     Net,
@@ -204,6 +209,56 @@ def recomputed(stage: int, build: type[Checkpointed], bucket_bytes: int) -> floa
 @pytest.mark.parametrize("stage", [1, 2])
 def test_recomputed_activations(ranks, stage, build, bucket_bytes):
     assert max(ranks(3)(recomputed, stage, build, bucket_bytes)) < 1e-6
+
+
+class Lent(nn.Module):
+    """Has a weight that fills its bucket without padding, and gets two gradients of it in one pass, of which both have
+    to wait: a bucket before it, of what no pass reaches, starts at the pass's end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.first, self.middle = nn.Linear(13, 32), nn.Linear(32, 32, bias=False)
+        self.head = nn.Linear(32, 5)
+        self.unreached = nn.Linear(1, 1)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+
+    def forward(self, x: Tensor, branches: str = "both") -> Tensor:
+        h = checkpoint(self.middle, torch.tanh(self.first(x)), use_reentrant=True)
+        return self.head(self.middle(h))
+
+
+def lent(stage: int) -> float:
+    here = train_here(unequal_parts, 3, lambda model: zero(model, stage, bucket_bytes=1), Lent)
+    return farthest(here, train_alone(unequal_parts, 3, plain, Lent))
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_gradients_that_are_their_buckets_may_come_twice(ranks, stage):
+    assert max(ranks(2)(lent, stage)) < 1e-6
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_gradient_that_fills_its_bucket_is_sent_from_where_it_is(stage):
+    weight = nn.Parameter(torch.ones(32, 32))
+    bucket = build_bucket([("weight", weight)], 0, 2)
+    cut_pieces(bucket, 0)
+    places, sent = [], []
+    weight.register_post_accumulate_grad_hook(lambda p: places.append(p.grad.data_ptr()))
+
+    def reduce(full: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
+        sent.append(full.data_ptr())
+        return lambda: 2 * full[:512]
+
+    reducer = GradientReducer(stage, 0.5, lambda device: Collectives(reduce, lambda full: lambda: None), Scratch(0))
+    reducer.add([bucket])
+    for _ in range(2):
+        (3 * weight).sum().backward()
+    reducer.finish()
+    assert sent == places
+    assert bucket.grad.tolist() == [6.0] * 512
 
 
 def zeroed(bucket_bytes: int) -> float:
