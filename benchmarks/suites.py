@@ -41,49 +41,46 @@ DDP = "DDP + AdamW"
 
 
 def zero_figures(data: dict[str, Any]) -> list[Figure]:
-    """benchmarks.zero: {"steps, 2 ranks": {contender: figures}, "memory, 2 ranks": ..., "paper": ...}."""
+    """benchmarks.zero: {"steps, 2 ranks": {contender: figures}, "memory, 2 ranks": ...,
+    "tokens, 2 ranks": {tokens: {contender: figures}}, "paper": ...}."""
     found = []
-    for section, contenders in data.items():
+    for section, rows in data.items():
         what, _, ranks = section.partition(", ")
-        if what not in ("steps", "memory"):
-            continue
-        peers = [name for name in contenders if name not in OURS and "again" not in name and "passes" not in name]
-        for ours in OURS:
-            for peer in peers:
-                mine, theirs = contenders[ours], contenders[peer]
-                name = f"{ours}, {ranks}, beside {peer}"
-                if what == "memory":
-                    unit = "x the parameters"
-                    found.append(
-                        counted(
-                            "peak memory of a step above the model's",
-                            name,
-                            unit,
-                            mine["peak"],
-                            peer,
-                            theirs["peak"],
-                            noise=0.05,
-                        )
-                    )
-                    continue
-                noise = contenders[f"{DDP} again"]["noise"]
-                found += [
-                    Figure(
-                        group="step time",
-                        name=name,
-                        unit="ms",
-                        ours=mine["ms"],
-                        peer=peer,
-                        theirs=theirs["ms"],
-                        advantage=theirs["time"] / mine["time"],
-                        noise=noise,
-                    ),
-                    counted("bytes sent in a step", name, "x the parameters", mine["sent"], peer, theirs["sent"]),
-                    counted(
-                        "optimizer state on the fullest rank", name, "x the ideal", mine["state"], peer, theirs["state"]
-                    ),
-                ]
+        if what == "tokens":
+            found += [f for tokens, row in rows.items() for f in _by_tokens(row, f"{ranks}, {tokens} tokens a rank")]
+        elif what in ("steps", "memory"):
+            peers = [name for name in rows if name not in OURS and "again" not in name and "passes" not in name]
+            for ours in OURS:
+                for peer in peers:
+                    found += (_steps if what == "steps" else _memory)(rows, ours, peer, ranks)
     return sorted(found, key=lambda figure: figure.group)
+
+
+def _steps(rows: dict[str, Any], ours: str, peer: str, ranks: str) -> list[Figure]:
+    mine, theirs, name = rows[ours], rows[peer], f"{ours}, {ranks}, beside {peer}"
+    return [
+        Figure(group="step time", name=name, unit="ms", ours=mine["ms"], peer=peer, theirs=theirs["ms"],
+               advantage=theirs["time"] / mine["time"], noise=rows[f"{DDP} again"]["noise"]),
+        counted("bytes sent in a step", name, "x the parameters", mine["sent"], peer, theirs["sent"]),
+        counted("optimizer state on the fullest rank", name, "x the ideal", mine["state"], peer, theirs["state"]),
+    ]  # fmt: skip
+
+
+def _memory(rows: dict[str, Any], ours: str, peer: str, ranks: str) -> list[Figure]:
+    group, name, unit = "peak memory of a step above the model's", f"{ours}, {ranks}, beside {peer}", "x the parameters"
+    return [counted(group, name, unit, rows[ours]["peak"], peer, rows[peer]["peak"], noise=0.05)]
+
+
+def _by_tokens(rows: dict[str, Any], where: str) -> list[Figure]:
+    """Beside the two peers that each turn holds twice."""
+    return [
+        Figure(group="step time by tokens", name=f"{ours}, {where}, beside {peer}", unit="ms",
+               ours=1e3 * rows[ours]["seconds"], peer=peer, theirs=1e3 * rows[peer]["seconds"],
+               advantage=1 / rows[ours][f"time / {short}"], noise=rows[ours][f"noise of {short}"])
+        for ours in OURS
+        for short, peer in (("DDP", DDP), ("DeepSpeed", "DeepSpeed 2"))
+        if peer in rows
+    ]  # fmt: skip
 
 
 def kernel_figures(data: Any) -> list[Figure]:

@@ -163,6 +163,12 @@ def test_figures_of_suites_with_a_form_of_their_own() -> None:
     assert len(found) == 2 * 4
     time = next(f for f in found if f.group == "step time")
     assert (time.advantage, time.noise) == (pytest.approx(0.8), 0.1)
+    beside = {f"{what} {peer}": 0.5 for what in ("time /", "noise of") for peer in ("DDP", "DeepSpeed")}
+    few = {name: {"seconds": 0.01} | beside for name in ("DDP + AdamW", "ZeroOptimizer 1", "ZeroOptimizer 2")}
+    found = suites.zero_figures({"tokens, 4 ranks": {"8": few, "64": few | {"DeepSpeed 2": {"seconds": 0.02}}}})
+    assert [f.peer for f in found] == ["DDP + AdamW"] * 2 + ["DDP + AdamW", "DeepSpeed 2"] * 2
+    assert [(f.ours, f.theirs, f.advantage, f.noise) for f in found[-1:]] == [(10.0, 20.0, 2.0, 0.5)]
+    assert found[-1].name == "ZeroOptimizer 2, 4 ranks, 64 tokens a rank, beside DeepSpeed 2"
     kernel = {"target": "sm_90", "kernel": "k", "instructions_a_weight": 4.0, "aim": 5.0, "spills": 0}
     peer = {"target": "sm_90", "kernel": "theirs", "instructions_a_weight": 8.0}
     data = {"kernels": [kernel], "peers": [peer], "operations": [{"name": "o", "launches": 2}], "notes": ["text"]}
