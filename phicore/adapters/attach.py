@@ -22,7 +22,7 @@ from phicore.adapters.config import LoRAConfig, pattern_value
 from phicore.adapters.convolution import CONVOLUTIONS, DoRAConvolution, LoRAConvolution, LowRankConvolution
 from phicore.adapters.dora import DoRALinear
 from phicore.adapters.embedding import DoRAEmbedding, LoRAEmbedding, LowRankEmbedding
-from phicore.adapters.experts import LoRAExperts, plan_parameters
+from phicore.adapters.experts import LoRAExperts, named_stacks, plan_parameters
 from phicore.adapters.fused import FusedDoRALinear, FusedLoRALinear, Split, part_paths, splits
 from phicore.adapters.layer_index import at_indices
 from phicore.adapters.lora import LoRALinear, LowRankLayer, LowRankLinear
@@ -103,6 +103,7 @@ def plan(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, nn.Module], di
             if any(isinstance(inner, AdapterLayer) for inner in module.modules()):
                 raise ValueError(f'modules_to_save entry "{entry}" matches {name}, which has an adapter in it already')
         saved |= found
+    saved = _in_every_name(saved, every)
     if config.ensure_weight_tying and config.dora:
         raise ValueError(
             "ensure_weight_tying with dora: DoRA's norms of an embedding run over its vocabulary and those of its head "
@@ -161,6 +162,18 @@ def plan(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, nn.Module], di
     return targets, saved
 
 
+def _in_every_name(named: dict[str, nn.Module], every: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Modules by name, and by the other names of their places, which they have where a module around them stands in
+    several."""
+
+    def place(name: str) -> tuple[nn.Module, str]:
+        parent, _, last = name.rpartition(".")
+        return every[parent], last
+
+    places = {place(name) for name in named if name}
+    return {name: module for name, module in every.items() if name in named or (name and place(name) in places)}
+
+
 def _chosen(model: nn.Module, config: LoRAConfig, saved: dict[str, nn.Module]) -> dict[str, nn.Module]:
     """The modules that target_modules means, in the blocks that are to be adapted, with what is tied to them."""
     chosen = select(
@@ -171,6 +184,9 @@ def _chosen(model: nn.Module, config: LoRAConfig, saved: dict[str, nn.Module]) -
         closed=(TrainedPart, LoRAExperts),
         all_linear=linear_kinds(),
         fused_targets=config.fused_targets,
+        excludable=[path for path, _, _ in named_stacks(model, (LowRankLayer, TrainedPart))]
+        if config.target_parameters
+        else (),
     )
     if config.layers_to_transform is not None:
         there = at_indices(chosen, config.layers_to_transform, config.layers_pattern)

@@ -16,7 +16,7 @@ from phicore.adapters import base as base_layer
 from phicore.adapters.config import LoRAConfig, pattern_value, scaling
 from phicore.adapters.lora import LowRankLayer, start_pair
 from phicore.adapters.trained import TrainedPart
-from phicore.modules import matches, no_match
+from phicore.modules import check_exclusion, matches, no_match
 
 
 class ExpertPairs(nn.Module):
@@ -268,6 +268,11 @@ def plan_parameters(
     for entry in config.target_parameters:
         if not any(matches(name, [entry]) for name in every):
             raise ValueError(no_match(f'target_parameters entry "{entry}"', entry, sorted(every)))
+    if not config.target_modules:  # else the choice of these checks it
+        for excluded in config.exclude_modules:
+            check_exclusion(
+                excluded, dict(model.named_modules(remove_duplicate=False)), [path for path, _, _ in stacks]
+            )
     found: dict[str, tuple[nn.Module, dict[str, int], dict[str, float]]] = {}
     whole = tuple(f"{path}." for path in saved)
     for path, module, own in stacks:

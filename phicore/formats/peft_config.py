@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from phicore.adapters.attach import TrainedCopy, adaptable_kinds, adapter_layers, linear_kinds, pattern_value
-from phicore.adapters.attention import OpenAttention
+from phicore.adapters.attention import OpenAttention, projections
 from phicore.adapters.base import transposed_kinds
 from phicore.adapters.config import LoRAConfig
 from phicore.adapters.dora import DoRALayer
@@ -160,6 +160,8 @@ def lora_config(model: nn.Module, raw: dict[str, Any], tensors: dict[str, Tensor
     floating = [t.dtype for _, t in sorted(tensors.items(), key=lambda item: ".lora_" not in item[0]) if _floats(t)]
     biased = any(map(has_bias, model.modules() if raw.get("bias") == "all" else [candidates[path] for path in known]))
     attentions = {path for path in known if isinstance(candidates[path], nn.MultiheadAttention)}
+    inside = [f"{path}.{name}" for path in attentions for name in projections(candidates[path])]  # type: ignore[arg-type]
+    patterned = [*known, *inside, *parameters]
     parts = {path: of for path, of in parts.items() if path in known or path.rpartition(".")[0] in attentions}
     named = {part_paths(path).get(part, path): values for path, of in parts.items() for part, values in of.items()}
     split = [path for path, of in parts.items() if of.keys() <= part_paths(path).keys()]
@@ -175,9 +177,9 @@ def lora_config(model: nn.Module, raw: dict[str, Any], tensors: dict[str, Tensor
         dora=bool(raw.get("use_dora")),
         rslora=bool(raw.get("use_rslora")),
         rank_pattern={re.escape(path): rank for path, (rank, _) in named.items()}
-        | {k: v for k, v in (raw.get("rank_pattern") or {}).items() if _ends_some(k, [*known, *parameters])},
+        | {k: v for k, v in (raw.get("rank_pattern") or {}).items() if _ends_some(k, patterned)},
         alpha_pattern={re.escape(path): alpha for path, (_, alpha) in named.items()}
-        | {k: v for k, v in (raw.get("alpha_pattern") or {}).items() if _ends_some(k, [*known, *parameters])},
+        | {k: v for k, v in (raw.get("alpha_pattern") or {}).items() if _ends_some(k, patterned)},
         # For some tasks PEFT writes the names that a head can have, of which the model has one.
         modules_to_save=[
             entry

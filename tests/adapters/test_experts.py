@@ -221,6 +221,9 @@ def test_patterns_exclusions_and_whole_modules(randomize):
     assert isinstance(model.router, TrainedCopy)
     model = adapted(model_of(), randomize, target_parameters=[*TARGETS, "weight"], exclude_modules=["embed", "experts"])
     assert {p for p, _ in adapter_layers(model)} == {"router"}
+    both = {"target_modules": ["embed"], "target_parameters": [*TARGETS, "router.weight"]}
+    model = adapted(model_of(), randomize, **both, exclude_modules=["experts"])
+    assert {p for p, _ in adapter_layers(model)} == {"embed", "router"}
 
 
 @pytest.mark.parametrize(
@@ -237,6 +240,7 @@ def test_patterns_exclusions_and_whole_modules(randomize):
         ({"init": "pissa"}, 'init "pissa" is for linear layers, not for parameters'),
         ({"rank_pattern": {"experts.u": 3}}, r'rank_pattern key "experts\.u"; did you mean up'),
         ({"exclude_modules": ["experts"]}, "nothing is left of target_parameters"),
+        ({"exclude_modules": ["expert"]}, 'no module matches exclude_modules entry "expert"; did you mean experts'),
         ({"target_parameters": []}, "target_modules must name something"),
     ],
 )
