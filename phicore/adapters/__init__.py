@@ -5,7 +5,7 @@ from phicore.adapters.config import LoRAConfig
 from phicore.adapters.convolution import DoRAConvolution, LoRAConvolution
 from phicore.adapters.dora import DoRALinear
 from phicore.adapters.embedding import DoRAEmbedding, LoRAEmbedding
-from phicore.adapters.experts import LoRAExperts
+from phicore.adapters.experts import DoRAExperts, LoRAExperts
 from phicore.adapters.fused import FusedDoRALinear, FusedLoRALinear
 from phicore.adapters.lora import LoRALinear
 from phicore.adapters.lora_plus import lora_plus_groups
@@ -14,6 +14,7 @@ from phicore.adapters.switch import activate, mixed
 __all__ = [
     "DoRAConvolution",
     "DoRAEmbedding",
+    "DoRAExperts",
     "DoRALinear",
     "FusedDoRALinear",
     "FusedLoRALinear",

@@ -22,10 +22,11 @@ from phicore.adapters.config import LoRAConfig, pattern_value
 from phicore.adapters.convolution import CONVOLUTIONS, DoRAConvolution, LoRAConvolution, LowRankConvolution
 from phicore.adapters.dora import DoRALinear
 from phicore.adapters.embedding import DoRAEmbedding, LoRAEmbedding, LowRankEmbedding
-from phicore.adapters.experts import LoRAExperts, named_stacks, plan_parameters
+from phicore.adapters.experts import DoRAExperts, LoRAExperts
 from phicore.adapters.fused import FusedDoRALinear, FusedLoRALinear, Split, part_paths, splits
 from phicore.adapters.layer_index import at_indices
 from phicore.adapters.lora import LoRALinear, LowRankLayer, LowRankLinear
+from phicore.adapters.parameters import named_stacks, plan_parameters
 from phicore.adapters.tied import TiedHead, add_tied, owners_of_tied, same_table
 from phicore.adapters.token_rows import token_rows
 from phicore.adapters.trained import TrainedBias, TrainedPart, biases_beside, has_bias, new_bias
@@ -280,7 +281,8 @@ def attach(model: nn.Module, config: LoRAConfig, name: str = "default") -> nn.Mo
     experts: dict[nn.Module, LoRAExperts] = {}
     for module, ranks, alphas in stacks.values():
         if module not in experts:
-            experts[module] = LoRAExperts(
+            kind = DoRAExperts if config.dora else LoRAExperts
+            experts[module] = kind(
                 module, ranks, alphas, rslora=config.rslora, init=config.init, dtype=config.adapter_dtype
             )
             experts[module].adapter_name = name

@@ -11,7 +11,7 @@ from phicore.adapters.attention import OpenAttention, projections
 from phicore.adapters.base import transposed_kinds
 from phicore.adapters.config import LoRAConfig
 from phicore.adapters.dora import DoRALayer
-from phicore.adapters.experts import LoRAExperts
+from phicore.adapters.experts import DoRAExperts, LoRAExperts
 from phicore.adapters.fused import part_paths
 from phicore.adapters.layer_index import as_patterns, described_by_indices, layer_index
 from phicore.adapters.lora import LowRankLayer, LowRankLinear
@@ -54,7 +54,7 @@ def adapter_config(model: nn.Module, name: str = "default") -> dict[str, Any]:
         "lora_alpha": _integer_if_whole(alpha),
         "lora_dropout": first.dropout if first else 0.0,
         **_shortest_targets(model, sorted({_target(model, path) for path, _ in layers})),
-        "use_dora": isinstance(first, DoRALayer),
+        "use_dora": isinstance(settings[0][3], DoRALayer | DoRAExperts),
         "use_rslora": settings[0][3].rslora,
         "rank_pattern": {re.escape(path): r for path, r, _, _ in settings if r != rank},
         "alpha_pattern": {re.escape(path): _integer_if_whole(a) for path, _, a, _ in settings if a != alpha},
@@ -242,7 +242,7 @@ def differences(model: nn.Module, raw: dict[str, Any], parts: Parts, name: str) 
                 pattern_value(raw.get("alpha_pattern") or {}, path, raw.get("lora_alpha", DEFAULT_ALPHA)),
                 alpha,
             ),
-            ("use_dora", bool(raw.get("use_dora")), isinstance(layer, DoRALayer)),
+            ("use_dora", bool(raw.get("use_dora")), isinstance(layer, DoRALayer | DoRAExperts)),
             ("use_rslora", bool(raw.get("use_rslora")), layer.rslora),
             ("parts", parts.get(own_path, parts_of(layer)), parts_of(layer) or filled_up(own_path, layer, parts)),
         ):

@@ -9,7 +9,8 @@ name of one of its own tensors. The adapter's name is not in the file.
 
 The pairs of a parameter of a module (target_parameters) are one, A [experts * rank, in] and B [out, rank * experts],
 under the module's name. Where several of its parameters are adapted, PEFT nests a wrapper for each: that of the last
-parameter stands at the module's name, and each other one a ".base_layer" further in.
+parameter stands at the module's name, and each other one a ".base_layer" further in. PEFT refuses DoRA for parameters;
+such a file has a ".lora_magnitude_vector" [experts, out] beside each pair, for phicore alone.
 
 nn.MultiheadAttention has the pair of in_proj under its own name and that of out_proj under ".base_layer.out_proj", both
 of one rank; the smaller is filled up with zeros. PEFT computes with twice out_proj's product (it adds it to the weight,
@@ -39,9 +40,10 @@ from phicore.adapters.config import LoRAConfig
 from phicore.adapters.convolution import LowRankConvolution
 from phicore.adapters.dora import DoRALayer
 from phicore.adapters.embedding import LowRankEmbedding
-from phicore.adapters.experts import LoRAExperts, named_stacks, plan_parameters, stacked_shape
+from phicore.adapters.experts import DoRAExperts, LoRAExperts, stacked_shape
 from phicore.adapters.fused import FusedLinear, Split, splits
 from phicore.adapters.lora import LowRankLayer, LowRankLinear
+from phicore.adapters.parameters import named_stacks, plan_parameters
 from phicore.adapters.tied import owners_of_tied
 from phicore.adapters.token_rows import TrainedRows
 from phicore.adapters.trained import TrainedBias, TrainedPart, has_bias
@@ -224,6 +226,8 @@ def _expert_tensors(path: str, layer: LoRAExperts) -> dict[str, Tensor]:
         pair: Any = layer.pairs[name]
         tensors[place + ".lora_A.weight"] = pair.lora_A.flatten(0, 1)  # [experts * rank, in]
         tensors[place + ".lora_B.weight"] = pair.lora_B.permute(1, 2, 0).flatten(1)  # [out, rank * experts]
+        if isinstance(layer, DoRAExperts):
+            tensors[place + ".lora_magnitude_vector"] = pair.magnitude  # [experts, out]
     return tensors
 
 
@@ -234,6 +238,8 @@ def fill_experts(path: str, layer: LoRAExperts, tensors: dict[str, Tensor]) -> N
         experts, out, rank = pair.lora_B.shape
         pair.lora_A.copy_(tensors[place + ".lora_A.weight"].view(pair.lora_A.shape))
         pair.lora_B.copy_(tensors[place + ".lora_B.weight"].view(out, rank, experts).permute(2, 0, 1))
+        if isinstance(layer, DoRAExperts):
+            pair.magnitude.copy_(tensors[place + ".lora_magnitude_vector"])
 
 
 def adaptable_parameters(model: nn.Module) -> dict[str, str]:
@@ -285,6 +291,8 @@ def expected_tensors(model: nn.Module, config: LoRAConfig) -> dict[str, Tensor]:
                 rank = ranks[name]
                 tensors[place + ".lora_A.weight"] = torch.empty(experts * rank, width, dtype=dtype, device="meta")
                 tensors[place + ".lora_B.weight"] = torch.empty(out, rank * experts, dtype=dtype, device="meta")
+                if config.dora:
+                    tensors[place + ".lora_magnitude_vector"] = torch.empty(experts, out, dtype=dtype, device="meta")
     for path, part in beside.items():
         if part not in seen:
             seen.add(part)
