@@ -27,7 +27,15 @@ from phicore.adapters.fused import FusedDoRALinear, FusedLoRALinear, Split, part
 from phicore.adapters.layer_index import at_indices
 from phicore.adapters.lora import LoRALinear, LowRankLayer, LowRankLinear
 from phicore.adapters.parameters import named_stacks, plan_parameters
-from phicore.adapters.tied import TiedHead, add_tied, owners_of_tied, same_table
+from phicore.adapters.tied import (
+    TiedDoRAEmbedding,
+    add_tied,
+    owners_of_tied,
+    same_table,
+    shared_pair,
+    tied_embedding,
+    tied_head,
+)
 from phicore.adapters.token_rows import token_rows
 from phicore.adapters.trained import TrainedBias, TrainedPart, biases_beside, has_bias, new_bias
 from phicore.modules import matches, no_match, replace, select
@@ -105,12 +113,6 @@ def plan(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, nn.Module], di
                 raise ValueError(f'modules_to_save entry "{entry}" matches {name}, which has an adapter in it already')
         saved |= found
     saved = _in_every_name(saved, every)
-    if config.ensure_weight_tying and config.dora:
-        raise ValueError(
-            "ensure_weight_tying with dora: DoRA's norms of an embedding run over its vocabulary and those of its head "
-            "over the width, so one pair has no one meaning for both, and PEFT's files none at all; use dora=False, or "
-            "ensure_weight_tying=False"
-        )
     whole = tuple(f"{path}." for path in saved)
     only_parameters = bool(config.target_parameters) and not config.target_modules
     chosen: dict[str, nn.Module] = {}
@@ -261,7 +263,7 @@ def attach(model: nn.Module, config: LoRAConfig, name: str = "default") -> nn.Mo
         if module in layers:  # a layer that stands in two places gets one adapter
             continue
         if path in tied:
-            layers[module] = _tied_layer(module, cast(LoRAEmbedding, layers[targets[tied[path]]]), config)
+            layers[module] = _tied_layer(module, cast(LowRankEmbedding, layers[targets[tied[path]]]), config)
             continue
         dense, base = module, module
         if config.init == "loftq":
@@ -270,7 +272,8 @@ def attach(model: nn.Module, config: LoRAConfig, name: str = "default") -> nn.Mo
             layer_setting(model, pattern, path, default)
             for pattern, default in ((config.rank_pattern, config.rank), (config.alpha_pattern, config.alpha))
         )
-        layer = _adapter(base, rank, alpha, config, parts.get(path))
+        kind = TiedDoRAEmbedding if config.dora and path in tied.values() else layer_class(base, config.dora)
+        layer = _adapter(kind, base, rank, alpha, config, parts.get(path))
         if config.init == "loftq":
             exact = cast(LowRankLinear, layer).dense_base()
             cast(LowRankLinear, layer).correct(cast(nn.Linear, dense).weight.detach().to(exact.dtype) - exact)
@@ -281,8 +284,7 @@ def attach(model: nn.Module, config: LoRAConfig, name: str = "default") -> nn.Mo
     experts: dict[nn.Module, LoRAExperts] = {}
     for module, ranks, alphas in stacks.values():
         if module not in experts:
-            kind = DoRAExperts if config.dora else LoRAExperts
-            experts[module] = kind(
+            experts[module] = (DoRAExperts if config.dora else LoRAExperts)(
                 module, ranks, alphas, rslora=config.rslora, init=config.init, dtype=config.adapter_dtype
             )
             experts[module].adapter_name = name
@@ -307,22 +309,20 @@ def attach(model: nn.Module, config: LoRAConfig, name: str = "default") -> nn.Mo
     return model
 
 
-def _adapter(base: nn.Module, rank: Any, alpha: Any, config: LoRAConfig, split: Split | None) -> LowRankLayer:
+def _adapter(
+    kind: type[LowRankLayer], base: nn.Module, rank: Any, alpha: Any, config: LoRAConfig, split: Split | None
+) -> LowRankLayer:
     options: dict[str, Any] = {"rslora": config.rslora, "init": config.init, "dtype": config.adapter_dtype}
     if split is not None:
         fused = FusedDoRALinear if config.dora else FusedLoRALinear
         return fused(base, split.sizes, split.ranks, split.alphas, config.dropout, **options)
-    return layer_class(base, config.dora)(base, rank, alpha, config.dropout, **options)
+    return kind(base, rank, alpha, config.dropout, **options)
 
 
-def _tied_layer(module: nn.Module, owner: LoRAEmbedding, config: LoRAConfig) -> LowRankLayer:
+def _tied_layer(module: nn.Module, owner: LowRankEmbedding, config: LoRAConfig) -> LowRankLayer:
     """The adapter of a layer that reads an adapted embedding's table, with the embedding's own pair."""
-    if not LowRankEmbedding.fits(module):
-        layer: LowRankLayer = TiedHead(module, owner, config.dropout)
-    else:
-        layer = LoRAEmbedding(module, owner.rank, owner.alpha, config.dropout, rslora=owner.rslora, init=owner.init)
-        layer.lora_A, layer.lora_B = owner.lora_A, owner.lora_B
-        layer.adapter_name = owner.adapter_name
+    is_embedding = LowRankEmbedding.fits(module)
+    layer = tied_embedding(module, owner) if is_embedding else tied_head(module, owner, config.dropout)
     if config.bias != "none" and has_bias(module):
         layer.trained_bias = new_bias(layer, config.adapter_dtype)
     return layer
@@ -452,7 +452,7 @@ def _merged_once(
     layer: LowRankLayer, made: Mapping[AdapterLayer, tuple[nn.Module, float]]
 ) -> tuple[nn.Module, float] | None:
     """A merged layer with the very table of one that was merged before, if the two read one."""
-    if isinstance(layer, TiedHead | LoRAEmbedding):
+    if shared_pair(layer) is not None:
         for other, (merged, error) in made.items():
             if same_table(layer, other):
                 like = base_layer.with_parameter(layer.innermost, "weight", cast(nn.Parameter, merged.weight))

@@ -85,8 +85,8 @@ class LoRAConfig:
     embedding; or name or suffix of an embedding -> numbers. Heads tied to the embedding follow."""
 
     ensure_weight_tying: bool = False
-    """If target_modules mean an embedding, or a head tied to it, adapt the two by one pair; else each name is adapted
-    alone, which unties them."""
+    """If target_modules mean an embedding, or a head tied to it, adapt the two by one pair (and with dora one
+    magnitude a token); else each name is adapted alone, which unties them."""
 
     adapter_dtype: torch.dtype | None = None
     """Dtype of the adapter's weights in memory and on disk; None takes the base layer's."""

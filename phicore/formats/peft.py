@@ -191,7 +191,12 @@ def _check_tied(
     for path, first in places.items():
         head = [tensors[f"{PREFIX}{path}.lora_{part}.weight"] for part in "AB"]
         embedding = [tensors[f"{PREFIX}{first}.lora_embedding_{part}"] for part in "BA"]
-        if not all(torch.equal(one, other.t().to(one.dtype)) for one, other in zip(head, embedding, strict=True)):
+        keys = [f"{PREFIX}{one}.lora_magnitude_vector" for one in (path, first)]
+        magnitudes = [tensors[key].flatten() for key in keys if key in tensors]
+        if not (
+            all(torch.equal(one, other.t().to(one.dtype)) for one, other in zip(head, embedding, strict=True))
+            and (not magnitudes or torch.equal(*magnitudes))
+        ):
             raise ValueError(
                 f"{directory}: ensure_weight_tying means one pair for {first} and {path}, and the file has two that "
                 f"differ; load it into a model without this adapter, with ensure_weight_tying false in {CONFIG}"

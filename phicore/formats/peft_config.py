@@ -15,7 +15,7 @@ from phicore.adapters.experts import DoRAExperts, LoRAExperts
 from phicore.adapters.fused import part_paths
 from phicore.adapters.layer_index import as_patterns, described_by_indices, layer_index
 from phicore.adapters.lora import LowRankLayer, LowRankLinear
-from phicore.adapters.tied import TiedHead, tied_tables
+from phicore.adapters.tied import shared_pair, tied_tables
 from phicore.adapters.token_rows import input_embedding, owners
 from phicore.adapters.trained import TrainedBias, has_bias
 from phicore.formats.peft_fields import DEFAULT_ALPHA, DEFAULT_RANK
@@ -60,7 +60,7 @@ def adapter_config(model: nn.Module, name: str = "default") -> dict[str, Any]:
         "alpha_pattern": {re.escape(path): _integer_if_whole(a) for path, _, a, _ in settings if a != alpha},
         "modules_to_save": sorted(saved) or None,
         "bias": _bias(model, name),
-        **({"ensure_weight_tying": True} if any(isinstance(layer, TiedHead) for _, layer in layers) else {}),
+        **({"ensure_weight_tying": True} if _ties(model, name) else {}),
         **({"trainable_token_indices": tokens} if (tokens := _tokens(model, name)) else {}),
         # PEFT warns where this is not what the layers are; it has one value for all of them.
         "fan_in_fan_out": bool(linear) and isinstance(linear[0], transposed_kinds()),
@@ -69,6 +69,12 @@ def adapter_config(model: nn.Module, name: str = "default") -> dict[str, Any]:
     if parameters:
         config["target_parameters"] = _shortest_parameters(model, parameters)
     return config
+
+
+def _ties(model: nn.Module, name: str) -> bool:
+    """Whether layers of an adapter have one pair together."""
+    pairs = [id(pair) for _, layer in adapter_layers(model, name) if (pair := shared_pair(layer)) is not None]
+    return len(set(pairs)) < len(pairs)
 
 
 def _target(model: nn.Module, path: str) -> str:

@@ -12,6 +12,9 @@ under the module's name. Where several of its parameters are adapted, PEFT nests
 parameter stands at the module's name, and each other one a ".base_layer" further in. PEFT refuses DoRA for parameters;
 such a file has a ".lora_magnitude_vector" [experts, out] beside each pair, for phicore alone.
 
+An embedding and its head with one pair (ensure_weight_tying) have it twice, under the keys of both. With DoRA they have
+one magnitude a token, in the embedding's keys as [num, 1]: PEFT, which has one a dimension [dim] there, refuses it.
+
 nn.MultiheadAttention has the pair of in_proj under its own name and that of out_proj under ".base_layer.out_proj", both
 of one rank; the smaller is filled up with zeros. PEFT computes with twice out_proj's product (it adds it to the weight,
 and then merges it), so its B is half in the file, which is what a file means that PEFT wrote. PEFT refuses DoRA for it,
@@ -39,12 +42,12 @@ from phicore.adapters.attention import is_packed, layer_setting, projections
 from phicore.adapters.config import LoRAConfig
 from phicore.adapters.convolution import LowRankConvolution
 from phicore.adapters.dora import DoRALayer
-from phicore.adapters.embedding import LowRankEmbedding
+from phicore.adapters.embedding import DoRAEmbedding, LowRankEmbedding
 from phicore.adapters.experts import DoRAExperts, LoRAExperts, stacked_shape
 from phicore.adapters.fused import FusedLinear, Split, splits
 from phicore.adapters.lora import LowRankLayer, LowRankLinear
 from phicore.adapters.parameters import named_stacks, plan_parameters
-from phicore.adapters.tied import owners_of_tied
+from phicore.adapters.tied import TiedDoRAEmbedding, owners_of_tied
 from phicore.adapters.token_rows import TrainedRows
 from phicore.adapters.trained import TrainedBias, TrainedPart, has_bias
 
@@ -99,7 +102,9 @@ def _pair_tensors(place: str, layer: LowRankLayer, rank: int) -> dict[str, Tenso
         A, B = nn.functional.pad(A, (0, 0, 0, missing)), nn.functional.pad(B, (0, missing))
     tensors: dict[str, Tensor] = {place + key_A: A, place + key_B: B}
     if isinstance(layer, DoRALayer):
-        tensors[place + magnitude] = layer.magnitude.view(_magnitude_shape(type(layer), layer.lora_B.shape))
+        tensors[place + magnitude] = layer.magnitude.view(
+            _magnitude_shape(type(layer), layer.lora_A.shape, layer.lora_B.shape)
+        )
     if isinstance(layer, FusedLinear):  # whose magnitudes beside the parts are the base's norms, in float32
         tensors = {key: tensor.to(A.dtype) for key, tensor in tensors.items()}
     return tensors
@@ -145,8 +150,10 @@ def _endings(kind: type[LowRankLayer]) -> tuple[str, str, str]:
     return ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 
 
-def _magnitude_shape(kind: type[LowRankLayer], shape_B: tuple[int, ...]) -> tuple[int, ...]:
-    """[out], or [1, out, 1, ...] of a convolution."""
+def _magnitude_shape(kind: type[LowRankLayer], shape_A: tuple[int, ...], shape_B: tuple[int, ...]) -> tuple[int, ...]:
+    """[out]; [1, out, 1, ...] of a convolution; [num, 1] of an embedding whose head shares it."""
+    if issubclass(kind, TiedDoRAEmbedding):
+        return (shape_A[1], 1)
     return (1, shape_B[0], *shape_B[2:]) if issubclass(kind, LowRankConvolution) else (shape_B[0],)
 
 
@@ -269,6 +276,8 @@ def expected_tensors(model: nn.Module, config: LoRAConfig) -> dict[str, Tensor]:
             tensors |= {f"{PREFIX}{path}.{key}": t.to("meta") for key, t in module.state_dict().items()}
             continue
         kind = layer_class(module, config.dora)
+        if kind is DoRAEmbedding and path in {*owner, *owner.values()}:
+            kind = TiedDoRAEmbedding
         key_A, key_B, magnitude = _endings(kind)
         rank = own_rank(model, config, owner.get(path, path), split)
         if found := packed_attention(model, path):
@@ -276,7 +285,7 @@ def expected_tensors(model: nn.Module, config: LoRAConfig) -> dict[str, Tensor]:
         shape_A, shape_B = kind.pair_shapes(module, rank)
         shapes = {key_A: shape_A, key_B: shape_B}
         if config.dora:
-            shapes[magnitude] = _magnitude_shape(kind, shape_B)
+            shapes[magnitude] = _magnitude_shape(kind, shape_A, shape_B)
         if config.bias != "none" and has_bias(module):
             shapes[BIAS] = tuple(module.bias.shape)  # type: ignore[arg-type]
         for ending, shape in shapes.items():

@@ -26,7 +26,6 @@ REFUSED = [  # what a draw can ask for that has no meaning, or not in this model
     r"ensure_weight_tying: (embed|head) is tied to a target, but is excluded",
     r"the bias of .*, a projection of nn.MultiheadAttention, cannot be trained beside",
     r"is for linear layers, not for parameters",
-    r"ensure_weight_tying with dora",
     r"trainable_token_indices means rows of .*, which is adapted, trained whole",
 ]
 NOT_MIXED = r"is more than low-rank pairs of layers"
