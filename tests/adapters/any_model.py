@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 import phicore
 
@@ -128,6 +127,8 @@ class Plain(nn.Module):
 
 
 def _gpt2() -> nn.Module:
+    from transformers.pytorch_utils import Conv1D  # here, so that ranks without it start fast
+
     layer = Conv1D(WIDTH, WIDTH)
     nn.init.normal_(layer.bias)
     return layer
