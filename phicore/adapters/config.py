@@ -78,7 +78,8 @@ class LoRAConfig:
 
     bias: Literal["none", "all", "lora_only"] = "none"
     """Which biases train beside the adapter: "all" of the model, or those of the adapted layers ("lora_only"). A bias
-    is a parameter of this very name; of a fused layer it trains whole, and of an adapted nn.MultiheadAttention not."""
+    is a parameter of this very name, as in PEFT (so nn.MultiheadAttention's in_proj_bias is none, its out_proj's is);
+    of a fused layer it trains whole."""
 
     trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
     """Tokens whose rows of the embedding train, the others staying frozen: their numbers, for the model's input

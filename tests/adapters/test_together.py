@@ -222,15 +222,44 @@ def test_what_has_no_meaning_together_is_refused():
         phicore.attach(model, phicore.LoRAConfig(target_modules=["qkv_proj"], bias="all"), "other")
 
 
+@DORA
 @pytest.mark.parametrize("bias", ["lora_only", "all"])
 @pytest.mark.parametrize("fused_targets", ["raise", "split"])
-def test_biases_of_an_attention_with_pairs_are_refused(bias, fused_targets):
-    model = nn.ModuleDict({"attention": nn.MultiheadAttention(WIDTH, 2), "last": nn.Linear(WIDTH, 2)})
-    options = {"target_modules": ["attention", "last"], "fused_targets": fused_targets}
-    _refused(model, r"the bias of attention\.in_proj, a projection of nn\.MultiheadAttention", bias=bias, **options)
-    free = nn.ModuleDict({"attention": nn.MultiheadAttention(WIDTH, 2, bias=False), "last": nn.Linear(WIDTH, 2)})
-    phicore.attach(free, phicore.LoRAConfig(bias=bias, **options))
-    assert [path for path, p in free.named_parameters() if p.requires_grad and "bias" in path] == ["last.trained_bias"]
+def test_of_an_attentions_biases_that_of_out_proj_trains(randomize, tmp_path, bias, fused_targets, dora):
+    """As in PEFT, whose rule is the name: in_proj_bias is not called bias."""
+
+    def attention() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.ModuleDict({"attention": nn.MultiheadAttention(WIDTH, 2), "last": nn.Linear(WIDTH, 2)}).double()
+
+    options = {"target_modules": ["attention", "last"], "fused_targets": fused_targets, "bias": bias, "dora": dora}
+    x = torch.randn(3, 2, WIDTH, dtype=torch.float64)
+
+    def output(model: nn.Module) -> Tensor:
+        return model["last"](model["attention"](x, x, x)[0])
+
+    with pytest.warns(UserWarning, match=r"leaves attention\.in_proj_bias frozen"):
+        model = phicore.attach(attention(), phicore.LoRAConfig(rank=2, **options))
+    torch.testing.assert_close(output(model), output(attention()))
+    randomize(model)
+    biases = ["attention.out_proj.trained_bias", "last.trained_bias"]
+    assert [path for path, p in model.named_parameters() if p.requires_grad and "bias" in path] == biases
+    y = output(model)
+    phicore.save_adapter(model, tmp_path)
+    with pytest.warns(UserWarning, match="in_proj_bias frozen"):
+        other = phicore.load_adapter(attention(), tmp_path)
+    assert torch.equal(output(other), y)
+    if not dora:
+        theirs = peft.PeftModel.from_pretrained(attention(), tmp_path, is_trainable=True)
+        torch.testing.assert_close(output(theirs.base_model.model), y)
+        assert [n.split(".")[-3] for n, p in theirs.named_parameters() if p.requires_grad and n.endswith("bias")] == [
+            "out_proj", "last"
+        ]  # fmt: skip
+    phicore.merge(model)
+    assert type(model["attention"]) is nn.MultiheadAttention
+    torch.testing.assert_close(output(model), y)
+    phicore.unmerge(model)
+    assert torch.equal(output(model), y)
 
 
 def test_a_fused_path_of_torch_passes_no_trained_copy_by():
