@@ -45,7 +45,8 @@ class LowRankEmbedding(LowRankLayer):
         factor = getattr(self.innermost, "embed_scale", None)
         if factor is not None:
             u = u * factor
-        return add_product(y, u.to(y.dtype), self.lora_B, self.factor)
+        with base_layer.without_autocast(y.device):  # a lookup keeps its dtype there, and so does what is added to it
+            return add_product(y, u.to(y.dtype), self.lora_B, self.factor)
 
     def plain(self, weight: Tensor) -> nn.Module:
         return base_layer.with_weight(self.innermost, weight.t().contiguous())
@@ -96,4 +97,5 @@ class DoRAEmbedding(DoRALayer, LowRankEmbedding):
     def _base_rows(self) -> Tensor:
         """W A^T, [dim, rank], in W's dtype."""
         W = base_layer.dense_weight(self.base, self.dtype)  # [dim, num]
-        return W @ self.lora_A.detach().to(W.dtype).t()
+        with base_layer.without_autocast(W.device):
+            return W @ self.lora_A.detach().to(W.dtype).t()
