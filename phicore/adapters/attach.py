@@ -278,7 +278,7 @@ def attach(model: nn.Module, config: LoRAConfig, name: str = "default") -> nn.Mo
             exact = cast(LowRankLinear, layer).dense_base()
             cast(LowRankLinear, layer).correct(cast(nn.Linear, dense).weight.detach().to(exact.dtype) - exact)
         layer.adapter_name = name
-        if config.bias != "none" and trains_bias(model, path, module):
+        if trains_bias(model, config.bias, path, module):
             layer.trained_bias = new_bias(layer, config.adapter_dtype)
         layers[module] = layer
     experts: dict[nn.Module, LoRAExperts] = {}

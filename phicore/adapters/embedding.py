@@ -97,5 +97,4 @@ class DoRAEmbedding(DoRALayer, LowRankEmbedding):
     def _base_rows(self) -> Tensor:
         """W A^T, [dim, rank], in W's dtype."""
         W = base_layer.dense_weight(self.base, self.dtype)  # [dim, num]
-        with base_layer.without_autocast(W.device):
-            return W @ self.lora_A.detach().to(W.dtype).t()
+        return W @ self.lora_A.detach().to(W.dtype).t()

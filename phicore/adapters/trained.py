@@ -91,13 +91,12 @@ def has_bias(module: nn.Module) -> bool:
     return isinstance(module._parameters.get("bias"), nn.Parameter)
 
 
-def trains_bias(model: nn.Module, path: str, layer: nn.Module) -> bool:
-    """Whether a layer that is adapted has a bias that trains beside the pair: not the in_proj_bias of an
-    nn.MultiheadAttention, since that is not its name, nor in PEFT."""
-    parent, _, last = path.rpartition(".")
-    return has_bias(layer) and (
-        last == "out_proj" or not isinstance(model.get_submodule(parent), nn.MultiheadAttention)
-    )
+def trains_bias(model: nn.Module, bias: str, path: str, layer: nn.Module) -> bool:
+    """Whether `LoRAConfig.bias` trains the bias of an adapted layer: of an nn.MultiheadAttention only out_proj's, since
+    in_proj_bias is not called bias, and PEFT goes by that name."""
+    parent, _, name = path.rpartition(".")
+    in_attention = isinstance(model.get_submodule(parent), nn.MultiheadAttention)
+    return bias != "none" and has_bias(layer) and (not in_attention or name == "out_proj")
 
 
 def _other_biases(path: str, module: nn.Module) -> list[str]:
@@ -143,7 +142,7 @@ def biases_beside(
     left = [
         f"{path.rpartition('.')[0]}.in_proj_bias"
         for path, layer in targets.items()
-        if has_bias(layer) and not trains_bias(model, path, layer)
+        if has_bias(layer) and not trains_bias(model, bias, path, layer)
     ]
     if bias == "all":
         whole = tuple(f"{path}." for path in saved)
@@ -165,7 +164,7 @@ def biases_beside(
             f'called "bias" can be trained alone; name their modules in modules_to_save to train them',
             stacklevel=4,
         )
-    if not found and not any(trains_bias(model, path, layer) for path, layer in targets.items()):
+    if not found and not any(trains_bias(model, bias, path, layer) for path, layer in targets.items()):
         raise ValueError(
             f'bias="{bias}": {"no module" if bias == "all" else "no adapted layer"} has a bias; use "none"'
         )

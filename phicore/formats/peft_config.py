@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -164,10 +164,9 @@ def lora_config(model: nn.Module, raw: dict[str, Any], tensors: dict[str, Tensor
         )
     # A pair's dtype before that of biases or whole modules, which PEFT leaves in the base's.
     floating = [t.dtype for _, t in sorted(tensors.items(), key=lambda item: ".lora_" not in item[0]) if _floats(t)]
-    biased = any(
-        map(has_bias, model.modules() if raw.get("bias") == "all" else [_with_bias(candidates[path]) for path in known])
-    )
     attentions = {path for path in known if isinstance(candidates[path], nn.MultiheadAttention)}
+    layers = [cast(Any, candidates[path]).out_proj if path in attentions else candidates[path] for path in known]
+    biased = any(map(has_bias, model.modules() if raw.get("bias") == "all" else layers))
     inside = [f"{path}.{name}" for path in attentions for name in projections(candidates[path])]  # type: ignore[arg-type]
     patterned = [*known, *inside, *parameters]
     parts = {path: of for path, of in parts.items() if path in known or path.rpartition(".")[0] in attentions}
@@ -200,11 +199,6 @@ def lora_config(model: nn.Module, raw: dict[str, Any], tensors: dict[str, Tensor
         ensure_weight_tying=bool(raw.get("ensure_weight_tying")) and bool(_tied_here(model, known)),
         adapter_dtype=floating[0] if floating else None,
     )
-
-
-def _with_bias(layer: nn.Module) -> nn.Module:
-    """The layer of a target of which a bias would train."""
-    return projections(layer)["out_proj"] if isinstance(layer, nn.MultiheadAttention) else layer
 
 
 def _tied_here(model: nn.Module, paths: list[str]) -> list[str]:

@@ -286,7 +286,7 @@ def expected_tensors(model: nn.Module, config: LoRAConfig) -> dict[str, Tensor]:
         shapes = {key_A: shape_A, key_B: shape_B}
         if config.dora:
             shapes[magnitude] = _magnitude_shape(kind, shape_A, shape_B)
-        if config.bias != "none" and trains_bias(model, path, module):
+        if trains_bias(model, config.bias, path, module):
             shapes[BIAS] = tuple(module.bias.shape)  # type: ignore[arg-type]
         for ending, shape in shapes.items():
             tensors[place_of(model, path) + ending] = torch.empty(shape, dtype=dtype, device="meta")
