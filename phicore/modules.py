@@ -68,6 +68,7 @@ def select(
     closed: tuple[type[nn.Module], ...] = (),
     all_linear: tuple[type[nn.Module], ...] | None = None,
     fused_targets: str | None = None,
+    excludable: Iterable[str] = (),
 ) -> dict[str, nn.Module]:
     """The modules that target_modules means, by name, in the model's order.
 
@@ -84,6 +85,7 @@ def select(
             (qkv_proj): "raise", "map" to the whole fused module, with a warning that says so, or "split", for a caller
             that takes the parts of what is chosen from `parts_meant`. None raises too, for callers that do not offer
             the choice.
+        excludable: names of modules beside the candidates that an exclusion may mean.
 
     Raises:
         ValueError: a target or an exclusion that matches nothing, naming it and what is near; a target that means a
@@ -99,7 +101,7 @@ def select(
     every = dict(model.named_modules(remove_duplicate=False))
     candidates = dict(leaves(model, kinds, closed))
     for excluded in exclude_modules:
-        _check_exclusion(excluded, every, candidates)
+        check_exclusion(excluded, every, [*candidates, *excludable])
     fused: dict[str, list[str]] = {}  # a target that means a part of a fused layer -> the whole layers
     if target_modules == ALL_LINEAR:
         heads = output_heads(model)
@@ -150,7 +152,7 @@ def select(
     return chosen
 
 
-def _check_exclusion(excluded: str, every: dict[str, nn.Module], candidates: Iterable[str]) -> None:
+def check_exclusion(excluded: str, every: dict[str, nn.Module], candidates: Iterable[str]) -> None:
     """Raises ValueError for an exclusion that cannot leave anything out."""
     found = [name for name in every if matches(name, [excluded])]
     if not found:

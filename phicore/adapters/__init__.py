@@ -1,19 +1,21 @@
 """LoRA and DoRA layers, and putting them into models."""
 
-from phicore.adapters.attach import adapter_layers, attach, disabled, merge, unmerge
+from phicore.adapters.attach import adapter_layers, attach, disabled
 from phicore.adapters.config import LoRAConfig
 from phicore.adapters.convolution import DoRAConvolution, LoRAConvolution
 from phicore.adapters.dora import DoRALinear
 from phicore.adapters.embedding import DoRAEmbedding, LoRAEmbedding
-from phicore.adapters.experts import LoRAExperts
+from phicore.adapters.experts import DoRAExperts, LoRAExperts
 from phicore.adapters.fused import FusedDoRALinear, FusedLoRALinear
 from phicore.adapters.lora import LoRALinear
 from phicore.adapters.lora_plus import lora_plus_groups
+from phicore.adapters.merging import merge, unmerge
 from phicore.adapters.switch import activate, mixed
 
 __all__ = [
     "DoRAConvolution",
     "DoRAEmbedding",
+    "DoRAExperts",
     "DoRALinear",
     "FusedDoRALinear",
     "FusedLoRALinear",

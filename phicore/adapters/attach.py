@@ -1,17 +1,14 @@
-"""Putting adapters into a model, merging them into its weights and taking them out again."""
+"""Putting adapters into a model, and finding them there."""
 
 import copy
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from phicore.adapters import base as base_layer
 from phicore.adapters.attention import (
     OpenAttention,
-    allow_fused_paths,
     check_kind,
     keep_off_fused_paths,
     layer_setting,
@@ -22,16 +19,22 @@ from phicore.adapters.config import LoRAConfig, pattern_value
 from phicore.adapters.convolution import CONVOLUTIONS, DoRAConvolution, LoRAConvolution, LowRankConvolution
 from phicore.adapters.dora import DoRALinear
 from phicore.adapters.embedding import DoRAEmbedding, LoRAEmbedding, LowRankEmbedding
-from phicore.adapters.experts import LoRAExperts, plan_parameters
+from phicore.adapters.experts import DoRAExperts, LoRAExperts
 from phicore.adapters.fused import FusedDoRALinear, FusedLoRALinear, Split, part_paths, splits
 from phicore.adapters.layer_index import at_indices
 from phicore.adapters.lora import LoRALinear, LowRankLayer, LowRankLinear
-from phicore.adapters.tied import TiedHead, add_tied, owners_of_tied, same_table
+from phicore.adapters.parameters import named_stacks, plan_parameters
+from phicore.adapters.tied import (
+    TiedDoRAEmbedding,
+    add_tied,
+    owners_of_tied,
+    tied_embedding,
+    tied_head,
+)
 from phicore.adapters.token_rows import token_rows
-from phicore.adapters.trained import TrainedBias, TrainedPart, biases_beside, has_bias, new_bias
+from phicore.adapters.trained import TrainedBias, TrainedPart, biases_beside, has_bias, new_bias, trains_bias
 from phicore.modules import matches, no_match, replace, select
 from phicore.nf4.linear import NF4Linear
-from phicore.nf4.tensor import quantize
 
 
 def linear_kinds() -> tuple[type[nn.Module], ...]:
@@ -103,12 +106,7 @@ def plan(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, nn.Module], di
             if any(isinstance(inner, AdapterLayer) for inner in module.modules()):
                 raise ValueError(f'modules_to_save entry "{entry}" matches {name}, which has an adapter in it already')
         saved |= found
-    if config.ensure_weight_tying and config.dora:
-        raise ValueError(
-            "ensure_weight_tying with dora: DoRA's norms of an embedding run over its vocabulary and those of its head "
-            "over the width, so one pair has no one meaning for both, and PEFT's files none at all; use dora=False, or "
-            "ensure_weight_tying=False"
-        )
+    saved = _in_every_name(saved, every)
     whole = tuple(f"{path}." for path in saved)
     only_parameters = bool(config.target_parameters) and not config.target_modules
     chosen: dict[str, nn.Module] = {}
@@ -161,6 +159,18 @@ def plan(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, nn.Module], di
     return targets, saved
 
 
+def _in_every_name(named: dict[str, nn.Module], every: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Modules by name, and by the other names of their places, which they have where a module around them stands in
+    several."""
+
+    def place(name: str) -> tuple[nn.Module, str]:
+        parent, _, last = name.rpartition(".")
+        return every[parent], last
+
+    places = {place(name) for name in named if name}
+    return {name: module for name, module in every.items() if name in named or (name and place(name) in places)}
+
+
 def _chosen(model: nn.Module, config: LoRAConfig, saved: dict[str, nn.Module]) -> dict[str, nn.Module]:
     """The modules that target_modules means, in the blocks that are to be adapted, with what is tied to them."""
     chosen = select(
@@ -171,6 +181,9 @@ def _chosen(model: nn.Module, config: LoRAConfig, saved: dict[str, nn.Module]) -
         closed=(TrainedPart, LoRAExperts),
         all_linear=linear_kinds(),
         fused_targets=config.fused_targets,
+        excludable=[path for path, _, _ in named_stacks(model, (LowRankLayer, TrainedPart))]
+        if config.target_parameters
+        else (),
     )
     if config.layers_to_transform is not None:
         there = at_indices(chosen, config.layers_to_transform, config.layers_pattern)
@@ -244,7 +257,7 @@ def attach(model: nn.Module, config: LoRAConfig, name: str = "default") -> nn.Mo
         if module in layers:  # a layer that stands in two places gets one adapter
             continue
         if path in tied:
-            layers[module] = _tied_layer(module, cast(LoRAEmbedding, layers[targets[tied[path]]]), config)
+            layers[module] = _tied_layer(module, cast(LowRankEmbedding, layers[targets[tied[path]]]), config)
             continue
         dense, base = module, module
         if config.init == "loftq":
@@ -253,18 +266,19 @@ def attach(model: nn.Module, config: LoRAConfig, name: str = "default") -> nn.Mo
             layer_setting(model, pattern, path, default)
             for pattern, default in ((config.rank_pattern, config.rank), (config.alpha_pattern, config.alpha))
         )
-        layer = _adapter(base, rank, alpha, config, parts.get(path))
+        kind = TiedDoRAEmbedding if config.dora and path in tied.values() else layer_class(base, config.dora)
+        layer = _adapter(kind, base, rank, alpha, config, parts.get(path))
         if config.init == "loftq":
             exact = cast(LowRankLinear, layer).dense_base()
             cast(LowRankLinear, layer).correct(cast(nn.Linear, dense).weight.detach().to(exact.dtype) - exact)
         layer.adapter_name = name
-        if config.bias != "none" and has_bias(module):
+        if trains_bias(model, config.bias, path, module):
             layer.trained_bias = new_bias(layer, config.adapter_dtype)
         layers[module] = layer
     experts: dict[nn.Module, LoRAExperts] = {}
     for module, ranks, alphas in stacks.values():
         if module not in experts:
-            experts[module] = LoRAExperts(
+            experts[module] = (DoRAExperts if config.dora else LoRAExperts)(
                 module, ranks, alphas, rslora=config.rslora, init=config.init, dtype=config.adapter_dtype
             )
             experts[module].adapter_name = name
@@ -289,22 +303,20 @@ def attach(model: nn.Module, config: LoRAConfig, name: str = "default") -> nn.Mo
     return model
 
 
-def _adapter(base: nn.Module, rank: Any, alpha: Any, config: LoRAConfig, split: Split | None) -> LowRankLayer:
+def _adapter(
+    kind: type[LowRankLayer], base: nn.Module, rank: Any, alpha: Any, config: LoRAConfig, split: Split | None
+) -> LowRankLayer:
     options: dict[str, Any] = {"rslora": config.rslora, "init": config.init, "dtype": config.adapter_dtype}
     if split is not None:
         fused = FusedDoRALinear if config.dora else FusedLoRALinear
         return fused(base, split.sizes, split.ranks, split.alphas, config.dropout, **options)
-    return layer_class(base, config.dora)(base, rank, alpha, config.dropout, **options)
+    return kind(base, rank, alpha, config.dropout, **options)
 
 
-def _tied_layer(module: nn.Module, owner: LoRAEmbedding, config: LoRAConfig) -> LowRankLayer:
+def _tied_layer(module: nn.Module, owner: LowRankEmbedding, config: LoRAConfig) -> LowRankLayer:
     """The adapter of a layer that reads an adapted embedding's table, with the embedding's own pair."""
-    if not LowRankEmbedding.fits(module):
-        layer: LowRankLayer = TiedHead(module, owner, config.dropout)
-    else:
-        layer = LoRAEmbedding(module, owner.rank, owner.alpha, config.dropout, rslora=owner.rslora, init=owner.init)
-        layer.lora_A, layer.lora_B = owner.lora_A, owner.lora_B
-        layer.adapter_name = owner.adapter_name
+    is_embedding = LowRankEmbedding.fits(module)
+    layer = tied_embedding(module, owner) if is_embedding else tied_head(module, owner, config.dropout)
     if config.bias != "none" and has_bias(module):
         layer.trained_bias = new_bias(layer, config.adapter_dtype)
     return layer
@@ -372,116 +384,6 @@ def merged_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, AdapterLay
         layer = module.__dict__.get("merged_from")
         if layer is not None:
             yield path, module, layer
-
-
-@torch.no_grad()
-def merge(model: nn.Module, *, requantize: bool = False) -> dict[str, float]:
-    """Replaces each adapter layer by one plain layer that computes the same, in place.
-
-    A merged model has the modules and state-dict keys that it had before `attach`. The sum is made in float32 and
-    rounded once to the base's dtype. An NF4 base becomes a dense layer of its compute dtype, since encoding again loses
-    about as much as the first encoding did. The adapter layers and their bases are kept aside for `unmerge`: until
-    then a merged model holds its adapted weights twice.
-
-    Args:
-        model: a model with adapters.
-        requantize: encode the result over an NF4 base to NF4 again.
-
-    Returns:
-        The relative error of each merged weight against the exact sum, ||stored - exact|| / ||exact||, by name.
-
-    Raises:
-        ValueError: the model has no adapter, or is merged already.
-    """
-    if any(merged_layers(model)):
-        raise ValueError("the model is merged already")
-    outermost: dict[str, AdapterLayer] = {}
-    for path, layer in adapter_layers(model, every_place=True):
-        outermost.setdefault(path, layer)
-    if not outermost:
-        raise ValueError("the model has no adapter to merge")
-    made: dict[AdapterLayer, tuple[nn.Module, float]] = {}
-    shared: dict[int, nn.Parameter] = {}
-    for layer in outermost.values():
-        if layer not in made:
-            if isinstance(layer, TrainedPart):
-                made[layer] = (layer.merged(shared), 0.0)
-            elif isinstance(layer, LoRAExperts):
-                made[layer] = layer.merged()
-            else:
-                made[layer] = _merged_once(layer, made) or _merged_layer(layer, requantize)
-    for path, layer in outermost.items():
-        merged, _ = made[layer]
-        merged.__dict__["merged_from"] = layer  # past nn.Module's registry: not a submodule, not in state dicts
-        replace(model, path, merged)
-    _close(model)
-    allow_fused_paths(model)
-    return {path: made[layer][1] for path, layer in outermost.items()}
-
-
-def _close(model: nn.Module) -> None:
-    """Puts nn.MultiheadAttention back where all projections are plain again."""
-    closed: dict[nn.Module, nn.Module] = {}
-    for path, module in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(module, OpenAttention) and all(isinstance(m, nn.Linear) for m in projections(module).values()):
-            if module not in closed:
-                closed[module] = module.closed()
-                closed[module].__dict__["merged_from"] = module
-            replace(model, path, closed[module])
-
-
-def _merged_once(
-    layer: LowRankLayer, made: Mapping[AdapterLayer, tuple[nn.Module, float]]
-) -> tuple[nn.Module, float] | None:
-    """A merged layer with the very table of one that was merged before, if the two read one."""
-    if isinstance(layer, TiedHead | LoRAEmbedding):
-        for other, (merged, error) in made.items():
-            if same_table(layer, other):
-                like = base_layer.with_parameter(layer.innermost, "weight", cast(nn.Parameter, merged.weight))
-                return _with_bias(like, layer).train(layer.training), error
-    return None
-
-
-def _merged_layer(layer: LowRankLayer, requantize: bool) -> tuple[nn.Module, float]:
-    exact = layer.merged_weight()  # [out, in]
-    innermost = layer.innermost
-    if requantize and isinstance(innermost, NF4Linear):
-        code = quantize(exact, innermost.block_size, innermost.double_quant)
-        coded = NF4Linear.from_nf4(code, layer.bias)
-        coded.dtype = innermost.dtype
-        merged: nn.Module = coded
-        stored: Tensor = code.dequantize(exact.dtype)
-    else:
-        weight = exact.to(layer.dtype)
-        merged, stored = layer.plain(weight), weight.to(exact.dtype)
-    norm = torch.linalg.vector_norm(exact)
-    error = torch.linalg.vector_norm(stored - exact) / norm if norm > 0 else torch.linalg.vector_norm(stored)
-    return _with_bias(merged, layer).train(layer.training), float(error)
-
-
-def _with_bias(merged: nn.Module, layer: LowRankLayer) -> nn.Module:
-    """A merged layer with the bias that its adapter trained, if it did."""
-    bias = getattr(layer, "bias", None)  # an embedding has none
-    if bias is not None and bias is not layer.innermost.bias:
-        merged.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
-    return merged
-
-
-def unmerge(model: nn.Module) -> nn.Module:
-    """Puts the adapter layers back that `merge` took out. The base is restored bit for bit: it was never touched.
-
-    Raises:
-        ValueError: the model is not merged.
-    """
-    if not any(merged_layers(model)):
-        raise ValueError("the model is not merged")
-    while found := list(merged_layers(model)):  # twice where the layers of an attention stand in one
-        for path, merged, layer in found:
-            merged.__dict__.pop("merged_from", None)
-            where = next((t.device for t in [*merged.parameters(), *merged.buffers()]), None)
-            replace(model, path, layer.to(where).train(merged.training))
-    keep_off_fused_paths(model)
-    return model
 
 
 @contextmanager

@@ -5,7 +5,7 @@ be passed by. OpenAttention holds the same parameters in linear layers that it c
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -72,6 +72,17 @@ def _linear(weight: nn.Parameter, bias: Tensor | None, training: bool) -> nn.Lin
     if bias is not None:
         layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
     return layer.train(training)
+
+
+def once_each(
+    function: Callable[[Tensor], Tensor], query: Tensor, key: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A function of three tensors, called once where some are one. (By `is`: by id, torch.compile would make a graph
+    for each new input.)"""
+    of_query = function(query)
+    of_key = of_query if key is query else function(key)
+    of_value = of_query if value is query else of_key if value is key else function(value)
+    return of_query, of_key, of_value
 
 
 class OpenAttention(nn.MultiheadAttention):
@@ -173,11 +184,11 @@ class OpenAttention(nn.MultiheadAttention):
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
         batched = query.dim() == 3
-        arranged: dict[int, Tensor] = {}  # one tensor stays one, so that it is projected once
-        for x in (query, key, value):
-            if id(x) not in arranged:
-                arranged[id(x)] = x.unsqueeze(0) if not batched else x if self.batch_first else x.transpose(0, 1)
-        q, k, v = self._project(*(arranged[id(x)] for x in (query, key, value)))
+
+        def arrange(x: Tensor) -> Tensor:
+            return x.unsqueeze(0) if not batched else x if self.batch_first else x.transpose(0, 1)
+
+        q, k, v = self._project(*once_each(arrange, query, key, value))  # one tensor stays one
         if key_padding_mask is not None and not batched:
             key_padding_mask = key_padding_mask.unsqueeze(0)
         appended = 0
@@ -218,12 +229,8 @@ class OpenAttention(nn.MultiheadAttention):
         layers = projections(self)
         if not is_packed(self):
             return layers["q_proj"](query), layers["k_proj"](key), layers["v_proj"](value)
-        made = {id(query): layers["in_proj"](query)}
-        for x in (key, value):
-            if id(x) not in made:
-                made[id(x)] = layers["in_proj"](x)
-        q, k, v = (made[id(x)].chunk(3, -1)[i] for i, x in enumerate((query, key, value)))
-        return q, k, v
+        all_of_q, all_of_k, all_of_v = once_each(layers["in_proj"], query, key, value)
+        return all_of_q.chunk(3, -1)[0], all_of_k.chunk(3, -1)[1], all_of_v.chunk(3, -1)[2]
 
     def _mask(
         self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor, keys: int, appended: int
@@ -231,24 +238,25 @@ class OpenAttention(nn.MultiheadAttention):
         """What is added to the scores: [1 or N, 1 or H, 1 or L, S + appended], or None; q is [N, H, L, D]."""
         batch, heads, length, _ = q.shape
         total: Tensor | None = None
-        both: tuple[tuple[str, Tensor | None, dict[tuple[int, ...], tuple[int, ...]]], ...] = (
-            (
+        both: tuple[tuple[str, Tensor | None, list[tuple[tuple[int, ...], tuple[int, ...]]]], ...] = (
+            (  # no dictionaries of shapes, at whose keys torch.compile would fix the sizes
                 "attn_mask",
                 attn_mask,
-                {(length, keys): (1, 1, length, keys), (batch * heads, length, keys): (batch, heads, length, keys)},
+                [((length, keys), (1, 1, length, keys)), ((batch * heads, length, keys), (batch, heads, length, keys))],
             ),
-            ("key_padding_mask", key_padding_mask, {(batch, keys): (batch, 1, 1, keys)}),
+            ("key_padding_mask", key_padding_mask, [((batch, keys), (batch, 1, 1, keys))]),
         )
         for name, mask, shapes in both:
             if mask is None:
                 continue
-            if tuple(mask.shape) not in shapes:
+            views = [view for shape, view in shapes if tuple(mask.shape) == shape]
+            if not views:
                 raise ValueError(
-                    f"{name} must have shape {' or '.join(str(list(s)) for s in shapes)}, got {list(mask.shape)}"
+                    f"{name} must have shape {' or '.join(str(list(s)) for s, _ in shapes)}, got {list(mask.shape)}"
                 )
             if mask.dtype == torch.bool:
                 mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(mask, -math.inf)
-            mask = mask.to(q.dtype).reshape(shapes[tuple(mask.shape)])
+            mask = mask.to(q.dtype).reshape(views[0])
             total = mask if total is None else total + mask
         return total if total is None or not appended else functional.pad(total, (0, appended))
 

@@ -78,15 +78,16 @@ class LoRAConfig:
 
     bias: Literal["none", "all", "lora_only"] = "none"
     """Which biases train beside the adapter: "all" of the model, or those of the adapted layers ("lora_only"). A bias
-    is a parameter of this very name; of a fused layer it trains whole, and of an adapted nn.MultiheadAttention not."""
+    is a parameter of this very name, as in PEFT (so nn.MultiheadAttention's in_proj_bias is none, its out_proj's is);
+    of a fused layer it trains whole."""
 
     trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
     """Tokens whose rows of the embedding train, the others staying frozen: their numbers, for the model's input
     embedding; or name or suffix of an embedding -> numbers. Heads tied to the embedding follow."""
 
     ensure_weight_tying: bool = False
-    """If target_modules mean an embedding, or a head tied to it, adapt the two by one pair; else each name is adapted
-    alone, which unties them."""
+    """If target_modules mean an embedding, or a head tied to it, adapt the two by one pair (and with dora one
+    magnitude a token); else each name is adapted alone, which unties them."""
 
     adapter_dtype: torch.dtype | None = None
     """Dtype of the adapter's weights in memory and on disk; None takes the base layer's."""

@@ -45,7 +45,8 @@ class LowRankEmbedding(LowRankLayer):
         factor = getattr(self.innermost, "embed_scale", None)
         if factor is not None:
             u = u * factor
-        return add_product(y, u.to(y.dtype), self.lora_B, self.factor)
+        with base_layer.without_autocast(y.device):  # a lookup keeps its dtype there, and so does what is added to it
+            return add_product(y, u.to(y.dtype), self.lora_B, self.factor)
 
     def plain(self, weight: Tensor) -> nn.Module:
         return base_layer.with_weight(self.innermost, weight.t().contiguous())

@@ -1,4 +1,4 @@
-"""LoRA over parameters that stand in no layer of their own, above all the stacked weights of experts.
+"""LoRA and DoRA over parameters that stand in no layer of their own, above all the stacked weights of experts.
 
 transformers holds the experts of a mixture in one parameter [experts, out, in] (Mixtral, Qwen-MoE), or [experts, in,
 out] where the module says is_transposed (GPT-OSS). Their module reads it in its forward pass in ways of its own, so an
@@ -6,21 +6,21 @@ adapter cannot stand beside a product: it adapts the weight, and the module runs
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from phicore.adapters import base as base_layer
-from phicore.adapters.config import LoRAConfig, pattern_value, scaling
-from phicore.adapters.lora import LowRankLayer, start_pair
-from phicore.adapters.trained import TrainedPart
-from phicore.modules import matches, no_match
+from phicore.adapters.config import LoRAConfig, scaling
+from phicore.adapters.dora import row_scale
+from phicore.adapters.lora import start_pair
 
 
 class ExpertPairs(nn.Module):
-    """The pairs of one parameter: lora_A [experts, rank, in] and lora_B [experts, out, rank]."""
+    """The pairs of one parameter: lora_A [experts, rank, in], lora_B [experts, out, rank]; for DoRA magnitude [experts,
+    out]."""
 
     def __init__(self, weight: Tensor, transposed: bool, rank: int, dtype: torch.dtype | None) -> None:
         super().__init__()
@@ -28,6 +28,7 @@ class ExpertPairs(nn.Module):
         where: dict[str, Any] = {"dtype": dtype or weight.dtype, "device": weight.device}
         self.lora_A = nn.Parameter(torch.empty(experts, rank, inner, **where))
         self.lora_B = nn.Parameter(torch.empty(experts, out, rank, **where))
+        self.register_parameter("magnitude", None)
 
 
 def stacked_shape(weight: Tensor, transposed: bool) -> tuple[int, int, int]:
@@ -53,6 +54,29 @@ def add_products(weight: Tensor, A: Tensor, B: Tensor, scale: float, transposed:
         return torch.baddbmm(stacked, left, right, alpha=scale).view(weight.shape)
 
 
+def with_row_norms(direction: Tensor, magnitude: Tensor, transposed: bool) -> Tensor:
+    """m * V' / ||V'|| of each expert's rows, as DoRA has it: the norm has no gradient. In V's dtype and shape.
+
+    The norm is summed over V' itself, which is there; its factored form would save nothing and lose digits.
+
+    Args:
+        direction: V' [experts, out, in], [experts, in, out] if transposed, or [out, in] of one.
+        magnitude: m [experts, out].
+        transposed: how V' lies.
+    """
+    inner = -2 if transposed and direction.dim() == 3 else -1
+    norm = row_norms(direction.detach(), transposed)
+    scale = row_scale(magnitude.to(norm.dtype), norm).to(direction.dtype).unsqueeze(inner)
+    return direction * (scale if direction.dim() == 3 else scale.squeeze(0))
+
+
+def row_norms(weight: Tensor, transposed: bool) -> Tensor:
+    """The norm of each row of each expert's matrix, [experts, out] in float32 (float64 of a float64 weight)."""
+    stacked = weight if weight.dim() == 3 else weight.unsqueeze(0)
+    inner = -2 if transposed and weight.dim() == 3 else -1
+    return torch.linalg.vector_norm(stacked, dim=inner, dtype=base_layer.accumulate_dtype(weight.dtype))
+
+
 class LoRAExperts(nn.Module):
     """A module some of whose parameters have a LoRA adapter: it runs with W + scaling * B A, of each expert, for W.
 
@@ -61,8 +85,7 @@ class LoRAExperts(nn.Module):
     (activation checkpointing holds one layer's at a time), and experts * out * in * rank multiplications a pass,
     however few tokens there are. In 16 bits the sum is rounded to W's dtype, as a merged weight would be.
 
-    There is no dropout (the products have no input of their own), and no DoRA: PEFT's format has no magnitudes for
-    parameters.
+    There is no dropout: the products have no input of their own.
 
     Args:
         base: any module, or another LoRAExperts; it is frozen.
@@ -150,14 +173,17 @@ class LoRAExperts(nn.Module):
         if not self.enabled:
             return found
         own = dict(self.innermost.named_parameters(recurse=False))
-        for name, pair in self.pairs.items():
+        for name in self.pairs:
             weight = found.get(name, own[name])
             if exact:
                 weight = weight.to(base_layer.accumulate_dtype(weight.dtype))
-            A: Any = pair.lora_A
-            B: Any = pair.lora_B
-            found[name] = add_products(weight, A, B, self.factor(name), self.transposed)
+            found[name] = self._updated(name, weight)
         return found
+
+    def _updated(self, name: str, weight: Tensor) -> Tensor:
+        """A parameter as this adapter makes it of one that those under it made, or of the base's."""
+        pair: Any = self.pairs[name]
+        return add_products(weight, pair.lora_A, pair.lora_B, self.factor(name), self.transposed)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         weights = self.weights()
@@ -195,6 +221,47 @@ class LoRAExperts(nn.Module):
         )
 
 
+class DoRAExperts(LoRAExperts):
+    """A module some of whose parameters have a DoRA adapter: it runs with m * V' / ||V'||, V' = W + scaling * B A, one
+    norm and one magnitude for each row of each expert.
+
+    As LoRAExperts, but the products of the module and the gradient of m keep a copy of each adapted parameter each.
+    PEFT has no DoRA for parameters and refuses a file of it.
+
+    Args and errors: as LoRAExperts.
+
+    Attributes:
+        pairs: name of the parameter -> its ExpertPairs, which have a magnitude [experts, out] too.
+
+    Example:
+        >>> experts = nn.Module()
+        >>> experts.down_proj = nn.Parameter(torch.randn(4, 32, 16))  # [experts, out, in]
+        >>> DoRAExperts(experts, {"down_proj": 8}, alpha=16).pairs["down_proj"].magnitude.shape
+        torch.Size([4, 32])
+    """
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Starts A and B as LoRA does and m at the norms, so that the module equals its base."""
+        super().reset_parameters()
+        under = self.base.weights(exact=True) if isinstance(self.base, LoRAExperts) else {}
+        pair: Any
+        for name, pair in self.pairs.items():
+            weight = under.get(name, self.innermost.get_parameter(name))
+            norms = row_norms(weight, self.transposed).to(pair.lora_B.dtype)
+            if pair.magnitude is None:
+                pair.magnitude = nn.Parameter(norms)
+            else:
+                pair.magnitude.copy_(norms)
+
+    def _updated(self, name: str, weight: Tensor) -> Tensor:
+        pair: Any = self.pairs[name]
+        scale = scaling(self.ranks[name], self.alphas[name], self.rslora)  # the strength weighs W' and not V'
+        direction = add_products(weight, pair.lora_A, pair.lora_B, scale, self.transposed)
+        updated = with_row_norms(direction, pair.magnitude, self.transposed)
+        return updated if self.strength == 1 else torch.lerp(weight, updated, self.strength)
+
+
 def check_init(init: str) -> None:
     """Raises ValueError for an init that decomposes a linear layer's weight."""
     if init not in ("kaiming", "gaussian"):
@@ -212,87 +279,3 @@ def check_parameter(module: nn.Module, name: str, shown: str) -> None:
         )
     if not own[name].is_floating_point():
         raise TypeError(f"{shown} has {own[name].dtype} weights; adapters need floating-point ones")
-
-
-# ===== which parameters of a model a configuration means =====
-
-
-def named_stacks(model: nn.Module, closed: tuple[type[nn.Module], ...]) -> Iterator[tuple[str, nn.Module, list[str]]]:
-    """Each module that has parameters of its own, with its name and theirs, not descending into a closed kind; of a
-    LoRAExperts those of the module under it."""
-
-    def walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module, list[str]]]:
-        inner = module.innermost if isinstance(module, LoRAExperts) else module
-        if own := [name for name, _ in inner.named_parameters(recurse=False)]:
-            yield path, module, own
-        if module is not inner or isinstance(module, closed):
-            return
-        for name, child in module._modules.items():
-            if child is not None and not isinstance(child, closed):
-                yield from walk(child, f"{path}.{name}" if path else name)
-
-    return walk(model, "")
-
-
-def plan_parameters(
-    model: nn.Module, config: LoRAConfig, targets: Mapping[str, nn.Module], saved: Mapping[str, nn.Module]
-) -> dict[str, tuple[nn.Module, dict[str, int], dict[str, float]]]:
-    """The modules with parameters that config.target_parameters means: name -> module, ranks and alphas by parameter.
-
-    Args:
-        model: is not changed.
-        config: names the parameters.
-        targets, saved: what else it adapts and copies whole.
-
-    Raises:
-        ValueError: an entry that matches nothing, or a parameter that cannot be adapted, or not together with the rest
-            of the configuration.
-        TypeError: a parameter that is not floating-point.
-    """
-    if not config.target_parameters:
-        return {}
-    for what, given, reason in (
-        ("dora=True", config.dora, "PEFT's format has no magnitudes for parameters"),
-        ("dropout", config.dropout, "a parameter's product has no input of its own that could be dropped"),
-    ):
-        if given:
-            raise ValueError(f"target_parameters cannot have {what}: {reason}")
-    if config.layers_to_transform is not None:
-        raise ValueError(
-            f"layers_to_transform={config.layers_to_transform!r} chooses among target_modules, and target_parameters "
-            f"are adapted in all blocks (by PEFT too); name the parameters with the numbers of their blocks instead"
-        )
-    check_init(config.init)
-    stacks = list(named_stacks(model, (LowRankLayer, TrainedPart)))
-    every = {f"{path}.{name}" if path else name for path, _, own in stacks for name in own}
-    for entry in config.target_parameters:
-        if not any(matches(name, [entry]) for name in every):
-            raise ValueError(no_match(f'target_parameters entry "{entry}"', entry, sorted(every)))
-    found: dict[str, tuple[nn.Module, dict[str, int], dict[str, float]]] = {}
-    whole = tuple(f"{path}." for path in saved)
-    for path, module, own in stacks:
-        names = {name: f"{path}.{name}" if path else name for name in own}
-        names = {n: full for n, full in names.items() if matches(full, config.target_parameters)}
-        if not names or path in saved or path.startswith(whole) or _excluded(path, config.exclude_modules):
-            continue
-        if not path:
-            raise ValueError(f"{', '.join(names)} stands in the model itself; put the model into another module first")
-        inside = [target for target in targets if target == path or target.startswith(f"{path}.")]
-        if inside:
-            raise ValueError(f"target_parameters names {names[next(iter(names))]}, and target_modules {inside[0]}")
-        inner = module.innermost if isinstance(module, LoRAExperts) else module
-        for name, full in names.items():
-            check_parameter(inner, name, full)
-        found[path] = (
-            module,
-            {n: pattern_value(config.rank_pattern, full, config.rank) for n, full in names.items()},
-            {n: pattern_value(config.alpha_pattern, full, config.alpha) for n, full in names.items()},
-        )
-    if not found:
-        raise ValueError(f"nothing is left of target_parameters={list(config.target_parameters)!r} to adapt")
-    return found
-
-
-def _excluded(path: str, excluded: Sequence[str]) -> bool:
-    parts = path.split(".")
-    return any(matches(".".join(parts[: i + 1]), excluded) for i in range(len(parts)))

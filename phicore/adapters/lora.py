@@ -132,6 +132,20 @@ class Rows:
     batch: int
 
 
+def updated_rows(rows: Rows, y: Tensor, x: Tensor, update: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """update(y, x) of some rows, with y's other rows beside them.
+
+    Raises:
+        ValueError: x has another number of rows than the batch.
+    """
+    if x.shape[:1] != (rows.batch,):
+        raise ValueError(
+            f"an adapter was given a name for each of {rows.batch} rows, and a layer's input has shape "
+            f"{list(x.shape)}: its first dimension must be the batch"
+        )
+    return y.index_copy(0, rows.index, update(y.index_select(0, rows.index), x.index_select(0, rows.index)))
+
+
 class LowRankLayer(nn.Module):
     """What all adapter layers share: a frozen base and a low-rank pair A, B beside it.
 
@@ -252,15 +266,7 @@ class LowRankLayer(nn.Module):
         """update(y, x), of the rows that this adapter answers for, with y's other rows beside them; y if disabled."""
         if not self.enabled:
             return y
-        if self.rows is None:
-            return update(y, x)
-        if x.shape[:1] != (self.rows.batch,):
-            raise ValueError(
-                f"an adapter was given a name for each of {self.rows.batch} rows, and a layer's input has shape "
-                f"{list(x.shape)}: its first dimension must be the batch"
-            )
-        index = self.rows.index
-        return y.index_copy(0, index, update(y.index_select(0, index), x.index_select(0, index)))
+        return update(y, x) if self.rows is None else updated_rows(self.rows, y, x, update)
 
     @property
     def active_dropout(self) -> float:

@@ -1,15 +1,19 @@
 """Which adapters of a model answer, how strongly, and for which rows of a batch."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from phicore.adapters.attach import AdapterLayer, adapter_layers, merged_layers
+from phicore.adapters.convolution import LowRankConvolution
 from phicore.adapters.dora import DoRALayer
 from phicore.adapters.experts import LoRAExperts
 from phicore.adapters.lora import LowRankLayer, Rows
+from phicore.adapters.token_rows import TrainedRows
 from phicore.adapters.trained import TrainedBias, TrainedPart
 
 
@@ -60,38 +64,77 @@ def mixed(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
         names: for each row, the adapter's name, or None for the base model alone.
 
     Raises:
-        ValueError: a name that the model does not have; a merged model; an adapter that holds more than low-rank pairs
-            of layers (modules_to_save and target_parameters, which would need a pass of their own; trained biases or
-            tokens); in the forward pass, a layer whose input has another number of rows.
+        ValueError: a name that the model does not have; a merged model; an adapter that holds what would need a pass
+            of its own (modules_to_save, target_parameters, and bias="all" of modules without a pair); in the forward
+            pass, a layer whose input has another number of rows.
     """
     layers = _layers(model, [name for name in names if name is not None])
     for path, layer in layers:
-        what = "adapted in its parameters" if isinstance(layer, LoRAExperts) else _beside(layer)
-        if layer.adapter_name in names and what:
+        if layer.adapter_name in names and (what := _needs_a_pass(layer)):
             raise ValueError(
                 f'"{layer.adapter_name}" is more than low-rank pairs of layers: it holds {path} {what}, which '
                 f"cannot be mixed with others in a batch"
             )
     before = [(layer, layer.enabled) for _, layer in layers]
-    norms: list[tuple[DoRALayer, torch.Tensor]] = []
+    norms: list[tuple[DoRALayer, Tensor]] = []
+    biases: list[tuple[LowRankLayer, nn.Parameter]] = []
+    hooks: list[RemovableHandle] = []
+    outermost: dict[str, AdapterLayer] = {}
     try:
-        for _, layer in layers:
+        for path, layer in layers:
             mine = [row for row, name in enumerate(names) if name == layer.adapter_name]
             layer.enabled = bool(mine)
-            if isinstance(layer, LowRankLayer) and mine:
+            outer = outermost.setdefault(path, layer)
+            if not mine:
+                continue
+            if isinstance(layer, LowRankLayer):
                 layer.rows = Rows(torch.tensor(mine, device=layer.lora_A.device), len(names))
+                if layer.trained_bias is not None:
+                    biases.append((layer, layer.trained_bias))
+                    hooks.append(outer.register_forward_hook(_adds_bias(layer, layer.rows)))
+                    layer.trained_bias = None  # all rows get the base's; the hook adds the difference to those of mine
+            elif isinstance(layer, TrainedRows):
+                layer.rows = Rows(torch.tensor(mine, device=layer.trained.device), len(names))
         for _, layer in layers:
             if isinstance(layer, DoRALayer) and layer.enabled and isinstance(layer.base, LowRankLayer):
                 norms.append((layer, layer.base_norm_squared))
                 layer.refresh_base_norm()  # its rows go past the adapters under it
         yield model
     finally:
+        for hook in hooks:
+            hook.remove()
+        for biased, bias in biases:
+            biased.trained_bias = bias
         for dora, norm in norms:
             dora.base_norm_squared = norm
         for layer, enabled in before:
             layer.enabled = enabled
-            if isinstance(layer, LowRankLayer):
+            if isinstance(layer, LowRankLayer | TrainedRows):
                 layer.rows = None
+
+
+def _adds_bias(layer: LowRankLayer, rows: Rows) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+    """A forward hook for the outermost adapter of a layer: the trained bias in place of the frozen one in some rows.
+
+    Where the adapters stand in each other, one at most answers for a row, and no bias is scaled, so that adding the
+    difference behind all of them is the same.
+    """
+    trained: Tensor = layer.trained_bias  # type: ignore[assignment]
+
+    def add(_layer: nn.Module, _inputs: Any, y: Tensor) -> Tensor:
+        difference = (trained - layer.innermost.bias.to(trained.dtype)).to(y.dtype)  # [out]
+        if isinstance(layer, LowRankConvolution):
+            difference = layer.per_channel(difference)
+        return y.index_add(0, rows.index, difference.expand(len(rows.index), *y.shape[1:]))
+
+    return add
+
+
+def _needs_a_pass(layer: AdapterLayer) -> str:
+    """What of a layer cannot be mixed within a batch, in words; empty if it can."""
+    if isinstance(layer, LoRAExperts):
+        return "adapted in its parameters"
+    return layer.what if isinstance(layer, TrainedPart) and not isinstance(layer, TrainedRows) else ""
 
 
 def _beside(layer: AdapterLayer) -> str:

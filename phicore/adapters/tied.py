@@ -1,21 +1,26 @@
 """One adapter for an embedding and the heads that read its table: they stay tied, trained and merged as one.
 
 The embedding's table is W [num, dim], its pair A [rank, num] and B [dim, rank], and W' = W + scaling * (B A)^T. A tied
-head computes x W'^T = x W^T + scaling * (x B) A: the embedding's own pair, transposed.
+head computes x W'^T = x W^T + scaling * (x B) A: the embedding's own pair, transposed. With DoRA, W' = m V' / ||V'||
+has one norm and one magnitude for each row of the table, for both.
 """
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from phicore.adapters.embedding import LoRAEmbedding, LowRankEmbedding
-from phicore.adapters.lora import LoRALinear, LowRankLayer
+from phicore.adapters import base as base_layer
+from phicore.adapters.dora import DoRALayer, DoRALinear, row_scale
+from phicore.adapters.embedding import LowRankEmbedding
+from phicore.adapters.lora import LoRALinear, LowRankLayer, LowRankLinear
 from phicore.modules import matches
 
 
-class TiedHead(LoRALinear):
-    """A head adapted by the pair of the embedding whose table it reads.
+class TiedHead(LowRankLinear):
+    """A head adapted by the pair of the embedding whose table it reads; with LoRALinear or DoRALinear behind it.
 
     Args:
         base: an nn.Linear with the embedding's table as its weight, or another adapter of one; it is frozen.
@@ -26,15 +31,15 @@ class TiedHead(LoRALinear):
         embedding_A, embedding_B: the embedding's lora_A and lora_B, the very parameters.
     """
 
-    def __init__(self, base: nn.Module, embedding: LoRAEmbedding, dropout: float = 0.0) -> None:
-        self._pair = (embedding.lora_A, embedding.lora_B)  # for _make_pair, before nn.Module would register them
+    def __init__(self, base: nn.Module, embedding: LowRankEmbedding, dropout: float = 0.0) -> None:
+        self._shared = (embedding,)  # for _make_pair; in a tuple, which nn.Module does not register
         options = {"rslora": embedding.rslora, "init": embedding.init}
         super().__init__(base, embedding.rank, embedding.alpha, dropout, **options)
-        del self._pair
+        del self._shared
         self.adapter_name = embedding.adapter_name
 
     def _make_pair(self, base: nn.Module, where: dict[str, Any]) -> None:
-        self.embedding_A, self.embedding_B = self._pair
+        self.embedding_A, self.embedding_B = self._shared[0].lora_A, self._shared[0].lora_B
 
     def reset_parameters(self) -> None:
         """Does nothing: the embedding starts the pair."""
@@ -50,11 +55,109 @@ class TiedHead(LoRALinear):
         return self.embedding_A.t()
 
 
+class TiedLoRAHead(TiedHead, LoRALinear):
+    """y = x W'^T with W' = W + scaling * (B A)^T of the embedding; see TiedHead."""
+
+
+class TiedDoRAHead(TiedHead, DoRALinear):
+    """The same with W' of a TiedDoRAEmbedding.
+
+    Attributes:
+        embedding_magnitude: the embedding's magnitude, the very parameter.
+    """
+
+    def _make_magnitude(self, out: int) -> None:
+        self.embedding_magnitude = cast(TiedDoRAEmbedding, self._shared[0]).magnitude
+
+    def reset_parameters(self) -> None:
+        """Starts nothing, since the embedding does; sums ||W||^2."""
+        self.refresh_base_norm()
+
+    @property
+    def magnitude(self) -> Tensor:  # type: ignore[override]
+        """m, [num]."""
+        return self.embedding_magnitude
+
+
+class TiedDoRAEmbedding(DoRALayer, LowRankEmbedding):
+    """An embedding with a DoRA adapter that its head shares: y = m[t] * V'[t] / ||V'[t]||, V' = W + scaling * (B A)^T
+    [num, dim].
+
+    One magnitude and one norm a token, since the rows of the head's weight are the tokens. (DoRAEmbedding, which
+    stands alone, has one a dimension, as PEFT has it.) The norms are those of the rows that are looked up.
+
+    Args and errors: as LoRAEmbedding.
+
+    Attributes:
+        magnitude: m, [num_embeddings]; starts at ||W||.
+    """
+
+    def __init__(self, base: nn.Module, rank: int = 16, alpha: float = 32.0, dropout: float = 0.0, **options: Any):
+        super().__init__(base, rank, alpha, dropout, **options)
+        self.base_norm_squared = None  # type: ignore[assignment]  # which nothing reads
+
+    def _make_magnitude(self, out: int) -> None:
+        self.magnitude = nn.Parameter(self.lora_A.new_empty(self.lora_A.shape[1]))
+
+    def refresh_base_norm(self) -> None:
+        """Does nothing: no norm is kept."""
+
+    def reset_magnitude(self) -> None:
+        if not self.lora_A.is_meta:
+            self.set_magnitude(torch.linalg.vector_norm(self._direction(), dim=0))
+
+    def merged_weight(self) -> Tensor:  # [dim, num]
+        base = self.dense_base()
+        if not self.enabled:
+            return base
+        direction = base + self.product()
+        norm = torch.linalg.vector_norm(direction, dim=0)
+        return self.weighed(base, row_scale(self.magnitude.to(norm.dtype), norm) * direction)
+
+    def forward(self, tokens: Tensor) -> Tensor:  # int64 [...] -> [..., dim]
+        return self.updated(self.base(tokens), tokens, self._update)
+
+    def _update(self, y: Tensor, tokens: Tensor) -> Tensor:
+        v = self.low_rank_lookup(y, tokens)  # V'[t], times the scale that the base puts on its output
+        norm = torch.linalg.vector_norm(v.detach(), dim=-1, dtype=base_layer.accumulate_dtype(v.dtype))  # [...]
+        m = functional.embedding(tokens, self.magnitude.unsqueeze(1), self.padding_idx).squeeze(-1).to(norm.dtype)
+        factor = getattr(self.innermost, "embed_scale", None)
+        scale = row_scale(m if factor is None else m * factor, norm)
+        return self.weighed(y, v * scale.to(v.dtype).unsqueeze(-1))
+
+
+def tied_head(base: nn.Module, embedding: LowRankEmbedding, dropout: float) -> TiedHead:
+    """The head that goes with an adapted embedding, LoRA or DoRA."""
+    kind = TiedDoRAHead if isinstance(embedding, TiedDoRAEmbedding) else TiedLoRAHead
+    return kind(base, embedding, dropout)
+
+
+def tied_embedding(base: nn.Module, owner: LowRankEmbedding) -> LowRankEmbedding:
+    """The adapter of another embedding with the table of an adapted one."""
+    options: dict[str, Any] = {"rslora": owner.rslora, "init": owner.init}
+    layer = type(owner)(base, owner.rank, owner.alpha, owner.dropout, **options)
+    layer.lora_A, layer.lora_B, layer.adapter_name = owner.lora_A, owner.lora_B, owner.adapter_name
+    if isinstance(layer, TiedDoRAEmbedding):
+        layer.magnitude = cast(TiedDoRAEmbedding, owner).magnitude
+    return layer
+
+
+def shared_pair(layer: nn.Module) -> nn.Parameter | None:
+    """A of the pair that a layer may have together with others: of an embedding, or a head that takes its."""
+    if isinstance(layer, TiedHead):
+        return layer.embedding_A
+    return layer.lora_A if isinstance(layer, LowRankEmbedding) else None
+
+
 def same_table(layer: Any, other: Any) -> bool:
     """Whether two adapted layers amount to one table, so that it can be merged once: the same pairs over one weight."""
     while isinstance(layer, LowRankLayer) and isinstance(other, LowRankLayer):
-        pairs = [one.embedding_A if isinstance(one, TiedHead) else one.lora_A for one in (layer, other)]
-        if pairs[0] is not pairs[1] or (layer.enabled, layer.strength) != (other.enabled, other.strength):
+        pair = shared_pair(layer)
+        if (
+            pair is None
+            or pair is not shared_pair(other)
+            or (layer.enabled, layer.strength) != (other.enabled, other.strength)
+        ):
             return False
         layer, other = layer.base, other.base
     if isinstance(layer, LowRankLayer) or isinstance(other, LowRankLayer):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from phicore.adapters import base as base_layer
 from phicore.adapters.embedding import LowRankEmbedding
-from phicore.adapters.lora import LowRankLayer
+from phicore.adapters.lora import LowRankLayer, Rows, updated_rows
 from phicore.adapters.trained import TrainedPart
 from phicore.modules import matches, no_match
 
@@ -30,6 +30,7 @@ class TrainedRows(TrainedPart):
     Attributes:
         trained: the rows' values, [k, dim].
         token_indices: int64 [k], in the order of the values.
+        rows: the rows of a batch in which the values stand; None for all.
         owner: whether the values were made here, so that a file holds them under this module's name.
 
     Raises:
@@ -57,6 +58,7 @@ class TrainedRows(TrainedPart):
                 f"frozen; set max_norm=None"
             )
         self.register_buffer("token_indices", torch.tensor(token_indices, device=table.device))
+        self.rows: Rows | None = None
         self.owner = trained is None
         if trained is None:
             trained = nn.Parameter(table.detach()[self.token_indices].to(dtype or table.dtype))
@@ -74,7 +76,8 @@ class TrainedRows(TrainedPart):
         y = self.base(x)
         if not self.enabled:
             return y
-        return self._looked_up(y, x) if isinstance(self.base, nn.Embedding) else self._projected(y, x)
+        update = self._looked_up if isinstance(self.base, nn.Embedding) else self._projected
+        return update(y, x) if self.rows is None else updated_rows(self.rows, y, x, update)
 
     def _looked_up(self, y: Tensor, tokens: Tensor) -> Tensor:
         order = self.token_indices.argsort()

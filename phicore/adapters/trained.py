@@ -91,6 +91,14 @@ def has_bias(module: nn.Module) -> bool:
     return isinstance(module._parameters.get("bias"), nn.Parameter)
 
 
+def trains_bias(model: nn.Module, bias: str, path: str, layer: nn.Module) -> bool:
+    """Whether `LoRAConfig.bias` trains the bias of an adapted layer: of an nn.MultiheadAttention only out_proj's, since
+    in_proj_bias is not called bias, and PEFT goes by that name."""
+    parent, _, name = path.rpartition(".")
+    in_attention = isinstance(model.get_submodule(parent), nn.MultiheadAttention)
+    return bias != "none" and has_bias(layer) and (not in_attention or name == "out_proj")
+
+
 def _other_biases(path: str, module: nn.Module) -> list[str]:
     """Names of a module's parameters that are biases but not called so, which no TrainedBias can train."""
     own = (name for name, _ in module.named_parameters(recurse=False))
@@ -111,8 +119,7 @@ def biases_beside(
 
     Raises:
         ValueError: there is no bias to train; the model has adapters already beside which all biases cannot train; a
-            module of its own bias that also holds layers; biases of an
-            nn.MultiheadAttention that is adapted, or in a module of which parameters are.
+            module of its own bias that also holds layers; a bias in a module of which parameters are adapted.
 
     Warns:
         UserWarning: biases under other names, which stay frozen (an nn.MultiheadAttention's in_proj_bias).
@@ -124,13 +131,6 @@ def biases_beside(
             )
     if bias == "none":
         return {}
-    for path, layer in targets.items():
-        parent = path.rpartition(".")[0]
-        if isinstance(model.get_submodule(parent), nn.MultiheadAttention) and has_bias(layer):
-            raise ValueError(
-                f'bias="{bias}": the bias of {path}, a projection of nn.MultiheadAttention, cannot be trained beside '
-                f'a pair, since PEFT trains other ones there; use bias="none", or modules_to_save for {parent}'
-            )
     for stack in stacks:
         for name, module in model.get_submodule(stack).named_modules(prefix=stack):
             if has_bias(module):
@@ -139,7 +139,11 @@ def biases_beside(
                     f'{stack}; use bias="none", or target_modules'
                 )
     found: dict[str, nn.Module] = {}
-    left: list[str] = []
+    left = [
+        f"{path.rpartition('.')[0]}.in_proj_bias"
+        for path, layer in targets.items()
+        if has_bias(layer) and not trains_bias(model, bias, path, layer)
+    ]
     if bias == "all":
         whole = tuple(f"{path}." for path in saved)
         for path, module in model.named_modules(remove_duplicate=False):
@@ -154,13 +158,13 @@ def biases_beside(
                     f'the layers in it, which cannot be trained alone; use bias="lora_only", or modules_to_save'
                 )
             found[path] = module
-    if left:
+    if left := list(dict.fromkeys(left)):
         warnings.warn(
-            f'bias="all" leaves {", ".join(left[:5])}{" ..." if len(left) > 5 else ""} frozen, since only parameters '
+            f'bias="{bias}" leaves {", ".join(left[:5])}{" ..." if len(left) > 5 else ""} frozen, since only what is '
             f'called "bias" can be trained alone; name their modules in modules_to_save to train them',
             stacklevel=4,
         )
-    if not found and not any(has_bias(layer) for layer in targets.values()):
+    if not found and not any(trains_bias(model, bias, path, layer) for path, layer in targets.items()):
         raise ValueError(
             f'bias="{bias}": {"no module" if bias == "all" else "no adapted layer"} has a bias; use "none"'
         )

@@ -6,7 +6,7 @@ The directory's config.json says so in quantization_config, and transformers the
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +124,9 @@ def _listed(names: Iterable[str]) -> str:
 
 def packed_groups(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """The tensors of a model that stand in its files: each dense one, then each NF4 weight as bitsandbytes names it."""
+    every = {path: m for path, m in model.named_modules(remove_duplicate=False) if isinstance(m, NF4Linear)}
+    parts = {f"{path}.{part}" if path else part for path, layer in every.items() for part in layer.nf4.parts()}
     layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, NF4Linear)}
-    parts = {f"{path}.{part}" if path else part for path, layer in layers.items() for part in layer.nf4.parts()}
     seen: set[int] = set()
     for key, tensor in model.state_dict().items():
         if key not in parts and (tensor.data_ptr() not in seen or not tensor.numel()):
@@ -219,9 +220,11 @@ def load_weights(model: nn.Module, weights: Mapping[str, TensorFile], dtype: tor
     """
     layers, plain_keys = _coded_layers(model, weights)
     expected = model.state_dict()
-    for owner in layers:
-        del expected[f"{owner}.weight"]
-    missing, unexpected, unlike = compare(expected, {key: weights[key] for key in plain_keys}, tied_groups(model))
+    places = _places(model, layers, plain_keys)
+    for place in (place for owner in layers for place in places[owner]):
+        del expected[f"{place}.weight"]
+    one_of = [*tied_groups(model), *_names_of_one_tensor(model, places)]
+    missing, unexpected, unlike = compare(expected, {key: weights[key] for key in plain_keys}, one_of)
     problems = [
         f"{what}: {keys[:10]}"
         for what, keys in (("missing", missing), ("unexpected", unexpected), ("unlike", unlike))
@@ -243,7 +246,8 @@ def load_weights(model: nn.Module, weights: Mapping[str, TensorFile], dtype: tor
             name = f"{file.path}: {path}.weight"
             ready[path] = _nf4_linear(model.get_submodule(path), unpack_weight(read.pop(path), name), name, dtype)
     for owner, layer in ready.items():
-        replace(model, owner, layer)
+        for place in places[owner]:
+            replace(model, place, layer)
     model.load_state_dict(plain, strict=False, assign=True)
     if callable(tie := getattr(model, "tie_weights", None)):
         # Which of two tied weights is there, and whether they are equal where both are, decides what is tied.
@@ -267,6 +271,30 @@ def _coded_layers(model: nn.Module, weights: Mapping[str, TensorFile]) -> tuple[
         every = {name, *(f"{name}.{part}" for part in ("absmax", "quant_map", *NESTED, STATE))}
         layers[path] = every & weights.keys()
     return layers, set(weights).difference(*layers.values())
+
+
+def _places(model: nn.Module, coded: Iterable[str], dense: Set[str]) -> dict[str, list[str]]:
+    """The places of each module by its first name, those of a coded layer by the name that is coded; where the files
+    have a dense weight for one of its places too, this is left to itself."""
+    names: dict[nn.Module, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(path)
+    places: dict[str, list[str]] = {}
+    for owner in coded:
+        together = names[model.get_submodule(owner)]
+        places[owner] = [path for path in together if f"{path}.weight" not in dense]
+        together[:] = [path for path in together if path not in places[owner]]
+    return places | {paths[0]: paths for paths in names.values() if paths}
+
+
+def _names_of_one_tensor(model: nn.Module, places: Mapping[str, list[str]]) -> list[set[str]]:
+    """Names of tensors of modules that stand in several places: files need to hold one."""
+    return [
+        {f"{path}.{name}" for path in paths}
+        for first, paths in places.items()
+        if len(paths) > 1
+        for name in [*model.get_submodule(first)._parameters, *model.get_submodule(first)._buffers]
+    ]
 
 
 def _nf4_linear(linear: Any, weight: NF4Tensor, name: str, dtype: torch.dtype) -> NF4Linear:

@@ -56,11 +56,21 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str 
     """
     tensors = {key: tensor.detach().contiguous().cpu() for key, tensor in adapter_tensors(model, name).items()}
     config = adapter_config(model, name)
-    data = save(tensors, metadata={"format": "pt"})
+    data = save(_each_alone(tensors), metadata={"format": "pt"})
     if parts := split_parts(model, name):
         data = with_metadata(data, PARTS, json.dumps(parts, sort_keys=True))
     atomic.write_bytes(Path(directory) / WEIGHTS, data)
     atomic.write_text(Path(directory) / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _each_alone(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same with a copy of each tensor that shares memory with another, as a tied pair of rank 1 does."""
+    seen: set[int] = set()
+    alone: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        alone[key] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    return alone
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str = "default") -> nn.Module:
@@ -181,7 +191,12 @@ def _check_tied(
     for path, first in places.items():
         head = [tensors[f"{PREFIX}{path}.lora_{part}.weight"] for part in "AB"]
         embedding = [tensors[f"{PREFIX}{first}.lora_embedding_{part}"] for part in "BA"]
-        if not all(torch.equal(one, other.t().to(one.dtype)) for one, other in zip(head, embedding, strict=True)):
+        keys = [f"{PREFIX}{one}.lora_magnitude_vector" for one in (path, first)]
+        magnitudes = [tensors[key].flatten() for key in keys if key in tensors]
+        if not (
+            all(torch.equal(one, other.t().to(one.dtype)) for one, other in zip(head, embedding, strict=True))
+            and (not magnitudes or torch.equal(*magnitudes))
+        ):
             raise ValueError(
                 f"{directory}: ensure_weight_tying means one pair for {first} and {path}, and the file has two that "
                 f"differ; load it into a model without this adapter, with ensure_weight_tying false in {CONFIG}"

@@ -2,20 +2,20 @@
 
 import re
 from collections import Counter
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from phicore.adapters.attach import TrainedCopy, adaptable_kinds, adapter_layers, linear_kinds, pattern_value
-from phicore.adapters.attention import OpenAttention
+from phicore.adapters.attention import OpenAttention, projections
 from phicore.adapters.base import transposed_kinds
 from phicore.adapters.config import LoRAConfig
 from phicore.adapters.dora import DoRALayer
-from phicore.adapters.experts import LoRAExperts
+from phicore.adapters.experts import DoRAExperts, LoRAExperts
 from phicore.adapters.fused import part_paths
 from phicore.adapters.layer_index import as_patterns, described_by_indices, layer_index
 from phicore.adapters.lora import LowRankLayer, LowRankLinear
-from phicore.adapters.tied import TiedHead, tied_tables
+from phicore.adapters.tied import shared_pair, tied_tables
 from phicore.adapters.token_rows import input_embedding, owners
 from phicore.adapters.trained import TrainedBias, has_bias
 from phicore.formats.peft_fields import DEFAULT_ALPHA, DEFAULT_RANK
@@ -54,13 +54,13 @@ def adapter_config(model: nn.Module, name: str = "default") -> dict[str, Any]:
         "lora_alpha": _integer_if_whole(alpha),
         "lora_dropout": first.dropout if first else 0.0,
         **_shortest_targets(model, sorted({_target(model, path) for path, _ in layers})),
-        "use_dora": isinstance(first, DoRALayer),
+        "use_dora": isinstance(settings[0][3], DoRALayer | DoRAExperts),
         "use_rslora": settings[0][3].rslora,
         "rank_pattern": {re.escape(path): r for path, r, _, _ in settings if r != rank},
         "alpha_pattern": {re.escape(path): _integer_if_whole(a) for path, _, a, _ in settings if a != alpha},
         "modules_to_save": sorted(saved) or None,
         "bias": _bias(model, name),
-        **({"ensure_weight_tying": True} if any(isinstance(layer, TiedHead) for _, layer in layers) else {}),
+        **({"ensure_weight_tying": True} if _ties(model, name) else {}),
         **({"trainable_token_indices": tokens} if (tokens := _tokens(model, name)) else {}),
         # PEFT warns where this is not what the layers are; it has one value for all of them.
         "fan_in_fan_out": bool(linear) and isinstance(linear[0], transposed_kinds()),
@@ -69,6 +69,12 @@ def adapter_config(model: nn.Module, name: str = "default") -> dict[str, Any]:
     if parameters:
         config["target_parameters"] = _shortest_parameters(model, parameters)
     return config
+
+
+def _ties(model: nn.Module, name: str) -> bool:
+    """Whether layers of an adapter have one pair together."""
+    pairs = [id(pair) for _, layer in adapter_layers(model, name) if (pair := shared_pair(layer)) is not None]
+    return len(set(pairs)) < len(pairs)
 
 
 def _target(model: nn.Module, path: str) -> str:
@@ -158,8 +164,11 @@ def lora_config(model: nn.Module, raw: dict[str, Any], tensors: dict[str, Tensor
         )
     # A pair's dtype before that of biases or whole modules, which PEFT leaves in the base's.
     floating = [t.dtype for _, t in sorted(tensors.items(), key=lambda item: ".lora_" not in item[0]) if _floats(t)]
-    biased = any(map(has_bias, model.modules() if raw.get("bias") == "all" else [candidates[path] for path in known]))
     attentions = {path for path in known if isinstance(candidates[path], nn.MultiheadAttention)}
+    layers = [cast(Any, candidates[path]).out_proj if path in attentions else candidates[path] for path in known]
+    biased = any(map(has_bias, model.modules() if raw.get("bias") == "all" else layers))
+    inside = [f"{path}.{name}" for path in attentions for name in projections(candidates[path])]  # type: ignore[arg-type]
+    patterned = [*known, *inside, *parameters]
     parts = {path: of for path, of in parts.items() if path in known or path.rpartition(".")[0] in attentions}
     named = {part_paths(path).get(part, path): values for path, of in parts.items() for part, values in of.items()}
     split = [path for path, of in parts.items() if of.keys() <= part_paths(path).keys()]
@@ -175,9 +184,9 @@ def lora_config(model: nn.Module, raw: dict[str, Any], tensors: dict[str, Tensor
         dora=bool(raw.get("use_dora")),
         rslora=bool(raw.get("use_rslora")),
         rank_pattern={re.escape(path): rank for path, (rank, _) in named.items()}
-        | {k: v for k, v in (raw.get("rank_pattern") or {}).items() if _ends_some(k, [*known, *parameters])},
+        | {k: v for k, v in (raw.get("rank_pattern") or {}).items() if _ends_some(k, patterned)},
         alpha_pattern={re.escape(path): alpha for path, (_, alpha) in named.items()}
-        | {k: v for k, v in (raw.get("alpha_pattern") or {}).items() if _ends_some(k, [*known, *parameters])},
+        | {k: v for k, v in (raw.get("alpha_pattern") or {}).items() if _ends_some(k, patterned)},
         # For some tasks PEFT writes the names that a head can have, of which the model has one.
         modules_to_save=[
             entry
@@ -240,7 +249,7 @@ def differences(model: nn.Module, raw: dict[str, Any], parts: Parts, name: str) 
                 pattern_value(raw.get("alpha_pattern") or {}, path, raw.get("lora_alpha", DEFAULT_ALPHA)),
                 alpha,
             ),
-            ("use_dora", bool(raw.get("use_dora")), isinstance(layer, DoRALayer)),
+            ("use_dora", bool(raw.get("use_dora")), isinstance(layer, DoRALayer | DoRAExperts)),
             ("use_rslora", bool(raw.get("use_rslora")), layer.rslora),
             ("parts", parts.get(own_path, parts_of(layer)), parts_of(layer) or filled_up(own_path, layer, parts)),
         ):

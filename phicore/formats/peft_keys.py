@@ -9,7 +9,11 @@ name of one of its own tensors. The adapter's name is not in the file.
 
 The pairs of a parameter of a module (target_parameters) are one, A [experts * rank, in] and B [out, rank * experts],
 under the module's name. Where several of its parameters are adapted, PEFT nests a wrapper for each: that of the last
-parameter stands at the module's name, and each other one a ".base_layer" further in.
+parameter stands at the module's name, and each other one a ".base_layer" further in. PEFT refuses DoRA for parameters;
+such a file has a ".lora_magnitude_vector" [experts, out] beside each pair, for phicore alone.
+
+An embedding and its head with one pair (ensure_weight_tying) have it twice, under the keys of both. With DoRA they have
+one magnitude a token, in the embedding's keys as [num, 1]: PEFT, which has one a dimension [dim] there, refuses it.
 
 nn.MultiheadAttention has the pair of in_proj under its own name and that of out_proj under ".base_layer.out_proj", both
 of one rank; the smaller is filled up with zeros. PEFT computes with twice out_proj's product (it adds it to the weight,
@@ -38,13 +42,14 @@ from phicore.adapters.attention import is_packed, layer_setting, projections
 from phicore.adapters.config import LoRAConfig
 from phicore.adapters.convolution import LowRankConvolution
 from phicore.adapters.dora import DoRALayer
-from phicore.adapters.embedding import LowRankEmbedding
-from phicore.adapters.experts import LoRAExperts, named_stacks, plan_parameters, stacked_shape
+from phicore.adapters.embedding import DoRAEmbedding, LowRankEmbedding
+from phicore.adapters.experts import DoRAExperts, LoRAExperts, stacked_shape
 from phicore.adapters.fused import FusedLinear, Split, splits
 from phicore.adapters.lora import LowRankLayer, LowRankLinear
-from phicore.adapters.tied import owners_of_tied
+from phicore.adapters.parameters import named_stacks, plan_parameters
+from phicore.adapters.tied import TiedDoRAEmbedding, owners_of_tied
 from phicore.adapters.token_rows import TrainedRows
-from phicore.adapters.trained import TrainedBias, TrainedPart, has_bias
+from phicore.adapters.trained import TrainedBias, TrainedPart, trains_bias
 
 PREFIX = "base_model.model."
 BIAS, ROWS = ".base_layer.bias", ".token_adapter.trainable_tokens_delta"
@@ -97,7 +102,9 @@ def _pair_tensors(place: str, layer: LowRankLayer, rank: int) -> dict[str, Tenso
         A, B = nn.functional.pad(A, (0, 0, 0, missing)), nn.functional.pad(B, (0, missing))
     tensors: dict[str, Tensor] = {place + key_A: A, place + key_B: B}
     if isinstance(layer, DoRALayer):
-        tensors[place + magnitude] = layer.magnitude.view(_magnitude_shape(type(layer), layer.lora_B.shape))
+        tensors[place + magnitude] = layer.magnitude.view(
+            _magnitude_shape(type(layer), layer.lora_A.shape, layer.lora_B.shape)
+        )
     if isinstance(layer, FusedLinear):  # whose magnitudes beside the parts are the base's norms, in float32
         tensors = {key: tensor.to(A.dtype) for key, tensor in tensors.items()}
     return tensors
@@ -143,8 +150,10 @@ def _endings(kind: type[LowRankLayer]) -> tuple[str, str, str]:
     return ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 
 
-def _magnitude_shape(kind: type[LowRankLayer], shape_B: tuple[int, ...]) -> tuple[int, ...]:
-    """[out], or [1, out, 1, ...] of a convolution."""
+def _magnitude_shape(kind: type[LowRankLayer], shape_A: tuple[int, ...], shape_B: tuple[int, ...]) -> tuple[int, ...]:
+    """[out]; [1, out, 1, ...] of a convolution; [num, 1] of an embedding whose head shares it."""
+    if issubclass(kind, TiedDoRAEmbedding):
+        return (shape_A[1], 1)
     return (1, shape_B[0], *shape_B[2:]) if issubclass(kind, LowRankConvolution) else (shape_B[0],)
 
 
@@ -224,6 +233,8 @@ def _expert_tensors(path: str, layer: LoRAExperts) -> dict[str, Tensor]:
         pair: Any = layer.pairs[name]
         tensors[place + ".lora_A.weight"] = pair.lora_A.flatten(0, 1)  # [experts * rank, in]
         tensors[place + ".lora_B.weight"] = pair.lora_B.permute(1, 2, 0).flatten(1)  # [out, rank * experts]
+        if isinstance(layer, DoRAExperts):
+            tensors[place + ".lora_magnitude_vector"] = pair.magnitude  # [experts, out]
     return tensors
 
 
@@ -234,6 +245,8 @@ def fill_experts(path: str, layer: LoRAExperts, tensors: dict[str, Tensor]) -> N
         experts, out, rank = pair.lora_B.shape
         pair.lora_A.copy_(tensors[place + ".lora_A.weight"].view(pair.lora_A.shape))
         pair.lora_B.copy_(tensors[place + ".lora_B.weight"].view(out, rank, experts).permute(2, 0, 1))
+        if isinstance(layer, DoRAExperts):
+            pair.magnitude.copy_(tensors[place + ".lora_magnitude_vector"])
 
 
 def adaptable_parameters(model: nn.Module) -> dict[str, str]:
@@ -263,6 +276,8 @@ def expected_tensors(model: nn.Module, config: LoRAConfig) -> dict[str, Tensor]:
             tensors |= {f"{PREFIX}{path}.{key}": t.to("meta") for key, t in module.state_dict().items()}
             continue
         kind = layer_class(module, config.dora)
+        if kind is DoRAEmbedding and path in {*owner, *owner.values()}:
+            kind = TiedDoRAEmbedding
         key_A, key_B, magnitude = _endings(kind)
         rank = own_rank(model, config, owner.get(path, path), split)
         if found := packed_attention(model, path):
@@ -270,8 +285,8 @@ def expected_tensors(model: nn.Module, config: LoRAConfig) -> dict[str, Tensor]:
         shape_A, shape_B = kind.pair_shapes(module, rank)
         shapes = {key_A: shape_A, key_B: shape_B}
         if config.dora:
-            shapes[magnitude] = _magnitude_shape(kind, shape_B)
-        if config.bias != "none" and has_bias(module):
+            shapes[magnitude] = _magnitude_shape(kind, shape_A, shape_B)
+        if trains_bias(model, config.bias, path, module):
             shapes[BIAS] = tuple(module.bias.shape)  # type: ignore[arg-type]
         for ending, shape in shapes.items():
             tensors[place_of(model, path) + ending] = torch.empty(shape, dtype=dtype, device="meta")
@@ -285,6 +300,8 @@ def expected_tensors(model: nn.Module, config: LoRAConfig) -> dict[str, Tensor]:
                 rank = ranks[name]
                 tensors[place + ".lora_A.weight"] = torch.empty(experts * rank, width, dtype=dtype, device="meta")
                 tensors[place + ".lora_B.weight"] = torch.empty(out, rank * experts, dtype=dtype, device="meta")
+                if config.dora:
+                    tensors[place + ".lora_magnitude_vector"] = torch.empty(experts, out, dtype=dtype, device="meta")
     for path, part in beside.items():
         if part not in seen:
             seen.add(part)

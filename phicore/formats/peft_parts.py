@@ -92,8 +92,11 @@ def check_parts(
     if config is not None:
         targets = plan(model, config)[0]
         split = splits(model, config, targets)
-        ranks = {path: own_rank(model, config, path, split) for path in targets if packed_attention(model, path)}
-        parts = {path: (of.sizes, of.ranks) for path, of in split.items()}
+        first: dict[nn.Module, str] = {}  # the place for which a file has a module that stands in several
+        for path, module in targets.items():
+            first.setdefault(module, path)
+        ranks = {path: own_rank(model, config, path, split) for path in first.values() if packed_attention(model, path)}
+        parts = {path: (split[path].sizes, split[path].ranks) for path in first.values() if path in split}
     else:
         for path, layer in adapter_layers(model, name):
             if isinstance(layer, LowRankLayer) and packed_attention(model, path):

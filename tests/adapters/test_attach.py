@@ -1,39 +1,17 @@
-"""attach, merge, unmerge and disabled: what they make of a model, and that a failure changes nothing."""
+"""attach and disabled: what they make of a model, and that a failure changes nothing."""
 
 import copy
 import json
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import phicore
 from phicore.adapters import adapter_layers
 from phicore.adapters.lora import LowRankLinear
-
-NF4 = pytest.mark.parametrize("nf4", [False, True], ids=["dense", "nf4"])
-DORA = pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
-CONFIG = {"rank": 3, "alpha": 7.0}
-
-
-def adapted(model: nn.Module, randomize, name: str = "default", seed: int = 1, **options) -> nn.Module:
-    """A model with an adapter whose B is not zero."""
-    return randomize(phicore.attach(model, phicore.LoRAConfig(**{**CONFIG, **options}), name), seed=seed)
-
-
-def build(toy, nf4: bool = False, dtype: torch.dtype = torch.float32, **options) -> nn.Module:
-    model = toy(dtype=dtype, **options)
-    return phicore.quantize_(model) if nf4 else model
-
-
-def trainable(model: nn.Module) -> set[str]:
-    return {name for name, p in model.named_parameters() if p.requires_grad}
-
-
-def x_for(model: nn.Module, *lead: int) -> Tensor:
-    return torch.randn(*(lead or (5,)), 10, dtype=model.norm.weight.dtype)
-
+from tests.adapters.toys import CONFIG, DORA, NF4, adapted, build, trainable, x_for
 
 # ===== attach =====
 
@@ -318,117 +296,6 @@ def test_a_shared_module_has_one_trained_copy(toy, randomize):
     assert model.blocks[0].norm is model.blocks[1].norm
     phicore.unmerge(model)
     assert model.blocks[0].norm is model.blocks[1].norm
-
-
-# ===== merge and unmerge =====
-
-
-@NF4
-@DORA
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-6), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
-def test_merged_equals_unmerged(toy, randomize, relative_error, nf4, dora, dtype, bound):
-    model = build(toy, nf4).to(dtype)
-    dense_keys = toy().state_dict().keys()
-    adapted(model, randomize, dora=dora)
-    model.train()
-    x = x_for(model)
-    y, state = model(x), copy.deepcopy(model.state_dict())
-    errors = phicore.merge(model)
-    assert not list(adapter_layers(model))
-    assert relative_error(model(x), y) < bound
-    assert model.state_dict().keys() == dense_keys  # over NF4 too: merging makes its layers dense
-    assert {p.dtype for p in model.parameters()} == {dtype}
-    assert model.embed.training
-    assert trainable(model) == set()
-
-    assert phicore.unmerge(model) is model
-    assert torch.equal(model(x), y)
-    assert model.state_dict().keys() == state.keys()
-    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
-    assert all(not layer.base.training or layer.training for _, layer in adapter_layers(model))
-    assert trainable(model)
-    assert set(errors) == {p for p, _ in adapter_layers(model)}
-
-
-@DORA
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_merge_reports_the_rounding_error(toy, randomize, relative_error, dora, dtype):
-    model = adapted(build(toy, dtype=dtype), randomize, dora=dora)
-    layers = dict(adapter_layers(model))
-    errors = phicore.merge(model)
-    eps = torch.finfo(dtype).eps
-    for path, layer in layers.items():
-        base, A, B = (t.detach().double() for t in (layer.base.weight, layer.lora_A, layer.lora_B))
-        exact = base + 7 / 3 * B @ A
-        if dora:
-            exact = layer.magnitude.detach().double()[:, None] * exact / exact.norm(dim=1, keepdim=True)
-        merged = model.get_submodule(path).weight
-        assert merged.dtype == dtype
-        assert ((merged.double() - exact).abs() <= 0.51 * eps * exact.abs() + 1e-5 * exact.abs().max() * eps**0.1).all()
-        assert errors[path] <= eps / 2
-        if dtype in (torch.bfloat16, torch.float16):
-            assert errors[path] == pytest.approx(relative_error(merged, exact), rel=1e-2)
-
-
-@pytest.mark.parametrize("double_quant", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_requantize_keeps_nf4_and_reports_its_error(toy, randomize, relative_error, dtype, double_quant):
-    model = toy(dtype=dtype)
-    phicore.quantize_(model, block_size=128, double_quant=double_quant)
-    before = copy.deepcopy(model)
-    adapted(model, randomize)
-    layers = dict(adapter_layers(model))
-    x = x_for(model)
-    y = model(x)
-    errors = phicore.merge(model, requantize=True)
-    assert model.state_dict().keys() == before.state_dict().keys()
-    for path, layer in layers.items():
-        merged = model.get_submodule(path)
-        assert type(merged) is phicore.NF4Linear
-        assert (merged.block_size, merged.double_quant, merged.dtype) == (128, double_quant, dtype)
-        exact = layer.base.nf4.dequantize(torch.float64) + 7 / 3 * layer.lora_B.double() @ layer.lora_A.double()
-        assert errors[path] == pytest.approx(relative_error(merged.nf4.dequantize(torch.float32), exact), rel=1e-3)
-        assert 0.05 < errors[path] < 0.15
-        assert torch.equal(merged.bias, layer.bias) if layer.bias is not None else merged.bias is None
-    before.load_state_dict(model.state_dict(), strict=True)
-    assert torch.equal(before(x), model(x))
-    assert torch.equal(phicore.unmerge(model)(x), y)
-
-
-def test_requantize_leaves_dense_layers_dense(toy, randomize):
-    model = toy(dtype=torch.float32)
-    phicore.quantize_(model, ["up_proj"])
-    adapted(model, randomize)
-    phicore.merge(model, requantize=True)
-    assert type(model.blocks[0].up_proj) is phicore.NF4Linear
-    assert type(model.blocks[0].down_proj) is nn.Linear
-
-
-def test_a_merged_weight_of_zero_has_a_finite_error():
-    model = nn.ModuleDict({"fc": nn.Linear(3, 3)})
-    nn.init.zeros_(model["fc"].weight)
-    phicore.attach(model, phicore.LoRAConfig(**CONFIG))
-    assert phicore.merge(model) == {"fc": 0.0}
-
-
-def test_unmerge_follows_the_mode_of_the_merged_model(toy, randomize):
-    model = adapted(toy(), randomize, dropout=0.5).train()
-    phicore.merge(model)
-    phicore.unmerge(model.eval())
-    assert not any(module.training for module in model.modules())
-
-
-def test_a_merged_model_saves_and_copies_like_a_plain_one(toy, randomize):
-    model = adapted(toy(), randomize)
-    x = x_for(model)
-    phicore.merge(model)
-    plain = toy(seed=8)
-    plain.load_state_dict(model.state_dict(), strict=True)
-    assert torch.equal(plain(x), model(x))
-    other = copy.deepcopy(model)
-    phicore.unmerge(other)
-    assert not list(adapter_layers(model))
-    torch.testing.assert_close(other(x), model(x))
 
 
 # ===== disabled =====

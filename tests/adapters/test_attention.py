@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import phicore
 from phicore.adapters import adapter_layers, mixed
@@ -332,3 +333,18 @@ def test_all_linear_leaves_it_out(randomize):
     with pytest.warns(UserWarning, match=r"leaves out nn\.MultiheadAttention.*: attention"):
         phicore.attach(model, phicore.LoRAConfig())
     assert {path for path, _ in adapter_layers(model)} == {"head"}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_other_batches_and_masks_are_run_without_compiling_again(randomize, masked):
+    torch._dynamo.reset()
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)})
+    attention = randomize(phicore.attach(model, phicore.LoRAConfig(rank=2, target_modules=["attention"])))["attention"]
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(attention, fullgraph=True, backend=counter)
+    for rows in (3, 4, 5, 7):
+        x = torch.randn(rows, LENGTH, WIDTH)
+        masks = {"attn_mask": torch.randn(LENGTH, LENGTH), "key_padding_mask": torch.randn(rows, LENGTH)}
+        masks = masks if masked else {}
+        torch.testing.assert_close(compiled(x, x, x, **masks)[0], attention(x, x, x, **masks)[0])
+    assert counter.frame_count == 2  # the first sees a number, the second that it changes

@@ -1,5 +1,7 @@
 """Adapted models under DDP and FSDP2: the gradients of two ranks are those of one process."""
 
+from collections.abc import Iterable
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,6 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import phicore
+from tests.adapters.any_model import Drawn
 from tests.zero.ranks import Ranks
 
 METHODS = [(dora, nf4) for dora in (False, True) for nf4 in (False, True)]
@@ -40,20 +43,25 @@ def build(dora: bool, nf4: bool) -> nn.Module:
 
 
 def compare(dora: bool, nf4: bool, how: str) -> None:
+    x = torch.randn(8, 64, generator=torch.Generator().manual_seed(3))
+    alone, model = build(dora, nf4), build(dora, nf4)
+    same_gradients(alone, model, model[:2], x, how)
+
+
+def same_gradients(
+    alone: nn.Module, model: nn.Module, blocks: Iterable[nn.Module | list[nn.Module]], x: Tensor, how: str
+) -> None:
     """On each rank: half of the rows through the wrapped model, all of them through one that is not."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    x = torch.randn(8, 64, generator=torch.Generator().manual_seed(3))
-    alone = build(dora, nf4)
     loss = alone(x).square().mean()
     loss.backward()
     expected = {name: p.grad for name, p in alone.named_parameters() if p.grad is not None}
-    model = build(dora, nf4)
     wrapped: nn.Module = model
     if how == "ddp":
         wrapped = DistributedDataParallel(model)
     else:
         mesh = init_device_mesh("cpu", (world_size,))
-        for block in model[:2]:
+        for block in blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
     mine = wrapped(x[rank::world_size]).square().mean()
@@ -65,14 +73,73 @@ def compare(dora: bool, nf4: bool, how: str) -> None:
         torch.testing.assert_close(whole, expected[name])
 
 
+ATTENTION = ("attention", True, False, False)
+FUSED = ("fused", True, False, False)
+EXPERTS = ("experts", False, False, False)
+LINEAR = ("linear", True, False, False)
+TIED = {"target_modules": ["embed", "plain"], "ensure_weight_tying": True}
+KINDS = {  # name -> layers of the model, and what adapts them
+    "attention": ((ATTENTION,), {"target_modules": ["mha"]}),
+    "parts": ((FUSED,), {"target_modules": ["q_proj", "v_proj"], "fused_targets": "split"}),
+    "experts": ((LINEAR, EXPERTS), {"target_modules": ["plain"], "target_parameters": ["up", "down"]}),
+    "tied": ((LINEAR,), TIED),
+    "rows": ((LINEAR,), {"target_modules": ["plain"], "trainable_token_indices": [3, 7, 5]}),
+    "biases": ((FUSED, LINEAR), {"target_modules": ["plain"], "bias": "all"}),
+}
+
+
+def drawn(kind: str, dora: bool) -> nn.Module:
+    layers, options = KINDS[kind]
+    case = Drawn(layers, kind in ("tied", "rows"), True, {"rank": 2, "alpha": 3, "dora": dora, **options})
+    torch.manual_seed(0)
+    model = phicore.attach(case.build(), case.config())
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return model
+
+
+def compare_kind(kind: str, dora: bool, how: str) -> None:
+    alone, model = drawn(kind, dora), drawn(kind, dora)
+    x = torch.randint(0, 12, (8, 4), generator=torch.Generator().manual_seed(3))
+    # torch wants what shares parameters in one group.
+    tied = [[model.embed, model.head]] if kind in ("tied", "rows") else []
+    same_gradients(alone, model, [*model.layers, *tied], x, how)
+
+
+def compare_all_kinds(dora: bool, how: str) -> None:
+    for kind in KINDS:
+        compare_kind(kind, dora, how)
+
+
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    group = Ranks(2, tmp_path_factory.mktemp("ranks"))
-    yield group
-    group.stop()
+def started():
+    groups: list[Ranks] = []
+    yield groups
+    for group in groups:
+        group.stop()
+
+
+@pytest.fixture
+def ranks(started, tmp_path_factory):
+    if not started or started[-1].broken:
+        started.append(Ranks(2, tmp_path_factory.mktemp("ranks")))
+    return started[-1]
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp2"])
 @pytest.mark.parametrize(("dora", "nf4"), METHODS)
 def test_two_ranks_have_the_gradients_of_one_process(ranks, how, dora, nf4):
     ranks(compare, dora, nf4, how)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fsdp2_of_each_kind(ranks, kind):
+    for dora in (False, True) if kind not in ("rows", "biases") else (False,):
+        ranks(compare_kind, kind, dora, "fsdp2")
+
+
+def test_ddp_of_each_kind(ranks):
+    ranks(compare_all_kinds, True, "ddp")

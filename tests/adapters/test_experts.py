@@ -1,9 +1,10 @@
-"""LoRA over stacked parameters, against W + s B A of each expert in float64."""
+"""LoRA and DoRA over stacked parameters, against the formulas of each expert in float64."""
 
 import copy
 import math
 import pickle
 
+import peft
 import pytest
 import torch
 from hypothesis import given
@@ -11,10 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import phicore
-from phicore.adapters import LoRAExperts, activate, adapter_layers, mixed
+from phicore.adapters import DoRAExperts, LoRAExperts, activate, adapter_layers, mixed
 from phicore.adapters.attach import TrainedCopy
 
 IN, HIDDEN, EXPERTS = 6, 5, 3
+DORA = pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 TARGETS = ["experts.up", "experts.down"]
 
 
@@ -67,32 +69,44 @@ def adapted(model: nn.Module, randomize, name: str = "default", **options) -> nn
     return randomize(phicore.attach(model, phicore.LoRAConfig(**options), name), seed=len(name))
 
 
+def dense_weight(W: Tensor, A: Tensor, B: Tensor, magnitude: Tensor | None, s: float, detached: bool = True) -> Tensor:
+    """Of one expert, [out, in]."""
+    V = W + s * B @ A
+    if magnitude is None:
+        return V
+    norm = (V.detach() if detached else V).norm(dim=1, keepdim=True)
+    return magnitude[:, None] * V / norm
+
+
 @given(
+    dora=st.booleans(),
     transposed=st.booleans(),
     ranks=st.dictionaries(st.sampled_from(["up", "down"]), st.integers(1, 7), min_size=1),
     alpha=st.sampled_from([0.5, 7.0]),
     rslora=st.booleans(),
     lead=st.sampled_from([(), (4,), (0,), (2, 3)]),
 )
-def test_forward_and_gradients_equal_the_dense_formula(randomize, transposed, ranks, alpha, rslora, lead):
+def test_forward_and_gradients_equal_the_dense_formula(randomize, dora, transposed, ranks, alpha, rslora, lead):
     base = model_of(transposed).experts
     dense = copy.deepcopy(base)
     alphas = {name: alpha + i for i, name in enumerate(ranks)}
-    layer = randomize(LoRAExperts(base, ranks, alphas, rslora=rslora))
-    leaves, weights = [], {}
+    layer = randomize((DoRAExperts if dora else LoRAExperts)(base, ranks, alphas, rslora=rslora))
+    parts = ("lora_A", "lora_B", "magnitude") if dora else ("lora_A", "lora_B")
+    leaves, own, weights = [], [], {}
     for name, rank in ranks.items():
-        A, B = (
-            getattr(layer.pairs[name], f"lora_{which}").detach().clone().requires_grad_() for which in "AB"
-        )  # [E, rank, in], [E, out, rank]
-        leaves += [A, B]
+        here = [getattr(layer.pairs[name], part) for part in parts]
+        there = [p.detach().clone().requires_grad_() for p in here]  # [E, rank, in], [E, out, rank], [E, out]
+        own, leaves = own + here, leaves + there
         s = alphas[name] / (math.sqrt(rank) if rslora else rank)
-        delta = torch.stack([s * B[e] @ A[e] for e in range(EXPERTS)])
-        weights[name] = getattr(dense, name).detach() + (delta.mT if transposed else delta)
+        A, B, m = (*there, [None] * EXPERTS)[:3]
+        W = getattr(dense, name).detach()
+        W = W.mT if transposed else W
+        stacked = torch.stack([dense_weight(W[e], A[e], B[e], m[e], s) for e in range(EXPERTS)])
+        weights[name] = stacked.mT if transposed else stacked
     x = torch.randn(*lead, IN, dtype=torch.float64, requires_grad=True)
     expected = torch.func.functional_call(dense, weights, (x,), {"gain": 2.0})
     y = layer(x, gain=2.0)
     torch.testing.assert_close(y, expected)
-    own = [p for name in ranks for p in (layer.pairs[name].lora_A, layer.pairs[name].lora_B)]
     assert {id(p) for p in layer.parameters() if p.requires_grad} == {id(p) for p in own}
     grad = torch.randn_like(y)
     for g, e in zip(
@@ -101,15 +115,45 @@ def test_forward_and_gradients_equal_the_dense_formula(randomize, transposed, ra
         torch.testing.assert_close(g, e)
 
 
+def test_the_norm_of_dora_has_no_gradient(randomize):
+    layer = randomize(DoRAExperts(model_of().experts, {"up": 2}, 5.0))
+    pair, W = layer.pairs["up"], layer.base.up.detach()
+    A, B, m = (p.detach().clone().requires_grad_() for p in (pair.lora_A, pair.lora_B, pair.magnitude))
+    other = torch.stack([dense_weight(W[e], A[e], B[e], m[e], 2.5, detached=False) for e in range(EXPERTS)])
+    torch.testing.assert_close(layer.weights()["up"], other)
+    grad = torch.randn_like(other)
+    (ours,) = torch.autograd.grad(layer.weights()["up"], pair.lora_B, grad)
+    (theirs,) = torch.autograd.grad(other, B, grad)
+    assert not torch.allclose(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_zero_rows_of_dora_stay_finite(dtype):
+    base = model_of(dtype=dtype).experts
+    base.up.data[1, 2] = 0
+    layer = DoRAExperts(base, {"up": 2})
+    x = torch.randn(3, IN, dtype=dtype)
+    y = layer(x)
+    assert torch.allclose(y, base(x), rtol=1e-6 if dtype == torch.float64 else 5e-2, atol=5e-2)
+    y.sum().backward()
+    pair = layer.pairs["up"]
+    assert all(p.grad.isfinite().all() for p in (pair.lora_A, pair.lora_B, pair.magnitude))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("init", ["kaiming", "gaussian"])
-def test_a_new_adapter_is_its_base(init, dtype):
+@DORA
+def test_a_new_adapter_is_its_base(relative_error, init, dtype, dora):
     model = model_of(dtype=dtype)
     x = torch.randn(3, IN, dtype=dtype)
     y = model(x)
-    config = phicore.LoRAConfig(rank=40, target_modules=["embed"], target_parameters=TARGETS, init=init)
+    config = phicore.LoRAConfig(rank=40, target_modules=["embed"], target_parameters=TARGETS, init=init, dora=dora)
     phicore.attach(model, config)
-    assert torch.equal(model(x), y)
+    if dora:
+        bound = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+        assert relative_error(model(x), y) < bound
+    else:
+        assert torch.equal(model(x), y)
     pair = model.experts.pairs["up"]
     assert (pair.lora_A.shape, pair.lora_B.shape) == ((EXPERTS, 40, IN), (EXPERTS, HIDDEN, 40))
     assert pair.lora_A.dtype == dtype
@@ -120,11 +164,12 @@ def test_a_new_adapter_is_its_base(init, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_two_adapters_merge_and_unmerge(randomize, relative_error, transposed, dtype):
+@DORA
+def test_two_adapters_merge_and_unmerge(randomize, relative_error, transposed, dtype, dora):
     model, x = model_of(transposed, dtype), torch.randn(4, IN, dtype=dtype)
     base = model(x)
-    adapted(model, randomize, "first", target_modules=["embed"])
-    adapted(model, randomize, "second", target_parameters=["experts.up", "router.weight"])
+    adapted(model, randomize, "first", target_modules=["embed"], dora=dora)
+    adapted(model, randomize, "second", dora=dora, target_parameters=["experts.up", "router.weight"])
     y, state = model(x), copy.deepcopy(model.state_dict())
     assert {p for p, _ in adapter_layers(model, "second")} == {"experts", "router"}
     with phicore.disabled(model):
@@ -170,8 +215,31 @@ def test_the_adapted_weights_are_formed_once(randomize, saved_for_backward):
     assert sum(t.numel() == EXPERTS * HIDDEN * IN for t in kept) == 2
 
 
-def test_compiles_to_one_graph(randomize, check_one_graph):
-    check_one_graph(adapted(model_of(dtype=torch.float32), randomize), torch.randn(4, IN))
+@DORA
+def test_compiles_to_one_graph(randomize, check_one_graph, dora):
+    check_one_graph(adapted(model_of(dtype=torch.float32), randomize, dora=dora), torch.randn(4, IN))
+
+
+def test_a_strength_of_dora_goes_straight(randomize):
+    model = adapted(model_of(), randomize, dora=True)
+    whole, W = model.experts.weights()["up"], model.experts.base.up
+    activate(model, {"default": 0.3})
+    torch.testing.assert_close(model.experts.weights()["up"], W + 0.3 * (whole - W))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_dora_is_saved_and_loaded(randomize, tmp_path, transposed):
+    model = adapted(model_of(transposed), randomize, dora=True, target_modules=["embed"])
+    phicore.save_adapter(model, tmp_path)
+    x = torch.randn(3, IN, dtype=torch.float64)
+    for other in (model_of(transposed), adapted(model_of(transposed), randomize, dora=True, target_modules=["embed"])):
+        phicore.load_adapter(other, tmp_path)
+        assert torch.equal(other(x), model(x))
+    lora = adapted(model_of(transposed), randomize, target_modules=["embed"])
+    with pytest.raises(ValueError, match="use_dora of embed: True in the file, False here"):
+        phicore.load_adapter(lora, tmp_path)
+    with pytest.raises(ValueError, match="use_dora=True"):  # PEFT says no, by name
+        peft.PeftModel.from_pretrained(model_of(transposed), tmp_path)
 
 
 def test_every_way_that_transformers_runs_experts(tiny, randomize):
@@ -192,11 +260,12 @@ def test_autocast_keeps_the_sum_in_the_weights_dtype(randomize):
         assert {w.dtype for w in model.experts.weights().values()} == {torch.float32}
 
 
-def test_copies_and_states(randomize):
-    model, x = adapted(model_of(), randomize), torch.randn(3, IN, dtype=torch.float64)
+@DORA
+def test_copies_and_states(randomize, dora):
+    model, x = adapted(model_of(), randomize, dora=dora), torch.randn(3, IN, dtype=torch.float64)
     assert torch.equal(copy.deepcopy(model)(x), model(x))
     assert torch.equal(pickle.loads(pickle.dumps(model))(x), model(x))
-    other = adapted(model_of(), randomize, "another")
+    other = adapted(model_of(), randomize, "another", dora=dora)
     other.load_state_dict(model.state_dict(), strict=True)
     assert torch.equal(other(x), model(x))
     assert model.half()(x.half()).isfinite().all()
@@ -221,6 +290,9 @@ def test_patterns_exclusions_and_whole_modules(randomize):
     assert isinstance(model.router, TrainedCopy)
     model = adapted(model_of(), randomize, target_parameters=[*TARGETS, "weight"], exclude_modules=["embed", "experts"])
     assert {p for p, _ in adapter_layers(model)} == {"router"}
+    both = {"target_modules": ["embed"], "target_parameters": [*TARGETS, "router.weight"]}
+    model = adapted(model_of(), randomize, **both, exclude_modules=["experts"])
+    assert {p for p, _ in adapter_layers(model)} == {"embed", "router"}
 
 
 @pytest.mark.parametrize(
@@ -232,11 +304,11 @@ def test_patterns_exclusions_and_whole_modules(randomize):
             {"target_parameters": ["embed.weight"], "target_modules": ["embed"]},
             "embed.weight, and target_modules embed",
         ),
-        ({"dora": True}, "cannot have dora=True: PEFT's format has no magnitudes"),
         ({"dropout": 0.1}, "cannot have dropout: a parameter's product has no input"),
         ({"init": "pissa"}, 'init "pissa" is for linear layers, not for parameters'),
         ({"rank_pattern": {"experts.u": 3}}, r'rank_pattern key "experts\.u"; did you mean up'),
         ({"exclude_modules": ["experts"]}, "nothing is left of target_parameters"),
+        ({"exclude_modules": ["expert"]}, 'no module matches exclude_modules entry "expert"; did you mean experts'),
         ({"target_parameters": []}, "target_modules must name something"),
     ],
 )

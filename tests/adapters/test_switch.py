@@ -29,7 +29,7 @@ class Net(nn.Module):
         return self.down(torch.tanh(self.up(x)))
 
 
-DORA = {"dora": True}
+DORA, BIAS = {"dora": True}, {"bias": "lora_only"}
 TARGETS = ["embed", "conv", "up", "down"]
 
 
@@ -150,8 +150,12 @@ def test_dora_over_lora_follows_what_is_under_it(net, randomize):
         {"a": {}, "b": DORA},
         {"a": DORA, "b": DORA | {"rank": 4}},
         {"c": DORA, "b": {}, "a": DORA | {"target_modules": ["up", "embed"]}, "d": DORA},
+        {"a": BIAS, "b": BIAS | {"target_modules": ["up", "conv"]}},
+        {"a": BIAS, "b": DORA | BIAS, "c": {}},
     ],
-    ids=lambda kinds: "+".join(f"{name}{' dora' * ('dora' in options)}" for name, options in kinds.items()),
+    ids=lambda kinds: "+".join(
+        " ".join([name, *(options.keys() & {"dora", "bias"})]) for name, options in kinds.items()
+    ),
 )
 @pytest.mark.parametrize("nf4", [False, True], ids=["dense", "nf4"])
 def test_a_batch_of_mixed_names_is_each_row_alone_with_one_base_pass(net, randomize, kinds, nf4):
@@ -174,9 +178,10 @@ def test_a_batch_of_mixed_names_is_each_row_alone_with_one_base_pass(net, random
 
 @pytest.mark.parametrize("dora", [False, True])
 def test_mixed_rows_train_their_own_adapter_only(net, randomize, dora):
-    model = with_adapters(net, randomize, a={"dora": dora}, b={"dora": dora})
-    own = ("lora_A", "lora_B", "magnitude") if dora else ("lora_A", "lora_B")
+    model = with_adapters(net, randomize, a={"dora": dora} | BIAS, b={"dora": dora} | BIAS)
+    own = ("lora_A", "lora_B", "magnitude", "trained_bias") if dora else ("lora_A", "lora_B", "trained_bias")
     of_a = [getattr(layer.requires_grad_(True), name) for _, layer in adapter_layers(model, "a") for name in own]
+    of_a = [parameter for parameter in of_a if parameter is not None]
     for _, layer in adapter_layers(model):
         layer.innermost.requires_grad_(False)
     activate(model, "a")
@@ -185,7 +190,7 @@ def test_mixed_rows_train_their_own_adapter_only(net, randomize, dora):
         model(IDS)[:2].square().sum().backward()
     for parameter, exact in zip(of_a, expected, strict=True):
         torch.testing.assert_close(parameter.grad, exact)
-    assert all(layer.lora_B.grad is None for _, layer in adapter_layers(model, "b"))
+    assert all(p.grad is None for _, layer in adapter_layers(model, "b") for p in layer.parameters(recurse=False))
 
 
 def test_what_is_refused(net, randomize, unchanged):

@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch.nn import functional
 
 import phicore
 from phicore.adapters import LoRAEmbedding, activate, adapter_layers, mixed
-from phicore.adapters.tied import TiedHead
+from phicore.adapters.tied import TiedDoRAEmbedding, TiedDoRAHead, TiedLoRAHead
 
 IDS = torch.tensor([[3, 7, 1, 7], [9, 3, 0, 2]])
 
@@ -39,35 +40,45 @@ def adapted(randomize, *, name: str = "default", model: nn.Module | None = None,
     return randomize(phicore.attach(model or build(), phicore.LoRAConfig(**config), name))
 
 
+DORA = pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+
+
+@DORA
 @pytest.mark.parametrize("targets", [["embed", "fc"], ["head", "fc"], ["embed", "head", "fc"]])
 @pytest.mark.parametrize("rslora", [False, True])
-def test_outputs_and_gradients_are_those_of_one_table(randomize, targets, rslora):
-    model = adapted(randomize, target_modules=targets, rslora=rslora)
-    assert (type(model.embed), type(model.head), type(model.fc)) == (LoRAEmbedding, TiedHead, phicore.LoRALinear)
-    base = build()
-    A, B, C, D = (
-        p.detach().clone().requires_grad_(True)
-        for p in (model.embed.lora_A, model.embed.lora_B, model.fc.lora_A, model.fc.lora_B)
+def test_outputs_and_gradients_are_those_of_one_table(randomize, targets, rslora, dora):
+    model = adapted(randomize, target_modules=targets, rslora=rslora, dora=dora)
+    kinds = (TiedDoRAEmbedding, TiedDoRAHead, phicore.DoRALinear)
+    assert (type(model.embed), type(model.head), type(model.fc)) == (
+        kinds if dora else (LoRAEmbedding, TiedLoRAHead, phicore.LoRALinear)
     )
+    base = build()
+    names = ("lora_A", "lora_B", "magnitude") if dora else ("lora_A", "lora_B")
+    own = [getattr(layer, name) for layer in (model.embed, model.fc) for name in names]
+    leaves = [p.detach().clone().requires_grad_(True) for p in own]
+    (A, B, *m), (C, D, *n) = leaves[: len(names)], leaves[len(names) :]
     scaling = 7 / (3**0.5 if rslora else 3)
-    table = base.embed.weight.detach() + scaling * (B @ A).T
-    inner = base.fc.weight.detach() + scaling * D @ C
+
+    def weight(W: Tensor, product: Tensor, magnitude: list[Tensor]) -> Tensor:  # of rows: tokens, or features
+        V = W.detach() + scaling * product
+        return magnitude[0][:, None] * V / V.detach().norm(dim=1, keepdim=True) if magnitude else V
+
+    table, inner = weight(base.embed.weight, (B @ A).T, m), weight(base.fc.weight, D @ C, n)
     x = torch.tanh(functional.linear(table[IDS], inner, base.fc.bias))
     expected = functional.linear(x, table, base.head.bias)
     y = model(IDS)
     torch.testing.assert_close(y, expected)
-    exact = torch.autograd.grad(expected.square().sum(), (A, B, C, D))
+    exact = torch.autograd.grad(expected.square().sum(), leaves)
     y.square().sum().backward()
     trained = [p for p in model.parameters() if p.requires_grad]
-    assert len(trained) == 4  # the head has none of its own
-    for parameter, gradient in zip(
-        (model.embed.lora_A, model.embed.lora_B, model.fc.lora_A, model.fc.lora_B), exact, strict=True
-    ):
+    assert len(trained) == len(own)  # the head has none of its own
+    for parameter, gradient in zip(own, exact, strict=True):
         torch.testing.assert_close(parameter.grad, gradient)
 
 
-def test_they_are_merged_once_and_unmerged(randomize):
-    model = adapted(randomize)
+@DORA
+def test_they_are_merged_once_and_unmerged(randomize, dora):
+    model = adapted(randomize, dora=dora)
     y, table, before = model(IDS), model.embed.base.weight, copy.deepcopy(model.state_dict())
     merged = phicore.merge(model)
     assert set(merged) == {"embed", "head", "fc"}
@@ -85,15 +96,16 @@ def test_they_are_merged_once_and_unmerged(randomize):
         assert torch.equal(model(IDS), build().requires_grad_(False)(IDS))
 
 
-def test_stacks_are_merged_once_where_they_amount_to_one_table(randomize):
-    model = adapted(randomize)
-    adapted(randomize, name="second", model=model, rank=2)
+@pytest.mark.parametrize("doras", [(False, False), (True, True), (False, True), (True, False)])
+def test_stacks_are_merged_once_where_they_amount_to_one_table(randomize, doras):
+    model = adapted(randomize, dora=doras[0])
+    adapted(randomize, name="second", model=model, rank=2, dora=doras[1])
     y = model(IDS)
     phicore.merge(model)
     assert model.head.weight is model.embed.weight
     torch.testing.assert_close(model(IDS), y)
     phicore.unmerge(model)
-    torch.testing.assert_close(activate(model, "default")(IDS), adapted(randomize)(IDS))
+    torch.testing.assert_close(activate(model, "default")(IDS), adapted(randomize, dora=doras[0])(IDS))
 
     adapted(randomize, name="alone", model=model, ensure_weight_tying=False, target_modules=["embed"])
     y = activate(model, ["default", "alone"])(IDS)
@@ -110,13 +122,14 @@ def test_a_head_that_was_turned_off_is_merged_alone(randomize):
     torch.testing.assert_close(model(IDS), y)
 
 
-def test_copies_pickles_and_state_dicts(randomize):
-    model = adapted(randomize)
+@DORA
+def test_copies_pickles_and_state_dicts(randomize, dora):
+    model = adapted(randomize, dora=dora)
     y = model(IDS)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(other(IDS), y)
         assert other.head.embedding_A is other.embed.lora_A
-    fresh = adapted(randomize)
+    fresh = adapted(randomize, dora=dora)
     fresh.load_state_dict(model.state_dict(), strict=True)
     assert torch.equal(fresh(IDS), y)
     half = copy.deepcopy(model).to(torch.bfloat16)
@@ -134,29 +147,39 @@ def test_dropout_is_the_heads_alone(randomize):
     torch.testing.assert_close(dropped.mean(0), kept, rtol=0.3, atol=0.5)
 
 
-def test_rows_of_a_batch(randomize):
-    model = adapted(randomize)
-    adapted(randomize, name="second", model=model, rank=2)
+@DORA
+def test_rows_of_a_batch(randomize, dora):
+    model = adapted(randomize, dora=dora)
+    adapted(randomize, name="second", model=model, rank=2, dora=dora)
     expected = torch.cat([activate(model, name)(IDS[i : i + 1]) for i, name in enumerate(("second", "default"))])
     with mixed(model, ["second", "default"]):
         torch.testing.assert_close(model(IDS), expected)
 
 
-def test_embeddings_of_one_table_share_the_pair(randomize):
-    model = nn.ModuleDict({"shared": nn.Embedding(9, 4), "decoder": nn.Embedding(9, 4), "fc": nn.Linear(4, 4)})
-    model["decoder"].weight = model["shared"].weight
-    config = phicore.LoRAConfig(rank=2, target_modules=["decoder", "fc"], ensure_weight_tying=True)
+@DORA
+def test_embeddings_of_one_table_share_the_pair(randomize, tmp_path, dora):
+    def two() -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.ModuleDict({"shared": nn.Embedding(9, 4), "decoder": nn.Embedding(9, 4), "fc": nn.Linear(4, 4)})
+        model["decoder"].weight = model["shared"].weight
+        return model
+
+    model, tokens = two(), torch.arange(9)
+    config = phicore.LoRAConfig(rank=2, target_modules=["decoder", "fc"], ensure_weight_tying=True, dora=dora)
     randomize(phicore.attach(model, config))
-    assert model["decoder"].lora_A is model["shared"].lora_A
-    tokens = torch.arange(9)
-    torch.testing.assert_close(model["decoder"](tokens), model["shared"](tokens))
+    phicore.save_adapter(model, tmp_path)
+    for one in (model, phicore.load_adapter(two(), tmp_path)):
+        assert one["decoder"].lora_A is one["shared"].lora_A
+        assert one["decoder"](tokens).equal(model["shared"](tokens))
+        assert one["shared"](tokens).equal(model["shared"](tokens))
     phicore.merge(model)
     assert model["decoder"].weight is model["shared"].weight
 
 
-def test_one_graph(randomize):
+@DORA
+def test_one_graph(randomize, dora):
     torch._dynamo.reset()
-    model = adapted(randomize)
+    model = adapted(randomize, dora=dora)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(IDS), model(IDS))
     exact = torch.autograd.grad(model(IDS).square().sum(), model.embed.lora_A)
@@ -171,14 +194,53 @@ def test_a_pattern_of_the_embedding_holds_for_the_head(randomize, tmp_path):
     phicore.save_adapter(model, tmp_path)
     other = phicore.load_adapter(build(), tmp_path)
     assert torch.equal(other(IDS), model(IDS))
-    assert type(other.head) is TiedHead
+    assert type(other.head) is TiedLoRAHead
+
+
+def test_dora_is_saved_and_loaded_and_peft_refuses_it(randomize, tmp_path):
+    model = adapted(randomize, dora=True)
+    phicore.save_adapter(model, tmp_path)
+    for other in (build(), adapted(randomize, dora=True)):
+        phicore.load_adapter(other, tmp_path)
+        assert torch.equal(other(IDS), model(IDS))
+        assert other.head.embedding_magnitude is other.embed.magnitude
+    with pytest.raises(RuntimeError, match=r"embed\.lora_magnitude_vector.* size mismatch|size mismatch for .*embed"):
+        peft.PeftModel.from_pretrained(build(), tmp_path)
+
+
+def test_dora_of_rows_that_are_zero_padded_and_scaled(randomize):
+    """padding_idx gets no gradient from the embedding, a scale on its output (Gemma's) is kept, zero rows stay zero."""
+
+    class Scaled(nn.Embedding):
+        embed_scale = 3.0
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return super().forward(tokens) * self.embed_scale
+
+    model = nn.ModuleDict({"embed": Scaled(9, 4, padding_idx=0), "head": nn.Linear(4, 9, bias=False)}).double()
+    model["head"].weight = model["embed"].weight
+    with torch.no_grad():
+        model["embed"].weight[5] = 0
+    tokens, before = torch.arange(9), model["embed"](torch.arange(9))
+    config = phicore.LoRAConfig(rank=2, target_modules=["embed"], ensure_weight_tying=True, dora=True)
+    phicore.attach(model, config)
+    torch.testing.assert_close(model["embed"](tokens), before)
+    randomize(model)
+    torch.testing.assert_close(model["embed"](tokens), 3.0 * model["head"].merged_weight())
+    model["embed"](tokens).sum().backward()
+    layer = model["embed"]
+    assert not layer.lora_A.grad[:, 0].any()
+    assert layer.magnitude.grad[0] == 0
+    assert layer.magnitude.grad[1:].all()
+    y = model["embed"](tokens)
+    phicore.merge(model)
+    torch.testing.assert_close(model["embed"](tokens), y)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"target_modules": ["fc"]}, "no embedding and no head that are tied; tied are embed, head"),
-        ({"dora": True}, "ensure_weight_tying with dora: .* use dora=False"),
         ({"exclude_modules": ["head"]}, "head is tied to a target, but is excluded"),
         ({"modules_to_save": ["head"]}, r"head is tied to a target, but is trained whole"),
     ],

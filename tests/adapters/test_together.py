@@ -2,16 +2,21 @@
 
 import copy
 import json
+import pickle
 
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
 
 import phicore
 from phicore.adapters import FusedDoRALinear, FusedLoRALinear, LoRAExperts, activate, adapter_layers, disabled, mixed
 from phicore.adapters.fused import FusedLinear
 from phicore.adapters.trained import TrainedPart
+from tests.adapters.any_model import Drawn
 
 DORA = pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 WIDTH, PARTS = 8, {"q_proj": 8, "k_proj": 4, "v_proj": 4}
@@ -222,15 +227,44 @@ def test_what_has_no_meaning_together_is_refused():
         phicore.attach(model, phicore.LoRAConfig(target_modules=["qkv_proj"], bias="all"), "other")
 
 
+@DORA
 @pytest.mark.parametrize("bias", ["lora_only", "all"])
 @pytest.mark.parametrize("fused_targets", ["raise", "split"])
-def test_biases_of_an_attention_with_pairs_are_refused(bias, fused_targets):
-    model = nn.ModuleDict({"attention": nn.MultiheadAttention(WIDTH, 2), "last": nn.Linear(WIDTH, 2)})
-    options = {"target_modules": ["attention", "last"], "fused_targets": fused_targets}
-    _refused(model, r"the bias of attention\.in_proj, a projection of nn\.MultiheadAttention", bias=bias, **options)
-    free = nn.ModuleDict({"attention": nn.MultiheadAttention(WIDTH, 2, bias=False), "last": nn.Linear(WIDTH, 2)})
-    phicore.attach(free, phicore.LoRAConfig(bias=bias, **options))
-    assert [path for path, p in free.named_parameters() if p.requires_grad and "bias" in path] == ["last.trained_bias"]
+def test_of_an_attentions_biases_that_of_out_proj_trains(randomize, tmp_path, bias, fused_targets, dora):
+    """As in PEFT, whose rule is the name: in_proj_bias is not called bias."""
+
+    def attention() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.ModuleDict({"attention": nn.MultiheadAttention(WIDTH, 2), "last": nn.Linear(WIDTH, 2)}).double()
+
+    options = {"target_modules": ["attention", "last"], "fused_targets": fused_targets, "bias": bias, "dora": dora}
+    x = torch.randn(3, 2, WIDTH, dtype=torch.float64)
+
+    def output(model: nn.Module) -> Tensor:
+        return model["last"](model["attention"](x, x, x)[0])
+
+    with pytest.warns(UserWarning, match=r"leaves attention\.in_proj_bias frozen"):
+        model = phicore.attach(attention(), phicore.LoRAConfig(rank=2, **options))
+    torch.testing.assert_close(output(model), output(attention()))
+    randomize(model)
+    biases = ["attention.out_proj.trained_bias", "last.trained_bias"]
+    assert [path for path, p in model.named_parameters() if p.requires_grad and "bias" in path] == biases
+    y = output(model)
+    phicore.save_adapter(model, tmp_path)
+    with pytest.warns(UserWarning, match="in_proj_bias frozen"):
+        other = phicore.load_adapter(attention(), tmp_path)
+    assert torch.equal(output(other), y)
+    if not dora:
+        theirs = peft.PeftModel.from_pretrained(attention(), tmp_path, is_trainable=True)
+        torch.testing.assert_close(output(theirs.base_model.model), y)
+        assert [n.split(".")[-3] for n, p in theirs.named_parameters() if p.requires_grad and n.endswith("bias")] == [
+            "out_proj", "last"
+        ]  # fmt: skip
+    phicore.merge(model)
+    assert type(model["attention"]) is nn.MultiheadAttention
+    torch.testing.assert_close(output(model), y)
+    phicore.unmerge(model)
+    assert torch.equal(output(model), y)
 
 
 def test_a_fused_path_of_torch_passes_no_trained_copy_by():
@@ -247,3 +281,100 @@ def test_a_fused_path_of_torch_passes_no_trained_copy_by():
         assert not torch.allclose(block(x), expected)
         activate(model, {})
         torch.testing.assert_close(block(x), expected)
+
+
+EVERY = Drawn(  # an attention, parts of an NF4 layer, experts, a convolution and a tied head
+    (("attention", True, False, False), ("fused nf4", True, True, False), ("experts", False, False, False),
+     ("convolution 2", True, True, False)),
+    True,
+    True,
+    {"rank": 2, "alpha": 3, "target_modules": ["mha", "q_proj", "v_proj", "conv", "embed"], "fused_targets": "split",
+     "target_parameters": ["up", "down"], "ensure_weight_tying": True},
+)  # fmt: skip
+
+
+def every(randomize, name: str = "default", model: nn.Module | None = None, seed: int = 1, **options) -> nn.Module:
+    model = EVERY.build().float() if model is None else model
+    config = phicore.LoRAConfig(**EVERY.options | options)
+    return randomize(phicore.attach(model, config, name), seed=seed)
+
+
+def test_other_batches_and_other_adapters_are_run_without_compiling_again(randomize, tmp_path):
+    torch._dynamo.reset()
+    model, other = every(randomize, dora=True), every(randomize, dora=True, seed=7)
+    phicore.save_adapter(other, tmp_path)
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    ids = torch.randint(0, 12, (6, 5))
+    for rows in (3, 4, 6):  # the first sees a number, the second that it changes
+        torch.testing.assert_close(compiled(ids[:rows]), model(ids[:rows]))
+    assert counter.frame_count == 2
+    phicore.load_adapter(model, tmp_path)
+    torch.testing.assert_close(compiled(ids), other(ids))
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints_of_activations_give_the_same_gradients(randomize, reentrant):
+    model = every(randomize, dora=True)
+    ids = torch.randint(0, 12, (3, 5))
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def head(x: Tensor) -> Tensor:
+        return model.head(x).square().sum()
+
+    expected = torch.autograd.grad(model(ids).square().sum(), trained)
+    x = model.embed(ids)
+    for layer in model.layers:
+        x = checkpoint(layer, x, use_reentrant=reentrant)
+    head(x).backward()
+    for parameter, gradient in zip(trained, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
+def test_several_adapters_of_every_kind(randomize, tmp_path):
+    """Over NF4 with parts of a fused layer: DoRA under LoRA with tokens, each alone as if it were alone, and merged."""
+    ids = torch.randint(0, 12, (3, 5))
+    tokens = {"target_modules": ["q_proj", "k_proj", "mha"], "trainable_token_indices": {"embed": [3, 7]}}
+    second = {"ensure_weight_tying": False, "target_parameters": ["up"], "rslora": True, **tokens}
+    first = {"dora": True, "ensure_weight_tying": False, "target_modules": ["q_proj", "v_proj", "conv", "mha"]}
+    model = every(randomize, "second", every(randomize, "first", **first), seed=2, **second)
+    alone = {"first": every(randomize, "first", **first), "second": every(randomize, "second", seed=2, **second)}
+    both = model(ids)
+    for name in ("second", "first"):
+        phicore.save_adapter(model, tmp_path / name, name)
+        phicore.load_adapter(alone[name], tmp_path / name, name)
+        torch.testing.assert_close(activate(model, name)(ids), alone[name](ids))
+    activate(model, ["first", "second"])
+    phicore.merge(model)
+    torch.testing.assert_close(model(ids), both)
+    phicore.unmerge(model)
+    assert torch.equal(model(ids), both)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_kind_in_16_bits_and_under_autocast(randomize, relative_error, tmp_path, dtype):
+    model, ids = every(randomize, dora=True), torch.randint(0, 12, (3, 5))
+    y = model(ids)
+    for low in (copy.deepcopy(model).to(dtype), pickle.loads(pickle.dumps(copy.deepcopy(model).to(dtype)))):
+        assert low(ids).dtype == dtype
+        assert relative_error(low(ids), y) < 0.1
+    assert {p.dtype for p in low.parameters()} == {dtype}
+    phicore.save_adapter(low, tmp_path)
+    assert {t.dtype for t in load_file(tmp_path / "adapter_model.safetensors").values()} == {dtype}
+    with torch.autocast("cpu", dtype):
+        z = model(ids)
+    assert relative_error(z, y) < 0.1
+    z.float().square().sum().backward()
+    assert {p.grad.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_a_model_made_on_the_meta_device_takes_a_state_strictly(randomize):
+    case = Drawn((*EVERY.kinds[:1], *EVERY.kinds[2:]), True, True, EVERY.options | {"target_modules": ["mha", "embed"]})
+    with torch.device("meta"):
+        empty = case.build()
+    model = randomize(phicore.attach(case.build(), case.config()))
+    phicore.attach(empty, case.config())
+    empty.load_state_dict(model.state_dict(), strict=True, assign=True)
+    ids = torch.randint(0, 12, (3, 5))
+    torch.testing.assert_close(empty(ids), model(ids))

@@ -196,14 +196,30 @@ def test_what_is_refused(tiny, unchanged, options, message):
         phicore.attach(model, phicore.LoRAConfig(rank=4, **config))
 
 
+def test_rows_of_a_batch_have_the_tokens_of_their_adapter(tiny, randomize):
+    model = adapted(tiny, randomize)
+    other = phicore.LoRAConfig(rank=2, target_modules=["v_proj"])
+    randomize(phicore.attach(model, other, "other"))
+    names = ["other", "default", None, "default"]
+    batch = torch.cat([IDS, IDS])
+    expected = []
+    for row, name in enumerate(names):
+        activate(model, [] if name is None else name)
+        expected.append(model(batch[row : row + 1]).logits)
+    with mixed(model, names):
+        y = model(batch).logits
+        torch.testing.assert_close(y, torch.cat(expected))
+        with pytest.raises(ValueError, match=r"each of 4 rows, .* input has shape \[2, 4\]"):
+            model(IDS)
+    activate(model, "default")
+    torch.testing.assert_close(model(batch).logits[1], expected[1][0])  # afterwards as it was
+
+
 def test_what_is_refused_beside_an_adapter(tiny, randomize, unchanged):
     model = adapted(tiny, randomize)
     with unchanged(model):
         with pytest.raises(ValueError, match=r"embed_tokens trained in some rows, which has no strength"):
             activate(model, {"default": 2.0})
-        mixing = mixed(model, ["default", None])
-        with pytest.raises(ValueError, match=r"embed_tokens trained in some rows, which cannot be mixed"), mixing:
-            pass
         second = phicore.LoRAConfig(rank=4, target_modules=["v_proj"], trainable_token_indices=[5])
         with pytest.raises(ValueError, match=r"rows of model\.embed_tokens, which has an adapter already"):
             phicore.attach(model, second, "second")

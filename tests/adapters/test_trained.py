@@ -231,16 +231,21 @@ def test_one_graph(randomize, bias, dora):
     assert counter.frame_count == 1
 
 
+def test_biases_of_all_modules_are_not_mixed(randomize, unchanged):
+    model = adapted(randomize, bias="all")
+    with (
+        unchanged(model),
+        pytest.raises(ValueError, match="holds norm trained in its bias, which cannot be mixed"),
+        mixed(model, ["default", None]),
+    ):
+        pass
+
+
 def test_what_is_refused(randomize, unchanged, toy):
     model = adapted(randomize, bias="lora_only")
     with unchanged(model):
         with pytest.raises(ValueError, match=r"holds conv trained in its bias, which has no strength; .* not 0\.5"):
             activate(model, {"default": 0.5})
-        with (
-            pytest.raises(ValueError, match="holds conv trained in its bias, which cannot be mixed"),
-            mixed(model, ["default", None]),
-        ):
-            pass
         with pytest.raises(ValueError, match=r'bias="all" .* which has an adapter already; use bias="lora_only"'):
             phicore.attach(model, phicore.LoRAConfig(target_modules=["last"], bias="all"), "second")
     model = build()

@@ -21,11 +21,12 @@ from phicore.formats.bitsandbytes import (
     load_weights,
     name_parts,
     pack_weight,
+    packed_groups,
     quantization_config,
     unpack_weight,
 )
 from phicore.formats.huggingface import load_model, save_model
-from phicore.formats.safetensors_files import INDEX, model_tensors
+from phicore.formats.safetensors_files import INDEX, model_tensors, write_model
 from tests.chat_tokenizers import chat_tokenizer
 from tests.spoilt import VALUES, reshard
 
@@ -329,3 +330,28 @@ def test_configuration_needs_layers_that_are_alike() -> None:
     )
     with pytest.raises(ValueError, match="alike in double quantisation"):
         quantization_config(mixed)
+
+
+@pytest.mark.parametrize("coded", [["inner.0", "again"], ["inner.2", "more"]])
+def test_a_layer_that_stands_in_two_places_is_stored_once_and_loaded_into_both(
+    tmp_path: Path, coded: list[str]
+) -> None:
+    """One of the layers coded to NF4 and one dense, each in two places."""
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        first, other = nn.Linear(64, 64), nn.Linear(64, 64)
+        return nn.ModuleDict({"inner": nn.Sequential(first, nn.Tanh(), other), "again": first, "more": other}).eval()
+
+    model = phicore.quantize_(build(), target_modules=coded)
+    write_model(packed_groups(model), tmp_path)
+    fresh = build()
+    for parameter in fresh.parameters():
+        parameter.data.zero_()
+    load_weights(fresh, model_tensors(tmp_path), torch.float32)
+    assert fresh["again"] is fresh["inner"][0]
+    assert fresh["more"] is fresh["inner"][2]
+    assert isinstance(fresh.get_submodule(coded[0]), phicore.NF4Linear)
+    x = torch.randn(3, 64)
+    for name in ("inner", "again", "more"):
+        assert torch.equal(fresh[name](x), model[name](x))

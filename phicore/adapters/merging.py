@@ -1,0 +1,128 @@
+"""Merging adapters into a model's weights, and taking them out again."""
+
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from phicore.adapters import base as base_layer
+from phicore.adapters.attach import AdapterLayer, adapter_layers, merged_layers
+from phicore.adapters.attention import OpenAttention, allow_fused_paths, keep_off_fused_paths, projections
+from phicore.adapters.experts import LoRAExperts
+from phicore.adapters.lora import LowRankLayer
+from phicore.adapters.tied import same_table, shared_pair
+from phicore.adapters.trained import TrainedPart
+from phicore.modules import replace
+from phicore.nf4.linear import NF4Linear
+from phicore.nf4.tensor import quantize
+
+
+@torch.no_grad()
+def merge(model: nn.Module, *, requantize: bool = False) -> dict[str, float]:
+    """Replaces each adapter layer by one plain layer that computes the same, in place.
+
+    A merged model has the modules and state-dict keys that it had before `attach`. The sum is made in float32 and
+    rounded once to the base's dtype. An NF4 base becomes a dense layer of its compute dtype, since encoding again loses
+    about as much as the first encoding did. The adapter layers and their bases are kept aside for `unmerge`: until
+    then a merged model holds its adapted weights twice.
+
+    Args:
+        model: a model with adapters.
+        requantize: encode the result over an NF4 base to NF4 again.
+
+    Returns:
+        The relative error of each merged weight against the exact sum, ||stored - exact|| / ||exact||, by name.
+
+    Raises:
+        ValueError: the model has no adapter, or is merged already.
+    """
+    if any(merged_layers(model)):
+        raise ValueError("the model is merged already")
+    outermost: dict[str, AdapterLayer] = {}
+    for path, layer in adapter_layers(model, every_place=True):
+        outermost.setdefault(path, layer)
+    if not outermost:
+        raise ValueError("the model has no adapter to merge")
+    made: dict[AdapterLayer, tuple[nn.Module, float]] = {}
+    shared: dict[int, nn.Parameter] = {}
+    for layer in outermost.values():
+        if layer not in made:
+            if isinstance(layer, TrainedPart):
+                made[layer] = (layer.merged(shared), 0.0)
+            elif isinstance(layer, LoRAExperts):
+                made[layer] = layer.merged()
+            else:
+                made[layer] = _merged_once(layer, made) or _merged_layer(layer, requantize)
+    for path, layer in outermost.items():
+        merged, _ = made[layer]
+        merged.__dict__["merged_from"] = layer  # past nn.Module's registry: not a submodule, not in state dicts
+        replace(model, path, merged)
+    _close(model)
+    allow_fused_paths(model)
+    return {path: made[layer][1] for path, layer in outermost.items()}
+
+
+def _close(model: nn.Module) -> None:
+    """Puts nn.MultiheadAttention back where all projections are plain again."""
+    closed: dict[nn.Module, nn.Module] = {}
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, OpenAttention) and all(isinstance(m, nn.Linear) for m in projections(module).values()):
+            if module not in closed:
+                closed[module] = module.closed()
+                closed[module].__dict__["merged_from"] = module
+            replace(model, path, closed[module])
+
+
+def _merged_once(
+    layer: LowRankLayer, made: Mapping[AdapterLayer, tuple[nn.Module, float]]
+) -> tuple[nn.Module, float] | None:
+    """A merged layer with the very table of one that was merged before, if the two read one."""
+    if shared_pair(layer) is not None:
+        for other, (merged, error) in made.items():
+            if same_table(layer, other):
+                like = base_layer.with_parameter(layer.innermost, "weight", cast(nn.Parameter, merged.weight))
+                return _with_bias(like, layer).train(layer.training), error
+    return None
+
+
+def _merged_layer(layer: LowRankLayer, requantize: bool) -> tuple[nn.Module, float]:
+    exact = layer.merged_weight()  # [out, in]
+    innermost = layer.innermost
+    if requantize and isinstance(innermost, NF4Linear):
+        code = quantize(exact, innermost.block_size, innermost.double_quant)
+        coded = NF4Linear.from_nf4(code, layer.bias)
+        coded.dtype = innermost.dtype
+        merged: nn.Module = coded
+        stored: Tensor = code.dequantize(exact.dtype)
+    else:
+        weight = exact.to(layer.dtype)
+        merged, stored = layer.plain(weight), weight.to(exact.dtype)
+    norm = torch.linalg.vector_norm(exact)
+    error = torch.linalg.vector_norm(stored - exact) / norm if norm > 0 else torch.linalg.vector_norm(stored)
+    return _with_bias(merged, layer).train(layer.training), float(error)
+
+
+def _with_bias(merged: nn.Module, layer: LowRankLayer) -> nn.Module:
+    """A merged layer with the bias that its adapter trained, if it did."""
+    bias = getattr(layer, "bias", None)  # an embedding has none
+    if bias is not None and bias is not layer.innermost.bias:
+        merged.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+    return merged
+
+
+def unmerge(model: nn.Module) -> nn.Module:
+    """Puts the adapter layers back that `merge` took out. The base is restored bit for bit: it was never touched.
+
+    Raises:
+        ValueError: the model is not merged.
+    """
+    if not any(merged_layers(model)):
+        raise ValueError("the model is not merged")
+    while found := list(merged_layers(model)):  # twice where the layers of an attention stand in one
+        for path, merged, layer in found:
+            merged.__dict__.pop("merged_from", None)
+            where = next((t.device for t in [*merged.parameters(), *merged.buffers()]), None)
+            replace(model, path, layer.to(where).train(merged.training))
+    keep_off_fused_paths(model)
+    return model
