@@ -28,7 +28,7 @@ from phicore.adapters.layer_index import at_indices
 from phicore.adapters.lora import LoRALinear, LowRankLayer, LowRankLinear
 from phicore.adapters.tied import TiedHead, add_tied, owners_of_tied, same_table
 from phicore.adapters.token_rows import token_rows
-from phicore.adapters.trained import TrainedBias, TrainedPart, biases_beside, has_bias, new_bias
+from phicore.adapters.trained import TrainedBias, TrainedPart, biases_beside, has_bias, new_bias, trains_bias
 from phicore.modules import matches, no_match, replace, select
 from phicore.nf4.linear import NF4Linear
 from phicore.nf4.tensor import quantize
@@ -258,7 +258,7 @@ def attach(model: nn.Module, config: LoRAConfig, name: str = "default") -> nn.Mo
             exact = cast(LowRankLinear, layer).dense_base()
             cast(LowRankLinear, layer).correct(cast(nn.Linear, dense).weight.detach().to(exact.dtype) - exact)
         layer.adapter_name = name
-        if config.bias != "none" and has_bias(module):
+        if trains_bias(model, config.bias, path, module):
             layer.trained_bias = new_bias(layer, config.adapter_dtype)
         layers[module] = layer
     experts: dict[nn.Module, LoRAExperts] = {}

@@ -78,7 +78,8 @@ class LoRAConfig:
 
     bias: Literal["none", "all", "lora_only"] = "none"
     """Which biases train beside the adapter: "all" of the model, or those of the adapted layers ("lora_only"). A bias
-    is a parameter of this very name; of a fused layer it trains whole, and of an adapted nn.MultiheadAttention not."""
+    is a parameter of this very name; of a fused layer it trains whole. Of an adapted nn.MultiheadAttention only
+    out_proj's trains, and only with "lora_only", which says so."""
 
     trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
     """Tokens whose rows of the embedding train, the others staying frozen: their numbers, for the model's input

@@ -91,6 +91,18 @@ def has_bias(module: nn.Module) -> bool:
     return isinstance(module._parameters.get("bias"), nn.Parameter)
 
 
+def trains_bias(model: nn.Module, bias: str, path: str, layer: nn.Module) -> bool:
+    """Whether `LoRAConfig.bias` trains the bias of an adapted layer: all but those that PEFT's file has no place for,
+    of the projections of an nn.MultiheadAttention beside out_proj ("lora_only"; "all" would mean these too)."""
+    parent, _, name = path.rpartition(".")
+    in_attention = isinstance(model.get_submodule(parent), nn.MultiheadAttention)
+    return bias != "none" and has_bias(layer) and (not in_attention or (bias == "lora_only" and name == "out_proj"))
+
+
+def _some(names: list[str]) -> str:
+    return f"{', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
+
+
 def _other_biases(path: str, module: nn.Module) -> list[str]:
     """Names of a module's parameters that are biases but not called so, which no TrainedBias can train."""
     own = (name for name, _ in module.named_parameters(recurse=False))
@@ -111,11 +123,12 @@ def biases_beside(
 
     Raises:
         ValueError: there is no bias to train; the model has adapters already beside which all biases cannot train; a
-            module of its own bias that also holds layers; biases of an
-            nn.MultiheadAttention that is adapted, or in a module of which parameters are.
+            module of its own bias that also holds layers; with "all" an nn.MultiheadAttention that is adapted; biases
+            in a module of which parameters are.
 
     Warns:
-        UserWarning: biases under other names, which stay frozen (an nn.MultiheadAttention's in_proj_bias).
+        UserWarning: biases that stay frozen: of an adapted nn.MultiheadAttention's q, k and v, and under other names
+            (in_proj_bias).
     """
     for module in model.modules():
         if isinstance(module, TrainedBias):
@@ -124,13 +137,22 @@ def biases_beside(
             )
     if bias == "none":
         return {}
+    left: list[str] = []  # biases that stay frozen
     for path, layer in targets.items():
-        parent = path.rpartition(".")[0]
-        if isinstance(model.get_submodule(parent), nn.MultiheadAttention) and has_bias(layer):
+        if not has_bias(layer) or trains_bias(model, bias, path, layer):
+            continue
+        if bias == "all":
             raise ValueError(
-                f'bias="{bias}": the bias of {path}, a projection of nn.MultiheadAttention, cannot be trained beside '
-                f'a pair, since PEFT trains other ones there; use bias="none", or modules_to_save for {parent}'
+                f'bias="all": the bias of {path}, a projection of nn.MultiheadAttention, cannot be trained beside '
+                f'a pair; use bias="lora_only", or modules_to_save for {path.rpartition(".")[0]}'
             )
+        left.append(f"{path}.bias")
+    if left:
+        warnings.warn(
+            f'bias="lora_only" leaves {_some(left)} frozen, as PEFT does: of an nn.MultiheadAttention only the bias of '
+            f"out_proj can be trained",
+            stacklevel=4,
+        )
     for stack in stacks:
         for name, module in model.get_submodule(stack).named_modules(prefix=stack):
             if has_bias(module):
@@ -139,7 +161,6 @@ def biases_beside(
                     f'{stack}; use bias="none", or target_modules'
                 )
     found: dict[str, nn.Module] = {}
-    left: list[str] = []
     if bias == "all":
         whole = tuple(f"{path}." for path in saved)
         for path, module in model.named_modules(remove_duplicate=False):
@@ -154,13 +175,13 @@ def biases_beside(
                     f'the layers in it, which cannot be trained alone; use bias="lora_only", or modules_to_save'
                 )
             found[path] = module
-    if left:
+    if left and bias == "all":
         warnings.warn(
-            f'bias="all" leaves {", ".join(left[:5])}{" ..." if len(left) > 5 else ""} frozen, since only parameters '
+            f'bias="all" leaves {_some(left)} frozen, since only parameters '
             f'called "bias" can be trained alone; name their modules in modules_to_save to train them',
             stacklevel=4,
         )
-    if not found and not any(has_bias(layer) for layer in targets.values()):
+    if not found and not any(trains_bias(model, bias, path, layer) for path, layer in targets.items()):
         raise ValueError(
             f'bias="{bias}": {"no module" if bias == "all" else "no adapted layer"} has a bias; use "none"'
         )

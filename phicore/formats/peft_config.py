@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -158,8 +158,9 @@ def lora_config(model: nn.Module, raw: dict[str, Any], tensors: dict[str, Tensor
         )
     # A pair's dtype before that of biases or whole modules, which PEFT leaves in the base's.
     floating = [t.dtype for _, t in sorted(tensors.items(), key=lambda item: ".lora_" not in item[0]) if _floats(t)]
-    biased = any(map(has_bias, model.modules() if raw.get("bias") == "all" else [candidates[path] for path in known]))
     attentions = {path for path in known if isinstance(candidates[path], nn.MultiheadAttention)}
+    layers = [cast(Any, candidates[path]).out_proj if path in attentions else candidates[path] for path in known]
+    biased = any(map(has_bias, model.modules() if raw.get("bias") == "all" else layers))
     parts = {path: of for path, of in parts.items() if path in known or path.rpartition(".")[0] in attentions}
     named = {part_paths(path).get(part, path): values for path, of in parts.items() for part, values in of.items()}
     split = [path for path, of in parts.items() if of.keys() <= part_paths(path).keys()]

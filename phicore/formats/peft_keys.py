@@ -44,7 +44,7 @@ from phicore.adapters.fused import FusedLinear, Split, splits
 from phicore.adapters.lora import LowRankLayer, LowRankLinear
 from phicore.adapters.tied import owners_of_tied
 from phicore.adapters.token_rows import TrainedRows
-from phicore.adapters.trained import TrainedBias, TrainedPart, has_bias
+from phicore.adapters.trained import TrainedBias, TrainedPart, trains_bias
 
 PREFIX = "base_model.model."
 BIAS, ROWS = ".base_layer.bias", ".token_adapter.trainable_tokens_delta"
@@ -271,7 +271,7 @@ def expected_tensors(model: nn.Module, config: LoRAConfig) -> dict[str, Tensor]:
         shapes = {key_A: shape_A, key_B: shape_B}
         if config.dora:
             shapes[magnitude] = _magnitude_shape(kind, shape_B)
-        if config.bias != "none" and has_bias(module):
+        if trains_bias(model, config.bias, path, module):
             shapes[BIAS] = tuple(module.bias.shape)  # type: ignore[arg-type]
         for ending, shape in shapes.items():
             tensors[place_of(model, path) + ending] = torch.empty(shape, dtype=dtype, device="meta")

@@ -1057,6 +1057,31 @@ def test_attention_that_peft_wrote(tmp_path, randomize):
     assert all(torch.equal(tensor, read[key]) for key, tensor in stored.items())
 
 
+@pytest.mark.filterwarnings('ignore:bias="lora_only" leaves attention.in_proj.bias frozen, as PEFT does')
+@pytest.mark.parametrize("targets", [["attention", "head"], ["attention"]])
+def test_biases_of_an_attention_and_other_layers(tmp_path, randomize, targets):
+    config = peft.LoraConfig(r=4, lora_alpha=7, target_modules=targets, bias="lora_only")
+    other = randomize(peft.get_peft_model(attending(), config, autocast_adapter_dtype=False).eval())
+    other.save_pretrained(tmp_path / "theirs")
+    model = phicore.load_adapter(attending(), tmp_path / "theirs")
+    torch.testing.assert_close(logits(model), logits(other))
+    phicore.save_adapter(model, tmp_path / "ours")
+    stored, read = load_file(tmp_path / "ours" / WEIGHTS), load_file(tmp_path / "theirs" / WEIGHTS)
+    assert stored.keys() == read.keys()
+    assert all(torch.equal(tensor, read[key]) for key, tensor in stored.items())
+    fresh = phicore.LoRAConfig(rank=4, alpha=7, target_modules=targets, bias="lora_only")
+    again = randomize(phicore.attach(attending(), fresh), seed=8)
+    assert any(name.startswith("attention.out_proj.trained_bias") for name, p in again.named_parameters())
+    torch.testing.assert_close(logits(phicore.load_adapter(again, tmp_path / "ours")), logits(model))
+    expected = logits(model)
+    phicore.merge(model)
+    torch.testing.assert_close(logits(model), expected)
+    phicore.unmerge(model)
+    assert torch.equal(logits(model), expected)
+    with phicore.disabled(model):
+        assert torch.equal(logits(model), logits(attending()))
+
+
 @pytest.mark.parametrize(("options", "dora"), [({}, True), ({"kdim": 6, "vdim": 5}, False), ({"kdim": 6}, True)])
 @pytest.mark.parametrize("fused_targets", ["raise", "split"])
 def test_attention_that_peft_refuses(tmp_path, randomize, options, dora, fused_targets):
