@@ -228,7 +228,7 @@ def test_all_biases_beside_an_attention_with_pairs_are_refused(fused_targets):
     options = {"target_modules": ["attention", "last"], "fused_targets": fused_targets}
     _refused(model, r"the bias of attention\.in_proj, a projection of nn\.MultiheadAttention", bias="all", **options)
     free = nn.ModuleDict({"attention": nn.MultiheadAttention(WIDTH, 2, bias=False), "last": nn.Linear(WIDTH, 2)})
-    phicore.attach(free, phicore.LoRAConfig(bias=bias, **options))
+    phicore.attach(free, phicore.LoRAConfig(bias="all", **options))
     assert [path for path, p in free.named_parameters() if p.requires_grad and "bias" in path] == ["last.trained_bias"]
 
 
