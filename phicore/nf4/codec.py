@@ -2,7 +2,9 @@
 
 Work goes through cache-sized chunks, so that no temporary is as large as the weight. Formats and rounding follow
 bitsandbytes: blocks run over the row-major flattened weight, codes are chosen in float32 by midpoint with a tie to the
-lower code, the earlier weight of a pair sits in the high nibble.
+lower code, the earlier weight of a pair sits in the high nibble. A short last block is coded as the others; only
+bitsandbytes' code for CPUs, not that for GPUs, divides there by absmax instead of multiplying by 1 / absmax (which
+moves a code in some ten million, of float32 weights), and stores 1e-38 where the block is zero.
 """
 
 from functools import lru_cache

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import phicore
 from phicore.adapters import adapter_layers
+from phicore.adapters.attach import TrainedCopy
 from phicore.formats.bitsandbytes import save_quantized
 from phicore.formats.peft import CONFIG, PREFIX, WEIGHTS
 from phicore.formats.peft_parts import with_metadata
@@ -990,6 +991,17 @@ def test_parameters_that_differ_from_the_files_are_named(tmp_path, mixture, unch
     model = mixture()
     with unchanged(model), pytest.raises(ValueError, match=r"missing keys: .*1\.mlp\.experts\.lora_B\.weight"):
         phicore.load_adapter(model, tmp_path)
+
+
+def test_modules_to_save_that_end_in_an_entry_as_peft_takes_it(tmp_path, randomize, tiny):
+    config = peft.LoraConfig(r=4, lora_alpha=7, target_modules=["q_proj"], modules_to_save=["norm"])
+    other = randomize(peft.get_peft_model(tiny("llama").double(), config, autocast_adapter_dtype=False).eval())
+    other.save_pretrained(tmp_path / "theirs")
+    model = phicore.load_adapter(tiny("llama").double(), tmp_path / "theirs")
+    assert isinstance(model.model.layers[1].input_layernorm, TrainedCopy)
+    torch.testing.assert_close(logits(model), logits(other))
+    phicore.save_adapter(model, tmp_path / "ours")
+    torch.testing.assert_close(logits(load_in_peft(tiny("llama").double(), tmp_path / "ours")), logits(other))
 
 
 # ===== nn.MultiheadAttention =====

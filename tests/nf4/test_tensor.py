@@ -301,6 +301,13 @@ def test_other_dtypes_are_refused(weight):
         phicore.nf4.quantize(weight)
 
 
+def test_a_mean_of_absmax_that_overflows_is_refused():
+    weight = torch.full((8, 64), 3e38)
+    with pytest.raises(ValueError, match=r"\(8, 64\) is so large .* use double_quant=False"):
+        phicore.nf4.quantize(weight)
+    assert torch.equal(phicore.nf4.quantize(weight, double_quant=False).dequantize(), weight)
+
+
 def test_what_is_no_tensor_is_refused():
     with pytest.raises(TypeError, match="got list"):
         phicore.nf4.quantize([1.0, 2.0])
