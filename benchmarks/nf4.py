@@ -32,6 +32,8 @@ from benchmarks.pairs import compare
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BLOCK_SIZE = 64
+# Of layers: a small model's attention and feed-forward, and those of larger ones. What a call costs shows in them.
+SMALL = ((576, 576), (1536, 576), (1024, 1024), (2048, 2048))
 Call = Callable[[], Any]
 logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns of GPU libraries that it does not load
 
@@ -130,6 +132,22 @@ def timed(options: argparse.Namespace) -> list[Figure]:
     return found
 
 
+def small_weights(options: argparse.Namespace) -> list[Figure]:
+    """Decoding the weights of single layers to float32, beside bitsandbytes."""
+    found = []
+    for rows, columns in SMALL:
+        weight = torch.randn(rows, columns)
+        for double_quant in (False, True):
+            encode, decode = phicore_calls(weight, double_quant)
+            their_encode, their_decode = bitsandbytes_calls(weight, double_quant)
+            coded, their_coded = encode(), their_encode()
+            pair = compare(lambda: decode(coded), lambda: their_decode(their_coded), 10 * options.turns)  # noqa: B023
+            name = f"{rows} x {columns}, float32{', double-quantised' if double_quant else ''}"
+            found.append(figures.timed("time to decode", name, "bitsandbytes", pair))
+            print(f"decode {name:45} / bitsandbytes {pair}", flush=True)
+    return found
+
+
 def errors(options: argparse.Namespace) -> list[Figure]:
     """Relative error of a weight that went through the format."""
     weight = torch.randn(options.rows, options.columns)
@@ -200,7 +218,7 @@ def main() -> None:
     torch.manual_seed(0)
     found = [*timed(options), *errors(options), *whole_model(options)]
     if not options.quick:
-        found += memory(options)
+        found += small_weights(options) + memory(options)
     if options.json:
         weights = f"{options.rows * options.columns / 1e6:.1f}M"
         figures.write(options.json, {"weights": weights, "block size": BLOCK_SIZE, "turns": options.turns}, found)

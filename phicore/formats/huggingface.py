@@ -15,6 +15,7 @@ from torch import Tensor
 
 from phicore import atomic
 from phicore.formats import bitsandbytes
+from phicore.formats.links import check_links
 from phicore.formats.safetensors_files import INDEX, WEIGHTS, TensorFile, model_tensors
 from phicore.nf4.linear import NF4Linear
 
@@ -54,7 +55,7 @@ def load_model(path_or_id: str, dtype: torch.dtype) -> "tuple[PreTrainedModel, P
     transformers = import_transformers(gguf=gguf_file is not None)
     local = Path(source).is_dir()
     extra: dict[str, Any] = {"trust_remote_code": False} | ({"gguf_file": gguf_file} if gguf_file else {})
-    with quiet_transformers(transformers, bars=not local), _plain_errors(path_or_id, local):
+    with quiet_transformers(transformers, bars=not local), plain_errors(path_or_id, local):
         config = transformers.AutoConfig.from_pretrained(source, **extra)
         _check_config(config, path_or_id, gguf_file is not None)
         if local and gguf_file is None:
@@ -80,7 +81,7 @@ def load_model(path_or_id: str, dtype: torch.dtype) -> "tuple[PreTrainedModel, P
 
 
 @contextmanager
-def _plain_errors(path_or_id: str, local: bool) -> Iterator[None]:
+def plain_errors(path_or_id: str, local: bool) -> Iterator[None]:
     """Within it, what transformers raises over a file or a name becomes a ValueError or OSError that names it."""
     try:
         yield
@@ -106,7 +107,7 @@ def model_config(path_or_id: str) -> Any:
     source, gguf_file = (str(path), None) if (path / CONFIG).is_file() else find_model(path_or_id)
     transformers = import_transformers(gguf=gguf_file is not None)
     extra = {"gguf_file": gguf_file} if gguf_file else {}
-    with quiet_transformers(transformers, bars=False), _plain_errors(path_or_id, Path(source).is_dir()):
+    with quiet_transformers(transformers, bars=False), plain_errors(path_or_id, Path(source).is_dir()):
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False, **extra)
         _check_config(config, path_or_id, gguf_file is not None)
     if (quantization := _quantization(config)) and gguf_file is None:
@@ -124,7 +125,7 @@ def dense_config(directory: Path) -> Any:
         ValueError: another kind of model, one that is quantized, or one far larger than the files.
     """
     transformers = import_transformers()
-    with _plain_errors(str(directory), local=True):
+    with plain_errors(str(directory), local=True):
         config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
         _check_config(config, str(directory), from_gguf=False)
         if quantization := _quantization(config):
@@ -153,7 +154,7 @@ def find_model(path_or_id: str) -> tuple[str, str | None]:
 
     Raises:
         FileNotFoundError: as in `load_model`.
-        ValueError: a file that is not GGUF; a directory with several GGUF files.
+        ValueError: a file that is not GGUF; a directory with several GGUF files, or with links that lead out of it.
     """
     path = Path(path_or_id).expanduser()
     if path_or_id and path.is_file():
@@ -161,14 +162,15 @@ def find_model(path_or_id: str) -> tuple[str, str | None]:
             raise ValueError(f"{path_or_id} is a file; give a .gguf file or the directory that holds {CONFIG}")
         return str(path.parent), path.name
     if path_or_id and path.is_dir():
-        return str(path), _look_into(path)
+        return str(path), look_into(path)
     if not path_or_id or path_or_id.startswith((".", "/", "~")) or path_or_id.count("/") > 1 or path.suffix == ".gguf":
         raise FileNotFoundError(f'no such file or directory: "{path_or_id}"')
     return path_or_id, None
 
 
-def _look_into(directory: Path) -> str | None:
+def look_into(directory: Path) -> str | None:
     """The name of a directory's GGUF file, or None if it is a complete directory of transformers."""
+    check_links(directory)
     gguf_files = sorted(file.name for file in directory.glob("*.gguf"))
     has_config = (directory / CONFIG).is_file()
     if has_config and ((directory / WEIGHTS).is_file() or (directory / INDEX).is_file() or not gguf_files):

@@ -187,18 +187,26 @@ def lora_config(model: nn.Module, raw: dict[str, Any], tensors: dict[str, Tensor
         | {k: v for k, v in (raw.get("rank_pattern") or {}).items() if _ends_some(k, patterned)},
         alpha_pattern={re.escape(path): alpha for path, (_, alpha) in named.items()}
         | {k: v for k, v in (raw.get("alpha_pattern") or {}).items() if _ends_some(k, patterned)},
-        # For some tasks PEFT writes the names that a head can have, of which the model has one.
-        modules_to_save=[
-            entry
-            for entry in raw.get("modules_to_save") or []
-            if any(matches(path, [entry]) for path, _ in model.named_modules(remove_duplicate=False))
-        ],
+        modules_to_save=_saved(model, raw.get("modules_to_save") or [], tensors),
         bias=raw.get("bias", "none") if biased else "none",
         trainable_token_indices=raw.get("trainable_token_indices") or None,
         # PEFT passes over the flag where nothing that it adapts is tied.
         ensure_weight_tying=bool(raw.get("ensure_weight_tying")) and bool(_tied_here(model, known)),
         adapter_dtype=floating[0] if floating else None,
     )
+
+
+def _saved(model: nn.Module, entries: list[str], tensors: dict[str, Tensor]) -> list[str]:
+    """What modules_to_save of a file means here. PEFT takes an entry for the end of any name, so that "norm" means
+    input_layernorm too; and for some tasks it writes the names that a head can have, of which the model has one."""
+    paths = [path for path, _ in model.named_modules(remove_duplicate=False) if path]
+    here = [entry for entry in entries if any(matches(path, [entry]) for path in paths)]
+    longer = [path for path in paths if path.endswith(tuple(entries)) and not matches(path, here)]
+    for path in longer:
+        keys = [key for key in tensors if key.startswith(f"{PREFIX}{path}.")]
+        if keys and not any(".lora_" in key for key in keys):
+            here.append(path)
+    return here
 
 
 def _tied_here(model: nn.Module, paths: list[str]) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any
 from phicore.adapters.config import BIASES
 from phicore.adapters.layer_index import as_patterns
 from phicore.expressions import check_bounded
+from phicore.formats.links import check_links
 from phicore.formats.safetensors_files import read_json
 from phicore.modules import check_expression, ends_with
 
@@ -34,11 +35,12 @@ def read_raw_config(directory: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: not JSON, another kind of adapter, values of a wrong type or size.
+        ValueError: not JSON, another kind of adapter, values of a wrong type or size, links that lead out of directory.
     """
     path = directory / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{directory} holds no {CONFIG}; an adapter directory has {CONFIG} and {WEIGHTS}")
+    check_links(directory)
     raw = read_json(path)
     if raw.get("peft_type") != "LORA":
         raise ValueError(f'{path}: peft_type must be "LORA", got {raw.get("peft_type")!r}')

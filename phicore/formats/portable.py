@@ -18,11 +18,10 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -42,135 +41,8 @@ from phicore.formats.peft_fields import (
     read_raw_config,
 )
 from phicore.formats.peft_keys import PREFIX, ROWS
+from phicore.formats.readers import READERS, REMEDIES, SCALING, Reader, Target
 from phicore.modules import matches
-
-Target: TypeAlias = Literal["vllm", "tgi", "llama.cpp", "kaito", "transformers"]
-
-# ===== what readers take =====
-
-MERGE = "merge the adapter into its model (phicore export --merge --model DIR), and serve that"
-MERGE_BY_PEFT = "merge the adapter into its model with peft (merge_and_unload), and serve that"
-# What an adapter can have that some reader does not take -> what to do about it, and whether `export` does it.
-REMEDIES = {
-    "missing": ("export writes it", True),
-    "use_rslora": ("export writes lora_alpha * sqrt(r) instead", True),
-    "rank_pattern": ("export fills every layer up to the highest rank with zeros", True),
-    "alpha_pattern": ("export multiplies lora_B instead", True),
-    "padded rank": ("export pads A and B with zeros, and lora_alpha in proportion", True),
-    "rank": ("set it so and say that here with max_rank (--max-rank), or train at a lower rank", False),
-    "use_dora": (MERGE, False),
-    "modules_to_save": (MERGE, False),
-    "bias": (MERGE, False),
-    "tokens": (MERGE, False),
-    "embedding": (MERGE, False),
-    "convolution": (MERGE, False),
-    "attention": (MERGE_BY_PEFT, False),
-    "fan_in_fan_out": (MERGE, False),
-    "init_lora_weights": ("convert it to a plain LoRA with peft (path_initial_model_for_weight_conversion)", False),
-    "other settings": ("train without them", False),
-    "layers": (MERGE, False),
-    "blocks": ("adapt these layers in every block, or " + MERGE, False),
-}
-SCALING = {"use_rslora", "rank_pattern", "alpha_pattern", "padded rank"}
-
-_ONE_SCALING = "it takes one scaling, from r and lora_alpha, for all layers"
-_UNKNOWN = {
-    "convolution": "it adapts linear layers only",
-    "attention": "it knows no weights of nn.MultiheadAttention",
-    "fan_in_fan_out": "it adapts linear layers only, no Conv1D of transformers",
-    "tokens": "it knows no rows of an embedding that are trained",
-    "init_lora_weights": "this start changed the base's weights too, and only peft repeats that when it loads",
-    "other settings": "it does not know them",
-}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Reader:
-    """A program that reads PEFT's format."""
-
-    unread: Mapping[str, str] = field(default_factory=dict)
-    """Which of REMEDIES it does not take -> what it does then. Empty: it reads all that PEFT writes."""
-
-    required: tuple[str, ...] = ()
-    """Fields that adapter_config.json must have."""
-
-    max_rank: int | None = None
-    """The highest rank that it takes unless it is set otherwise."""
-
-    rank_settings: tuple[int, ...] = ()
-    """Highest ranks that it can be set to."""
-
-    pads_ranks: bool = False
-    """Whether it pads ranks to 8 or a multiple of 16 before it has scaled all layers."""
-
-    layers: str = ".*"
-    """Regular expression of the names of the layers that it looks for."""
-
-    every_block: bool = False
-    """Whether it drops a kind of layer that is not adapted in each block."""
-
-
-READERS: dict[Target, Reader] = {
-    # vllm/lora/peft_helper.py, utils.py; --max-lora-rank
-    "vllm": Reader(
-        unread=_UNKNOWN
-        | {
-            "use_dora": "it raises on DoRA",
-            "modules_to_save": "it raises on modules_to_save",
-            "bias": "it takes no biases",
-            "rank_pattern": _ONE_SCALING,
-            "alpha_pattern": _ONE_SCALING,
-        },
-        required=("r", "lora_alpha", "target_modules"),
-        max_rank=16,
-        rank_settings=(1, 8, 16, 32, 64, 128, 256, 320, 512),
-    ),
-    # text-generation-inference: server/text_generation_server/adapters/lora.py, utils/adapter.py
-    "tgi": Reader(
-        unread=_UNKNOWN
-        | {
-            "use_dora": "it has no DoRA and leaves the magnitudes unused without a word",
-            "modules_to_save": "it leaves all but A and B unused without a word",
-            "bias": "it leaves all but A and B unused without a word",
-            "embedding": "it leaves the weights of embeddings unused without a word",
-            "rank_pattern": _ONE_SCALING,
-            "alpha_pattern": _ONE_SCALING,
-        },
-        pads_ranks=True,
-        layers=r"model\.layers\.\d+\.(self_attn\.(q|k|v|qkv|o)_proj|mlp\.(gate|up|down)_proj)|lm_head",
-        every_block=True,
-    ),
-    # llama.cpp: convert_lora_to_gguf.py; the rank that it divides by is the tensor's own
-    "llama.cpp": Reader(
-        unread=_UNKNOWN
-        | {
-            "use_rslora": "its scaling is lora_alpha / rank whatever use_rslora says",
-            "use_dora": "its converter stops at a magnitude",
-            "modules_to_save": "its converter stops at a tensor that is neither A nor B",
-            "bias": "its converter stops at a tensor that is neither A nor B",
-            "alpha_pattern": "it knows one lora_alpha for all layers",
-        }
-    ),
-    # kaito: presets/workspace/inference, whose transformers runtime makes one adapter of all (add_weighted_adapter) and
-    # whose other runtime is vLLM: an adapter must suit both
-    "kaito": Reader(
-        unread=_UNKNOWN
-        | {
-            "use_rslora": "its transformers runtime scales the recombined adapter by sqrt(r) once more",
-            "use_dora": "its transformers runtime recombines A and B without the magnitudes, its vLLM runtime raises",
-            "modules_to_save": "its transformers runtime drops them, its vLLM runtime raises",
-            "bias": "its transformers runtime drops them, its vLLM runtime raises",
-            "rank_pattern": "its vLLM runtime takes one scaling, from r and lora_alpha, for all layers",
-            "alpha_pattern": "its vLLM runtime takes one scaling, from r and lora_alpha, for all layers",
-        },
-        required=("r", "lora_alpha", "target_modules"),
-        max_rank=16,
-        rank_settings=(1, 8, 16, 32, 64, 128, 256, 320, 512),
-    ),
-    # transformers reads adapters with peft itself
-    "transformers": Reader(),
-}
-
 
 # ===== what an adapter is =====
 

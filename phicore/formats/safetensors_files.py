@@ -223,12 +223,7 @@ def model_tensors(directory: Path) -> dict[str, TensorFile]:
     index = directory / INDEX
     if not index.is_file():
         raise FileNotFoundError(f"{directory} holds no weights; looked for {WEIGHTS} and {INDEX}{_pickled(directory)}")
-    listed = read_json(index).get("weight_map")
-    if not isinstance(listed, dict) or not listed:
-        raise ValueError(f"{index} has no weight_map, which says where each tensor is")
-    for key, name in listed.items():
-        if not _is_beside(name):
-            raise ValueError(f"{index} places {key} in {_shown(name)}, which is no .safetensors file in its directory")
+    listed = index_files(index)
     names = sorted(set(listed.values()))
     absent = [name for name in names if not (directory / name).is_file()]
     if absent:
@@ -245,6 +240,21 @@ def model_tensors(directory: Path) -> dict[str, TensorFile]:
         if found[key].path.name != name:
             raise ValueError(f"{index} places {key} in {name}, but it stands in {found[key].path.name}")
     return found
+
+
+def index_files(index: Path) -> dict[str, str]:
+    """The name of the file of each tensor, as an index says.
+
+    Raises:
+        ValueError: a damaged index, or one that names a file outside its directory.
+    """
+    listed = read_json(index).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise ValueError(f"{index} has no weight_map, which says where each tensor is")
+    for key, name in listed.items():
+        if not _is_beside(name):
+            raise ValueError(f"{index} places {key} in {_shown(name)}, which is no .safetensors file in its directory")
+    return listed
 
 
 def compare(

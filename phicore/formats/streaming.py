@@ -16,12 +16,15 @@ from torch import Tensor
 
 from phicore import atomic
 from phicore.formats.bitsandbytes import name_parts, tied_groups, write_config
+from phicore.formats.hub import snapshot
 from phicore.formats.huggingface import (
     CONFIG,
     dense_config,
     find_model,
     import_transformers,
+    look_into,
     meta_model,
+    plain_errors,
     quiet_transformers,
 )
 from phicore.formats.safetensors_files import SHARD_BYTES, TensorFile, compare, model_tensors, write_model
@@ -62,7 +65,8 @@ def quantize_directory(
     template and generation settings are copied as they are.
 
     Args:
-        source: directory of a causal language model with safetensors weights.
+        source: directory of a causal language model with safetensors weights, or its name on the Hugging Face hub,
+            which is fetched into the hub's cache if it is not there.
         directory: to be made; must be missing or empty. It appears whole or not at all.
         dtype: of what is not quantized; a weight is rounded to it before it is coded. Also the compute dtype that
             config.json names.
@@ -77,10 +81,14 @@ def quantize_directory(
         NotStreamable: see there; `load_model` may read the directory.
         FileExistsError: directory is not empty and overwrite is False.
         FileNotFoundError: source lacks its configuration, weights or tokenizer.
+        OSError: source is no directory, and the hub does not answer to it.
         ValueError: as `load_model` and `quantize_`; nothing is then written.
     """
     found, gguf_file = find_model(os.fspath(source))
-    if gguf_file is not None or not Path(found).is_dir():
+    if not Path(found).is_dir():
+        with quiet_transformers(import_transformers(), bars=True), plain_errors(found, local=False):
+            found, gguf_file = find_model(str(snapshot(found, [CONFIG, *COMPANIONS], look_into)))
+    if gguf_file is not None:
         raise NotStreamable(f"{source} is no directory of safetensors files")
     source = Path(found)
     weights = model_tensors(source)

@@ -2,7 +2,9 @@
 
 Work goes through cache-sized chunks, so that no temporary is as large as the weight. Formats and rounding follow
 bitsandbytes: blocks run over the row-major flattened weight, codes are chosen in float32 by midpoint with a tie to the
-lower code, the earlier weight of a pair sits in the high nibble.
+lower code, the earlier weight of a pair sits in the high nibble. A short last block is coded as the others; only
+bitsandbytes' code for CPUs, not that for GPUs, divides there by absmax instead of multiplying by 1 / absmax (which
+moves a code in some ten million, of float32 weights), and stores 1e-38 where the block is zero.
 """
 
 from functools import lru_cache
@@ -16,6 +18,7 @@ from phicore.nf4.pages import empty
 NESTED_BLOCK_SIZE = 256  # absmax values that share one nested absmax
 CHUNK = 1 << 18  # weights a step: 1 MiB in float32, so that its temporaries stay in cache
 DECODE_CHUNK = 1 << 19  # decoding looks up into the result itself: its temporaries are smaller, and calls cost more
+GATHER_ROW = 1 << 12  # bytes that one thread looks up at once
 TINY = 1e-38  # a block whose absmax is smaller is scaled as if it were this, so that 1 / absmax stays finite
 
 
@@ -99,36 +102,46 @@ def decode_blocks(packed: Tensor, absmax: Tensor, n: int, block_size: int, dtype
     Returns:
         Weights in dtype, [n].
     """
+    if 0 < n <= 2 * DECODE_CHUNK and n % block_size == 0:  # so small that the number of calls shows
+        return _decode_whole(packed, absmax, block_size).to(dtype)
     out = empty(n, dtype, packed.device)
     whole = n // block_size * block_size
-    _decode_whole(out[:whole], packed[: whole // 2], absmax[: whole // block_size], block_size)
+    step = min(max(DECODE_CHUNK // block_size, 1) * block_size, whole)
+    # Temporaries are made once and stay in cache; float32 is looked up where it shall stand.
+    codes = torch.empty(step // 2, dtype=_index_dtype(packed.device), device=packed.device)
+    weights = None if dtype == torch.float32 else torch.empty(step, dtype=torch.float32, device=packed.device)
+    for start in range(0, whole, max(step, 1)):
+        stop = min(start + step, whole)
+        part = out[start:stop]
+        decoded = part if weights is None else weights[: stop - start]
+        index = codes[: (stop - start) // 2].copy_(packed[start // 2 : stop // 2])
+        _decode_whole(index, absmax[start // block_size : stop // block_size], block_size, out=decoded)
+        if decoded is not part:
+            part.copy_(decoded)
     if whole < n:  # the short last block
         last = pair_table(packed.device).index_select(0, packed[whole // 2 :].to(torch.int32)).view(torch.float32)
         out[whole:].copy_(last[: n - whole] * absmax[-1])
     return out
 
 
-def _decode_whole(out: Tensor, packed: Tensor, absmax: Tensor, block_size: int) -> None:
-    """Decodes whole blocks: packed uint8 [n / 2] and absmax float32 [n / block_size] into out [n], any float dtype."""
-    # Temporaries are made once and stay in cache; float32 is looked up where it shall stand.
-    step = min(max(DECODE_CHUNK // block_size, 1) * block_size, max(out.numel(), block_size))
-    weights = None if out.dtype == torch.float32 else torch.empty(step, dtype=torch.float32, device=out.device)
-    # Of torch's lookups index_select is the cheapest, but runs on one thread; gather runs on all, and wants int64.
-    parallel = out.device.type == "cpu" and torch.get_num_threads() > 1
-    codes = torch.empty(step // 2, dtype=torch.int64 if parallel else torch.int32, device=out.device)
-    table, rows = pair_table(out.device), block_size // 2
-    parts = (packed.split(step // 2), absmax[:, None].split(step // block_size), out.split(step))
-    for bytes_, scale, part in zip(*parts, strict=True):
-        index = codes[: len(bytes_)].copy_(bytes_)
-        decoded = part if weights is None else weights[: len(part)]
-        pairs = decoded.view(torch.int64)
-        if parallel:
-            torch.gather(table.expand(rows, 256), 1, index.view(rows, -1), out=pairs.view(rows, -1))
-        else:
-            torch.index_select(table, 0, index, out=pairs)
-        decoded.view(-1, block_size).mul_(scale)
-        if decoded is not part:
-            part.copy_(decoded)
+def _decode_whole(packed: Tensor, absmax: Tensor, block_size: int, out: Tensor | None = None) -> Tensor:
+    """Decodes whole blocks, packed [n / 2] (uint8 or _index_dtype) and absmax float32 [n / block_size], to float32."""
+    table, pairs = pair_table(packed.device), None if out is None else out.view(torch.int64)  # [n / 2]
+    index = packed.to(_index_dtype(packed.device))
+    if index.dtype == torch.int64:
+        index = index.view(-1, min(len(index) & -len(index), GATHER_ROW))  # a power of two that divides its length
+        pairs = pairs if pairs is None else pairs.view_as(index)
+        pairs = torch.gather(table.expand(len(index), 256), 1, index, out=pairs).view(-1)
+    else:
+        pairs = torch.index_select(table, 0, index, out=pairs)
+    weights = pairs.view(torch.float32)
+    weights.view(-1, block_size).mul_(absmax[:, None])
+    return weights
+
+
+def _index_dtype(device: torch.device) -> torch.dtype:
+    """Of torch's lookups index_select is the cheapest, but runs on one thread; gather runs on all, and wants int64."""
+    return torch.int64 if device.type == "cpu" and torch.get_num_threads() > 1 else torch.int32
 
 
 def encode_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -149,5 +162,9 @@ def encode_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def decode_absmax(codes: Tensor, nested_absmax: Tensor, offset: Tensor) -> Tensor:
     """Inverse of encode_absmax: map[code] * nested_absmax + offset, float32 [n_blocks]."""
     values = dynamic_map(codes.device).index_select(0, codes.to(torch.int32))
-    blocks = pad_to_blocks(values, NESTED_BLOCK_SIZE) * nested_absmax[:, None] + offset
-    return blocks.view(-1)[: codes.numel()]
+    whole = len(values) // NESTED_BLOCK_SIZE * NESTED_BLOCK_SIZE
+    if whole:
+        values[:whole].view(-1, NESTED_BLOCK_SIZE).mul_(nested_absmax[: whole // NESTED_BLOCK_SIZE, None])
+    if whole < len(values):
+        values[whole:].mul_(nested_absmax[-1])
+    return values.add_(offset)

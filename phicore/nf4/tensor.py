@@ -70,7 +70,10 @@ class NF4Tensor:
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight, of the shape it had, in dtype (default: its own)."""
-        return ops.nf4_dequantize(
+        # A call through the dispatcher takes as long as to decode 40,000 weights; compilers and fake tensors want it.
+        direct = self.device.type == "cpu" and type(self.packed) is Tensor and not torch.compiler.is_compiling()
+        decode = ops.reference_dequantize if direct else ops.nf4_dequantize
+        return decode(
             self.packed,
             self.absmax,
             self.nested_absmax,
@@ -113,7 +116,8 @@ def quantize(weight: Tensor, block_size: int = 64, double_quant: bool = True) ->
 
     Raises:
         TypeError: weight is not a tensor of one of these dtypes.
-        ValueError: a NaN or Inf in weight, or a block_size that the format does not know.
+        ValueError: a NaN or Inf in weight, a block_size that the format does not know, or a double-quantised weight
+            whose mean absmax overflows float32.
 
     Source: Dettmers et al. 2023, "QLoRA", section 3; bit for bit the format of bitsandbytes.
     """
@@ -136,4 +140,9 @@ def quantize(weight: Tensor, block_size: int = 64, double_quant: bool = True) ->
     nested_absmax = offset = None
     if double_quant:
         absmax, nested_absmax, offset = kernels.encode_absmax(absmax)
+        if not offset.isfinite():  # bitsandbytes stores it so, and decodes the weight to NaN
+            raise ValueError(
+                f"weight of shape {tuple(weight.shape)} is so large that the mean of its absmax is beyond float32; "
+                f"use double_quant=False"
+            )
     return NF4Tensor(packed, absmax, nested_absmax, offset, weight.shape, weight.dtype, block_size)

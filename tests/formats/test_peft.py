@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import phicore
 from phicore.adapters import adapter_layers
+from phicore.adapters.attach import TrainedCopy
 from phicore.formats.bitsandbytes import save_quantized
 from phicore.formats.peft import CONFIG, PREFIX, WEIGHTS
 from phicore.formats.peft_parts import with_metadata
@@ -992,6 +993,17 @@ def test_parameters_that_differ_from_the_files_are_named(tmp_path, mixture, unch
         phicore.load_adapter(model, tmp_path)
 
 
+def test_modules_to_save_that_end_in_an_entry_as_peft_takes_it(tmp_path, randomize, tiny):
+    config = peft.LoraConfig(r=4, lora_alpha=7, target_modules=["q_proj"], modules_to_save=["norm"])
+    other = randomize(peft.get_peft_model(tiny("llama").double(), config, autocast_adapter_dtype=False).eval())
+    other.save_pretrained(tmp_path / "theirs")
+    model = phicore.load_adapter(tiny("llama").double(), tmp_path / "theirs")
+    assert isinstance(model.model.layers[1].input_layernorm, TrainedCopy)
+    torch.testing.assert_close(logits(model), logits(other))
+    phicore.save_adapter(model, tmp_path / "ours")
+    torch.testing.assert_close(logits(load_in_peft(tiny("llama").double(), tmp_path / "ours")), logits(other))
+
+
 # ===== nn.MultiheadAttention =====
 
 
@@ -1055,6 +1067,31 @@ def test_attention_that_peft_wrote(tmp_path, randomize):
     stored, read = load_file(tmp_path / "ours" / WEIGHTS), load_file(tmp_path / "theirs" / WEIGHTS)
     assert stored.keys() == read.keys()
     assert all(torch.equal(tensor, read[key]) for key, tensor in stored.items())
+
+
+@pytest.mark.filterwarnings('ignore:bias="lora_only" leaves attention.in_proj.bias frozen, as PEFT does')
+@pytest.mark.parametrize("targets", [["attention", "head"], ["attention"]])
+def test_biases_of_an_attention_and_other_layers(tmp_path, randomize, targets):
+    config = peft.LoraConfig(r=4, lora_alpha=7, target_modules=targets, bias="lora_only")
+    other = randomize(peft.get_peft_model(attending(), config, autocast_adapter_dtype=False).eval())
+    other.save_pretrained(tmp_path / "theirs")
+    model = phicore.load_adapter(attending(), tmp_path / "theirs")
+    torch.testing.assert_close(logits(model), logits(other))
+    phicore.save_adapter(model, tmp_path / "ours")
+    stored, read = load_file(tmp_path / "ours" / WEIGHTS), load_file(tmp_path / "theirs" / WEIGHTS)
+    assert stored.keys() == read.keys()
+    assert all(torch.equal(tensor, read[key]) for key, tensor in stored.items())
+    fresh = phicore.LoRAConfig(rank=4, alpha=7, target_modules=targets, bias="lora_only")
+    again = randomize(phicore.attach(attending(), fresh), seed=8)
+    assert any(name.startswith("attention.out_proj.trained_bias") for name, p in again.named_parameters())
+    torch.testing.assert_close(logits(phicore.load_adapter(again, tmp_path / "ours")), logits(model))
+    expected = logits(model)
+    phicore.merge(model)
+    torch.testing.assert_close(logits(model), expected)
+    phicore.unmerge(model)
+    torch.testing.assert_close(logits(model), expected)
+    with phicore.disabled(model):
+        torch.testing.assert_close(logits(model), logits(attending()))
 
 
 @pytest.mark.parametrize(("options", "dora"), [({}, True), ({"kdim": 6, "vdim": 5}, False), ({"kdim": 6}, True)])

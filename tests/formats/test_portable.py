@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 import phicore
 from phicore import atomic
-from phicore.formats import portable
 from phicore.formats.peft import CONFIG, PREFIX, WEIGHTS
-from phicore.formats.portable import READERS, check, export
+from phicore.formats.portable import check, export
+from phicore.formats.readers import READERS
 
 TARGETS = sorted(READERS)
 EACH = pytest.mark.parametrize("target", TARGETS)
@@ -491,8 +491,3 @@ def test_kaitos_recombination_goes_wrong_before_the_export_and_right_after(tmp_p
     export(directory, tmp_path / "output", "kaito")
     given = recombined(tiny("llama"), tmp_path / "output")  # PEFT multiplies by square roots in float32
     torch.testing.assert_close(given, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_every_reader_names_what_it_does_with_known_features():
-    for reader in READERS.values():
-        assert reader.unread.keys() <= portable.REMEDIES.keys()

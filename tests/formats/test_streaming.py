@@ -311,22 +311,3 @@ def test_names_that_only_transformers_can_map_are_loaded_whole(
     expected = phicore.quantize_(load_model(str(tmp_path / "source"), torch.float32)[0])
     theirs.train()
     torch.testing.assert_close(logits(theirs), logits(expected), atol=1e-5, rtol=1e-5)
-
-
-def test_a_name_on_the_hub_is_not_streamed() -> None:
-    with pytest.raises(NotStreamable, match="nobody/nothing is no directory of safetensors files"):
-        quantize_directory("nobody/nothing", "unused")
-
-
-def test_a_linked_directory_of_the_hub_cache(sources: Callable[..., Path], tmp_path: Path) -> None:
-    """The cache of huggingface_hub holds links to files of other names."""
-    (tmp_path / "blobs").mkdir()
-    (tmp_path / "snapshot").mkdir()
-    for i, file in enumerate(sorted(sources().iterdir())):
-        shutil.copy(file, tmp_path / "blobs" / str(i))
-        (tmp_path / "snapshot" / file.name).symlink_to(tmp_path / "blobs" / str(i))
-    quantize_directory(tmp_path / "snapshot", tmp_path / "nf4", torch.float32)
-    quantize_directory(sources(), tmp_path / "same", torch.float32)
-    ours, expected = contents(tmp_path / "nf4"), contents(tmp_path / "same")
-    assert all(torch.equal(ours[key], tensor) for key, tensor in expected.items())
-    assert not any(file.is_symlink() for file in (tmp_path / "nf4").iterdir())

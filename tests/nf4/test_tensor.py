@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import phicore
@@ -300,6 +301,13 @@ def test_other_dtypes_are_refused(weight):
         phicore.nf4.quantize(weight)
 
 
+def test_a_mean_of_absmax_that_overflows_is_refused():
+    weight = torch.full((8, 64), 3e38)
+    with pytest.raises(ValueError, match=r"\(8, 64\) is so large .* use double_quant=False"):
+        phicore.nf4.quantize(weight)
+    assert torch.equal(phicore.nf4.quantize(weight, double_quant=False).dequantize(), weight)
+
+
 def test_what_is_no_tensor_is_refused():
     with pytest.raises(TypeError, match="got list"):
         phicore.nf4.quantize([1.0, 2.0])
@@ -324,3 +332,20 @@ def test_parts_that_do_not_fit_are_refused_by_name(double_quant):
                 NF4Tensor(**{**parts, name: wrong}, **rest)
     with pytest.raises(ValueError, match="block_size must be one of"):
         NF4Tensor(**parts, **{**rest, "block_size": 48})
+
+
+def test_a_compiler_and_a_fake_tensor_see_decoding_as_one_operator():
+    """On the CPU it is called without the dispatcher, which they must not lose."""
+    q = phicore.nf4.quantize(torch.randn(1024, 2100))  # so large that memory is asked for by address
+    with FakeTensorMode() as mode:
+        fake = NF4Tensor(*map(mode.from_tensor, q.parts().values()), q.shape, q.dtype, q.block_size)
+        assert fake.dequantize(torch.bfloat16).shape == q.shape
+    seen = []
+
+    def backend(graph, _):
+        seen.extend(node.target for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    decoded = torch.compile(lambda: q.dequantize(), fullgraph=True, backend=backend)()
+    assert torch.equal(decoded, q.dequantize())
+    assert seen == [torch.ops.phicore.nf4_dequantize]
