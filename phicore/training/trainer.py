@@ -26,7 +26,7 @@ from phicore.training.loss import causal_lm_loss, masked_mean
 from phicore.training.metrics import MetricsLog, Progress, peak_memory_bytes
 from phicore.training.modes import mode, stop_signals
 from phicore.training.output import after_restart, prepare_output
-from phicore.training.randomness import random_json, seed_everything
+from phicore.training.randomness import kept_random, random_json, seed_everything
 from phicore.training.recompute import checkpointed_blocks
 from phicore.training.resume import changed_settings, describe, load_checkpoint
 from phicore.training.schedule import learning_rate
@@ -294,7 +294,7 @@ class Trainer:
     def evaluate(self, data: Sequence[Any] | None = None) -> float:
         """Mean loss per labelled token over data (default: eval_data), with dropout off.
 
-        The model's modes and torch's random state are afterwards what they were.
+        The model's modes and the random states of torch, Python and NumPy are afterwards what they were.
 
         Raises:
             ValueError: there is no data, or none of it carries loss.
@@ -308,8 +308,7 @@ class Trainer:
     def _evaluate(self, data: Sequence[Any]) -> float:
         loss_sum, count = 0.0, 0.0
         self.buffers.share()
-        generators = [self.device] if self.device.type == "cuda" else []
-        with mode(self.model, training=False), torch.random.fork_rng(generators):
+        with mode(self.model, training=False), kept_random():
             # Examples of like length share a batch, which pads least; dealt out like cards, ranks have like work.
             by_length = sorted(range(len(data)), key=lambda i: length_of(data[i]))[rank() :: world_size()]
             for part in chunks(by_length, self.config.eval_batch_size):
