@@ -7,7 +7,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from phicore.training.buffers import TrainedBuffers
 from phicore.training.config import TrainConfig, fixed_settings
 from phicore.training.data import step_indices
 from phicore.training.distributed import gather_rows, on_first_rank, rank, sum_over_ranks, world_size
+from phicore.training.frozen import check_same_frozen
 from phicore.training.loss import causal_lm_loss, masked_mean
 from phicore.training.metrics import MetricsLog, Progress, peak_memory_bytes
 from phicore.training.modes import mode, stop_signals
@@ -94,7 +95,8 @@ class Trainer:
     Raises:
         ValueError: no parameter requires a gradient, or there is no data (for eval_every, no eval_data), or
             group_by_length is set and the examples have no input_ids; the environment's variables are incomplete; ranks
-            were given different settings or models.
+            were given different settings, models or frozen weights.
+        LostRankError: another rank was lost meanwhile, naming it.
 
     Example:
         >>> data = [{"input_ids": torch.tensor([1, 2, 3]), "labels": torch.tensor([1, 2, 3])}]
@@ -117,27 +119,10 @@ class Trainer:
     ) -> None:
         distributed.join(config.first_step_timeout)
         self.model = model
-        self.config = config = after_restart(config)
+        self.config = config
         self.train_data, self.eval_data = train_data, eval_data
         self.loss_fn = loss_fn or causal_lm_loss
         self.collate_fn = collate_fn or make_batch
-        self.identity = json.loads(json.dumps(dict(identity or {})))  # as a checkpoint will give it back
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        if not self.parameters:
-            raise ValueError(f"no parameter of {type(model).__name__} requires a gradient; attach an adapter first")
-        if not len(train_data):
-            raise ValueError("train_data is empty")
-        if config.eval_every and eval_data is None:
-            raise ValueError(f"eval_every is {config.eval_every}, but there is no eval_data to evaluate on")
-        self._lengths = lengths_of(train_data) if config.group_by_length else None
-        if world_size() > 1:
-            check_same([f"{key}={value!r}" for key, value in self._settings().items()], None, None)
-        distributed.to_own_gpu(model)
-        self.device = next(iter(self.parameters.values())).device
-        self.buffers = TrainedBuffers(model)
-        self.buffers.share()
-        self.optimizer = self._make_optimizer()
-        self._peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.output = Path(config.output)
         self.checkpoints = self.output / "checkpoints"
         self.step = 0  # optimizer steps done
@@ -146,8 +131,49 @@ class Trainer:
         self._stop_agreed = False  # of any, as all know
         self._watch = Watch(self.output)
         self._writer = BackgroundWriter()
+        with self._watch.during("the construction of the Trainer"):
+            self._construct(identity)
+
+    def _construct(self, identity: Mapping[str, Any] | None) -> None:
+        """What ranks agree on before they train; what one of them cannot do, all of them refuse."""
+        self.config = config = after_restart(self.config)
+        self.identity, self.parameters, self._lengths = distributed.everywhere(lambda: self._check_given(identity))
+        distributed.to_own_gpu(self.model)
+        self.device = next(iter(self.parameters.values())).device
+        self.buffers = TrainedBuffers(self.model)
+        if world_size() > 1:
+            distributed.together(lambda: check_same(self._describe(), None, None))
+            check_same_frozen(self.model, self.buffers)
+        self.buffers.share()
+        self.optimizer = self._make_optimizer()
+        self._peaks = [group["lr"] for group in self.optimizer.param_groups]
         # The thread that writes agrees with the other ranks' beside the collectives of the steps.
         self._writers = distributed.new_group(config.first_step_timeout) if config.async_save else None
+
+    def _check_given(
+        self, identity: Mapping[str, Any] | None
+    ) -> tuple[dict[str, Any], dict[str, nn.Parameter], list[int] | None]:
+        """The identity as a checkpoint gives it back, the parameters that train, and examples' lengths if needed."""
+        model, config = self.model, self.config
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not parameters:
+            raise ValueError(f"no parameter of {type(model).__name__} requires a gradient; attach an adapter first")
+        if not len(self.train_data):
+            raise ValueError("train_data is empty")
+        if config.eval_every and self.eval_data is None:
+            raise ValueError(f"eval_every is {config.eval_every}, but there is no eval_data to evaluate on")
+        lengths = lengths_of(self.train_data) if config.group_by_length else None
+        return json.loads(json.dumps(dict(identity or {}))), parameters, lengths
+
+    def _describe(self) -> list[str]:
+        """What must be equal on all ranks, an item a line."""
+        given = {**asdict(self.config), **self._settings()}
+        given["examples to evaluate on"] = None if self.eval_data is None else len(self.eval_data)
+        parameters = [
+            f"{name} ({'trained' if p.requires_grad else 'frozen'}, {list(p.shape)}, {p.dtype})"
+            for name, p in self.model.named_parameters()
+        ]
+        return [*(f"{key}={value!r}" for key, value in given.items()), *parameters]
 
     def _make_optimizer(self) -> ZeroOptimizer:
         before = _optimizers.get(self.model)
@@ -364,13 +390,20 @@ class Trainer:
         """Resumes, or makes room for a new run."""
         if self.step:
             return
-        newest = on_first_rank(lambda: prepare_output(self.config))
-        if newest is None:
+        newest, state = on_first_rank(self._find)
+        if newest is None or state is None:
             seed_everything(self.config.seed, rank=rank())
             return
-        state = checkpoint.read_state(newest)
-        if changed := changed_settings(state["settings"], self._settings()):
-            raise ValueError(f"{newest} was written with other settings; {'; '.join(changed)}")
         buffers = dict(self.model.named_buffers())
         load_checkpoint(newest, state, self.optimizer, self.parameters, buffers, self.config.seed)
         self.step, self.tokens = state["step"], state["tokens"]
+
+    def _find(self) -> tuple[Path | None, dict[str, Any] | None]:
+        """The checkpoint to go on from and its state, or room for a new run."""
+        newest = prepare_output(self.config)
+        if newest is None:
+            return None, None
+        state = checkpoint.read_state(newest)
+        if changed := changed_settings(state["settings"], self._settings()):
+            raise ValueError(f"{newest} was written with other settings; {'; '.join(changed)}")
+        return newest, state

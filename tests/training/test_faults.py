@@ -84,6 +84,34 @@ def test_a_stalled_rank_is_named_within_the_time_out(undisturbed, tmp_path):
     goes_on(output, 4, undisturbed)
 
 
+EARLY = [
+    ("killed before it came", 1, r"TimeoutError: rank 1 did not come within 3 s"),
+    ("killed before it came", 0, r"TimeoutError: nobody opened 127.0.0.1:\d+, as rank 0 should, within 3 s"),
+    ("killed while connecting", 1, r"LostRankError: rank 1 came and ended, or does not answer, while the ranks conn"),
+    ("killed while connecting", 0, r"LostRankError: rank 0 came and ended, or does not answer, while the ranks conn"),
+    ("killed in the construction", 1, r"LostRankError: rank 1 has ended in the construction of the Trainer \(process"),
+    ("killed in the construction", 0, r"LostRankError: rank 0 has ended in the construction of the Trainer \(process"),
+    ("stalled in the construction", 1, r"LostRankError: rank 1 does not answer; .* in the construction of the Trainer"),
+    ("raising in the construction", 1, r"LostRankError: rank 1 failed in the construction of the Trainer: KeyError"),
+]
+
+
+def test_a_rank_that_is_lost_before_the_first_step_is_named(tmp_path):
+    """All cases at once: they do little but wait."""
+    outputs = [tmp_path / str(case) for case in range(len(EARLY))]
+    runs = [
+        start(2, output, (what, rank, 0), first_step_timeout=3.0)
+        for (what, rank, _), output in zip(EARLY, outputs, strict=True)
+    ]
+    for (_, rank, said), output, ranks in zip(EARLY, outputs, runs, strict=True):
+        ranks[1 - rank].join(PATIENCE)
+        assert ranks[1 - rank].exitcode == 1, said
+        assert_told(log(output, 1 - rank).read_text(), said)
+        if said.startswith("LostRankError: rank 1 does not answer"):
+            os.kill(ranks[rank].pid, signal.SIGCONT)
+        finish(ranks)
+
+
 def test_all_of_three_ranks_name_the_same_one(tmp_path):
     output = tmp_path / "run"
     codes = finish(start(3, output, ("killed in the backward pass", 1, 2), **SETTINGS))
