@@ -39,9 +39,19 @@ class MetricsLog:
         atomic.write_text(self.path, "".join(line + "\n" for line in kept))
 
     def write(self, **values: Any) -> None:
-        """Appends a line at once."""
-        with open(self.path, "a") as file:
-            file.write(json.dumps(values) + "\n")
+        """Appends a line at once.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(values) + "\n")
+        except OSError as error:
+            raise OSError(
+                f"cannot write {self.path}: {error}. Make room for it (or let it be written), then start again with "
+                f"resume"
+            ) from error
 
 
 def _step(line: str) -> int | None:

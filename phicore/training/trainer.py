@@ -225,11 +225,13 @@ class Trainer:
                     text = f"loss {loss:.4f}  {speed:.0f} tokens/s"
                     progress.step(self.step, text, say=say)
                     if say and log is not None:
-                        log.write(step=self.step, **facts, tokens_per_second=speed)
+                        with self._watch.during(f"the metrics of step {self.step}"):
+                            log.write(step=self.step, **facts, tokens_per_second=speed)
                     if config.eval_every and self.step % config.eval_every == 0:
                         eval_loss = self.evaluate()
                         if log is not None:
-                            log.write(step=self.step, eval_loss=eval_loss)
+                            with self._watch.during(f"the metrics of step {self.step}"):
+                                log.write(step=self.step, eval_loss=eval_loss)
                     if config.save_every and self.step % config.save_every == 0:
                         self.save()
                         saved_step = self.step
@@ -354,7 +356,7 @@ class Trainer:
             Where it stands, or will.
 
         Raises:
-            OSError: a rank could not write its part, on every rank; the checkpoints are as they were.
+            OSError: a rank could not write its part, naming it, on every rank; `latest` names what it named before.
         """
         with self._watch.during(f"the checkpoint of step {self.step}"):
             return self._save()

@@ -1,5 +1,6 @@
 """Ranks that train together while something goes wrong with one of them."""
 
+import errno
 import os
 import resource
 import signal
@@ -12,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from phicore.training import TrainConfig, Trainer, checkpoint, distributed
+from phicore.training import TrainConfig, Trainer, checkpoint, distributed, shards
 from phicore.training.buffers import TrainedBuffers
+from tests.training.small_disk import fill
 from tests.training.small_run import SETTINGS, examples, process, small_model
 
 Fault = tuple[str, int, int]  # what goes wrong, on which rank, in which step
@@ -166,6 +168,24 @@ def _not_a_number(trainer: Trainer, step: int) -> None:
     _in_loss(trainer, lambda loss: loss * torch.nan, lambda: trainer.step == step - 1)
 
 
+def _no_space(trainer: Trainer, step: int) -> None:
+    """From the step on the disk that holds the output is really full, but for what half of the ranks' files take."""
+    _in_loss(trainer, lambda loss: fill(trainer.output, 32 * 1024), lambda: trainer.step == step - 1)
+
+
+def _no_space_in_python(trainer: Trainer, step: int) -> None:
+    """For where no small disk can be had: half of a file is written, then the error of a full disk comes."""
+    save_file = shards.save_file
+
+    def half(tensors: Any, path: Path, metadata: Any) -> None:
+        save_file(tensors, path, metadata)
+        if trainer.step >= step:
+            os.truncate(path, path.stat().st_size // 2)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    shards.save_file = half  # type: ignore[assignment]
+
+
 def _full_disk(trainer: Trainer, step: int) -> None:
     """From the step on the kernel refuses to write beyond a kilobyte into any file."""
     _in_loss(
@@ -190,4 +210,6 @@ FAULTS: dict[str, Callable[[Trainer, int], None]] = {
     "raising": _raise,
     "not a number": _not_a_number,
     "full disk": _full_disk,
+    "no space": _no_space,
+    "no space in Python": _no_space_in_python,
 }
