@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "check": "say what a server (vllm, tgi, llama.cpp, kaito, transformers) would not read rightly of an adapter",
+    "convert-deepspeed": "write a ZeRO-1 or ZeRO-2 checkpoint of DeepSpeed as safetensors, or as a run to go on with",
     "export": "write an adapter that such a server reads rightly, or say what it does not take",
     "finetune": "fine-tune a model on JSONL data with LoRA, DoRA, QLoRA, QDoRA or whole",
     "generate": "answer a prompt with a model and, if given, an adapter",
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f'phicore: no command "{command}"\n\n{_usage()}', file=sys.stderr)
         return 2
     try:
-        importlib.import_module(f"phicore.cli.{command}").main(rest)
+        importlib.import_module(f"phicore.cli.{command.replace('-', '_')}").main(rest)
     except EXPECTED as error:
         if os.environ.get("PHICORE_TRACEBACK"):
             raise
@@ -45,5 +46,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _usage() -> str:
-    lines = [f"  {name:<10} {what}" for name, what in COMMANDS.items()]
+    lines = [f"  {name:<18} {what}" for name, what in COMMANDS.items()]
     return "\n".join(["usage: phicore COMMAND [OPTIONS]   (phicore COMMAND --help lists them)", "", *lines])

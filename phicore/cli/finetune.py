@@ -208,8 +208,9 @@ def _dtype(options: FinetuneOptions, device: torch.device) -> tuple[torch.dtype,
     newest = latest_checkpoint(Path(options.train.output) / "checkpoints") if options.train.resume else None
     if options.dtype != "auto":
         return DTYPES[options.dtype], "as asked"
-    if newest is not None:  # a measurement may come out otherwise the second time
-        return DTYPES[read_state(newest)["settings"]["dtype"]], "as the run that is resumed"
+    settings = None if newest is None else read_state(newest)["settings"]
+    if settings is not None:  # a measurement may come out otherwise the second time
+        return DTYPES[settings["dtype"]], "as the run that is resumed"
     if options.method == "full":
         return torch.float32, "all weights train, and AdamW's steps vanish in 16 bits"
     return choose_dtype(device)

@@ -42,7 +42,8 @@ def load_checkpoint(
 ) -> None:
     """Sets the weights, the optimizer's state and the random states to a checkpoint's; every rank must call it.
 
-    A rank beyond those that wrote the checkpoint gets random states from the seed, see `seed_everything`.
+    A rank beyond those that wrote the checkpoint, and any rank where another trainer wrote it, gets random states from
+    the seed, see `seed_everything`.
 
     Args:
         checkpoint: its directory.
@@ -71,12 +72,12 @@ def load_checkpoint(
             with open_shard(checkpoint, number) as shard:
                 _copy_weights(shard, places)
     optimizer.load_state_dict(shards)
+    seed_everything(seed, state["step"], rank())
     if rank() < state["world_size"]:
         with open_shard(checkpoint, rank()) as shard:
-            own = {name.partition("/")[2]: shard.read(f"rng/{name}") for name in shard.names["rng"]}
-            restore_random(own, shard.random)
-    else:
-        seed_everything(seed, state["step"], rank())
+            own = {name.partition("/")[2]: shard.read(f"rng/{name}") for name in shard.names.get("rng", ())}
+            if own:  # a checkpoint of another trainer has none
+                restore_random(own, shard.random)
 
 
 def _copy_weights(shard: OpenShard, places: Mapping[str, Tensor]) -> None:
@@ -95,10 +96,10 @@ def optimizer_shards(checkpoint: Path, state: State, own: Shard) -> list[dict[st
         state: its `read_state`.
         own: the optimizer's `state_dict`. Its settings stay as they are: they follow from the run's.
     """
-    groups = [
-        {**group, "params": saved["params"]}
-        for group, saved in zip(own["param_groups"], state["param_groups"], strict=True)
-    ]
+    groups = own["param_groups"]
+    if state["settings"] is not None:  # else another trainer's, whose groups say nothing here
+        both = zip(groups, state["param_groups"], strict=True)
+        groups = [{**group, "params": saved["params"]} for group, saved in both]
     shards: list[dict[str, Any]] = []
     scalars: dict[str, dict[str, Tensor]] = {}
     for number in range(state["world_size"]):

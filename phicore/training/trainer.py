@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import sys
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -406,6 +407,13 @@ class Trainer:
         if newest is None:
             return None, None
         state = checkpoint.read_state(newest)
-        if changed := changed_settings(state["settings"], self._settings()):
+        if state["settings"] is None:
+            print(
+                f"{newest} is of {state['origin']}: its weights and optimizer state go on from step {state['step']}, "
+                f"with the settings and data given here",
+                file=sys.stderr,
+                flush=True,
+            )
+        elif changed := changed_settings(state["settings"], self._settings()):
             raise ValueError(f"{newest} was written with other settings; {'; '.join(changed)}")
         return newest, state
