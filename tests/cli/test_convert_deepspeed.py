@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from phicore.cli import main
+from phicore.formats.deepspeed import read_checkpoint
 from phicore.training import TrainConfig, Trainer
 from phicore.training.data import step_indices
 from tests.formats.deepspeed_runs import ROWS, WORLD_SIZE, Net, batch
@@ -40,9 +41,10 @@ def loss(model: nn.Module, rows: Tensor) -> tuple[Tensor, int]:
     return out.square().sum() + 0 * sum(p.sum() for p in model.get_submodule("unused").parameters()), out.numel()
 
 
-def resumed(output: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> Trainer:
-    torch.manual_seed(8)
+def resumed(output: Path, base: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> Trainer:
+    """Over the frozen weights that DeepSpeed had; the others begin elsewhere."""
     model = Net()
+    model.load_state_dict(read_checkpoint(base).model)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -60,7 +62,7 @@ def test_a_run_goes_on_as_in_deepspeed(deepspeed_runs: Path, tmp_path: Path, cap
     assert "3 steps, saved by 2 ranks" in shown.out
     assert "10 parameters with lr 0.01, betas (0.9, 0.999), eps 1e-08, weight_decay 0.1" in shown.out
     assert "parameter 10/10" in shown.err
-    trainer = resumed(tmp_path / "run")
+    trainer = resumed(tmp_path / "run", deepspeed_runs / "stage 1")
     trainer.fit()
     assert "is of DeepSpeed: its weights and optimizer state go on from step 3" in capsys.readouterr().err
     facts = torch.load(deepspeed_runs / "stage 1/facts.pt", weights_only=True)
@@ -73,12 +75,12 @@ def test_a_run_goes_on_as_in_deepspeed(deepspeed_runs: Path, tmp_path: Path, cap
 def test_masters_go_on_and_a_run_is_not_written_over(deepspeed_runs: Path, tmp_path: Path, capsys) -> None:
     arguments = [deepspeed_runs / "bfloat16/three", "--output", tmp_path / "run", "--to", "run"]
     assert convert(*arguments) == 0
-    trainer = resumed(tmp_path / "run", torch.bfloat16)
+    trainer = resumed(tmp_path / "run", deepspeed_runs / "bfloat16", torch.bfloat16)
     trainer._start()
     assert convert(*arguments) == 1
     assert "holds a run (step-00000003)" in capsys.readouterr().err
     assert convert(*arguments, "--dtype", "float32", "--overwrite") == 0
-    exact = resumed(tmp_path / "run")
+    exact = resumed(tmp_path / "run", deepspeed_runs / "bfloat16")
     exact._start()
     masters = trainer.optimizer.full_state_dict()["masters"]
     assert masters.keys() == exact.parameters.keys()
