@@ -12,6 +12,7 @@ COMMANDS = {
     "finetune": "fine-tune a model on JSONL data with LoRA, DoRA, QLoRA, QDoRA or whole",
     "generate": "answer a prompt with a model and, if given, an adapter",
     "merge": "fold an adapter into a model and write a directory that transformers loads",
+    "plan": "say what memory, disk and traffic a run of finetune will take, without its weights or a step",
     "quantize": "write a model's linear layers in NF4, in bitsandbytes' layout",
 }
 EXPECTED = (ValueError, TypeError, OSError, FloatingPointError, ImportError, NotImplementedError)

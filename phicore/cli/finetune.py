@@ -134,7 +134,7 @@ def finetune(options: FinetuneOptions) -> dict[str, Any]:
     if options.threads:
         torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype, why = distributed.on_first_rank(lambda: _dtype(options, device))
+    dtype, why = distributed.on_first_rank(lambda: compute_dtype(options, device))
     ranks = distributed.world_size()
     several = f", on {ranks} ranks" if ranks > 1 else ""
     say(f"computing in {str(dtype).removeprefix('torch.')} on {device}{several}: {why}")
@@ -145,17 +145,8 @@ def finetune(options: FinetuneOptions) -> dict[str, Any]:
     eval_data = options.eval_data and _load(options.eval_data, tokenizer, options.sequence_length, options.eval_limit)
 
     base_bytes_before = _bytes(model)
-    coded, loftq = options.method in ("qlora", "qdora"), options.adapter.init == "loftq"
-    if loftq and not coded:
-        raise ValueError(f"--init loftq codes the base to NF4; use --method qlora or qdora, not {options.method}")
-    if coded and not loftq:  # loftq codes what it adapts when it is attached
-        with stage("quantizing linear layers to NF4"):
-            phicore.quantize_(model, block_size=options.block_size, double_quant=options.double_quant)
-    torch.manual_seed(options.train.seed)
-    if options.method == "full":
-        model.requires_grad_(True)
-    else:
-        phicore.attach(model, options.adapter.config(options.method))
+    with stage(f"preparing the model for {options.method}"):
+        adapt(model, options)
     trained_parameters = [p for p in model.parameters() if p.requires_grad]
     trainable = sum(p.numel() for p in trained_parameters)
     base_bytes_after = _bytes(model)
@@ -204,7 +195,22 @@ def finetune(options: FinetuneOptions) -> dict[str, Any]:
     return result
 
 
-def _dtype(options: FinetuneOptions, device: torch.device) -> tuple[torch.dtype, str]:
+def adapt(model: torch.nn.Module, options: FinetuneOptions) -> None:
+    """Makes a loaded model what the method trains: in NF4, with adapters, or all of it."""
+    coded, loftq = options.method in ("qlora", "qdora"), options.adapter.init == "loftq"
+    if loftq and not coded:
+        raise ValueError(f"--init loftq codes the base to NF4; use --method qlora or qdora, not {options.method}")
+    if coded and not loftq:  # loftq codes what it adapts when it is attached
+        phicore.quantize_(model, block_size=options.block_size, double_quant=options.double_quant)
+    torch.manual_seed(options.train.seed)
+    if options.method == "full":
+        model.requires_grad_(True)
+    else:
+        phicore.attach(model, options.adapter.config(options.method))
+
+
+def compute_dtype(options: FinetuneOptions, device: torch.device) -> tuple[torch.dtype, str]:
+    """The dtype of weights and products, and the reason in words."""
     newest = latest_checkpoint(Path(options.train.output) / "checkpoints") if options.train.resume else None
     if options.dtype != "auto":
         return DTYPES[options.dtype], "as asked"

@@ -96,6 +96,27 @@ def _plain_errors(path_or_id: str, local: bool) -> Iterator[None]:
         raise ValueError(f"{path_or_id}: its files lead to {type(error).__name__}: {_one_line(error)}") from error
 
 
+def model_config(path_or_id: str) -> Any:
+    """The configuration of a causal language model; of a directory, config.json alone is needed.
+
+    Raises:
+        FileNotFoundError, OSError, ValueError: as `load_model`; a model that is quantized.
+    """
+    path = Path(path_or_id).expanduser()
+    source, gguf_file = (str(path), None) if (path / CONFIG).is_file() else find_model(path_or_id)
+    transformers = import_transformers(gguf=gguf_file is not None)
+    extra = {"gguf_file": gguf_file} if gguf_file else {}
+    with quiet_transformers(transformers, bars=False), _plain_errors(path_or_id, Path(source).is_dir()):
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False, **extra)
+        _check_config(config, path_or_id, gguf_file is not None)
+    if (quantization := _quantization(config)) and gguf_file is None:
+        raise ValueError(
+            f"{path_or_id} is quantized already ({quantization.get('quant_method')}); give its full-precision original "
+            "(only the configuration is read)"
+        )
+    return config
+
+
 def dense_config(directory: Path) -> Any:
     """The configuration of a directory that holds a causal language model which is not quantized.
 
