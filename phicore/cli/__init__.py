@@ -38,12 +38,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         importlib.import_module(f"phicore.cli.{command.replace('-', '_')}").main(rest)
-    except EXPECTED as error:
-        if os.environ.get("PHICORE_TRACEBACK"):
-            raise
-        print(f"phicore {command}: {' '.join(str(error).split())}", file=sys.stderr)
+    except Exception as error:
+        _tell(command, error)
         return 1
     return 0
+
+
+def _tell(command: str, error: Exception) -> None:
+    """Prints an error in a line; on several ranks, what all raise alike once. Raises what only a traceback explains."""
+    from phicore.training.distributed import is_told_here, rank, told_elsewhere, world_size
+    from phicore.training.lost import LostRankError
+
+    if not is_told_here(error):
+        print(told_elsewhere(error), file=sys.stderr)
+        return
+    if os.environ.get("PHICORE_TRACEBACK") or not isinstance(error, (*EXPECTED, LostRankError)):
+        raise error
+    own = f"rank {rank()}: " if world_size() > 1 and not hasattr(error, "told_by") else ""
+    print(f"phicore {command}: {own}{' '.join(str(error).split())}", file=sys.stderr)
 
 
 def _usage() -> str:

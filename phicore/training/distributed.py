@@ -1,12 +1,13 @@
 """What the loop asks of other ranks, and how a process becomes one. Alone, rank 0 of 1, every answer is immediate."""
 
 import atexit
+import functools
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -125,6 +126,7 @@ def join(timeout: float) -> None:
         raise
     _made_here = True
     atexit.register(_leave_at_exit)
+    sys.excepthook = functools.partial(_tell_once, sys.excepthook)
 
 
 def start_of_ranks() -> str | None:
@@ -238,6 +240,19 @@ def _kind_and_text(error: Exception) -> tuple[str, str]:
 def is_told_here(error: BaseException) -> bool:
     """Whether it is for this rank to print an error that ends the run: False for one that another rank prints too."""
     return getattr(error, "told_by", rank()) == rank()
+
+
+def told_elsewhere(error: BaseException) -> str:
+    """What this rank says where `is_told_here` is False."""
+    return f"rank {rank()} ends with the error that rank {getattr(error, 'told_by', 0)} tells"
+
+
+def _tell_once(before: Callable[..., object], kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """In place of sys.excepthook: an error that all ranks raise has its traceback printed by one of them."""
+    if is_told_here(error):
+        before(kind, error, trace)
+    else:
+        print(told_elsewhere(error), file=sys.stderr, flush=True)
 
 
 def everywhere(work: Callable[[], T]) -> T:
