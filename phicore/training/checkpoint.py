@@ -117,13 +117,16 @@ def _digest_of_state(state: Mapping[str, Any]) -> str:
 def latest_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
     """The checkpoint that `latest` names; None where there is none yet.
 
+    Where `latest` itself is missing, as after a kill just before it was first written, it is the newest one: a
+    directory gets its name when it is whole.
+
     Raises:
         ValueError: `latest` does not hold the name of a checkpoint.
         FileNotFoundError: `latest` names a directory that is gone.
     """
     directory = Path(directory)
     if not (directory / LATEST).exists():
-        return None
+        return max((path for path in directory.glob("step-*") if (path / STATE).is_file()), default=None)
     name = (directory / LATEST).read_text(errors="replace").strip()
     if not re.fullmatch(r"step-\d{8,}", name):
         raise ValueError(f"{directory / LATEST} is damaged: it holds {name!r}, not the name of a checkpoint")

@@ -27,7 +27,7 @@ from phicore.training.frozen import check_same_frozen
 from phicore.training.loss import causal_lm_loss, masked_mean
 from phicore.training.metrics import MetricsLog, Progress, peak_memory_bytes
 from phicore.training.modes import mode, stop_signals
-from phicore.training.output import after_restart, prepare_output
+from phicore.training.output import after_restart, hold_output, prepare_output
 from phicore.training.randomness import kept_random, random_json, seed_everything
 from phicore.training.recompute import checkpointed_blocks
 from phicore.training.resume import changed_settings, describe, load_checkpoint
@@ -63,6 +63,10 @@ class TrainResult:
 
 # Of each model, so that a newer Trainer may take over its parameters.
 _optimizers: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[ZeroOptimizer]]" = weakref.WeakKeyDictionary()
+
+
+def _nothing() -> None:
+    """What a rank that holds nothing releases."""
 
 
 class Trainer:
@@ -197,7 +201,8 @@ class Trainer:
         """Trains up to config.steps.
 
         Raises:
-            FileExistsError: the output holds a run, and neither resume nor overwrite is set.
+            FileExistsError: the output holds a run, and neither resume nor overwrite is set; or a run is at work there.
+            OSError: the output cannot be written.
             ValueError: resuming with other settings (each change is listed), or a step without a labelled token.
             FloatingPointError: a loss or gradient norm that is not finite, naming the step and the rank where it arose;
                 the step is not taken, on any rank.
@@ -206,8 +211,13 @@ class Trainer:
         """
         config = self.config
         with self._watch.during("the start"):
-            self._start()
-        log = MetricsLog(self.output / "metrics.jsonl", self.step) if rank() == 0 else None
+            release = distributed.everywhere(lambda: hold_output(self.output) if rank() == 0 else _nothing)
+            try:
+                self._start()
+                log = distributed.everywhere(self._open_log)
+            except BaseException:
+                release()
+                raise
         progress = Progress(config.steps, self.step, shown=rank() == 0)
         recomputed = checkpointed_blocks(self.model) if config.gradient_checkpointing else nullcontext()
         loss, seconds, first_tokens, saved_step = math.nan, 0.0, self.tokens, self.step
@@ -243,6 +253,7 @@ class Trainer:
                     stopped = any(asked for (asked,) in gather_rows([self.stop_requested], self.device))
         finally:
             progress.close()
+            release()
             distributed.set_timeout(config.first_step_timeout)  # what follows is no step
         self.stop_requested = self._stop_agreed = False  # it is answered; another fit goes on
         if stopped:
@@ -251,6 +262,9 @@ class Trainer:
         return TrainResult(
             self.step, loss, self.tokens, seconds, done / seconds if seconds else 0.0, peak_memory_bytes(self.device)
         )
+
+    def _open_log(self) -> MetricsLog | None:
+        return MetricsLog(self.output / "metrics.jsonl", self.step) if rank() == 0 else None
 
     def _train_step(self) -> dict[str, float]:
         config = self.config

@@ -8,14 +8,14 @@ from pathlib import Path
 
 
 @contextmanager
-def small_disk(mount_point: Path, megabytes: int) -> Iterator[Path | None]:
+def small_disk(mount_point: Path, megabytes: int, mode: str = "rw") -> Iterator[Path | None]:
     """A directory on a file system of that size; None where the system lets users mount none.
 
     A process in a user and mount namespace of its own mounts a tmpfs and keeps it; others reach it by that process's
     root directory.
     """
     mount_point.mkdir(parents=True, exist_ok=True)
-    script = f'mount -t tmpfs -o size={megabytes}m none "$0" && echo mounted && read end'
+    script = f'mount -t tmpfs -o size={megabytes}m,{mode} none "$0" && echo mounted && read end'
     try:
         holder = subprocess.Popen(
             ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, str(mount_point)],
@@ -31,7 +31,7 @@ def small_disk(mount_point: Path, megabytes: int) -> Iterator[Path | None]:
     with holder:
         mounted = holder.stdout.readline() == b"mounted\n"
         seen = Path(f"/proc/{holder.pid}/root") / mount_point.relative_to("/")
-        yield seen if mounted and os.access(seen, os.W_OK) else None
+        yield seen if mounted and os.access(seen, os.R_OK) else None
         holder.stdin.close()
 
 
