@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from phicore.training.checkpoint import check_files
-from phicore.training.distributed import rank, together, world_size
+from phicore.training.distributed import everywhere, rank, together, world_size
 from phicore.training.randomness import restore_random, seed_everything
 from phicore.training.shards import OpenShard, Shard, open_shard
 from phicore.zero import ZeroOptimizer
@@ -57,14 +57,7 @@ def load_checkpoint(
         ValueError: a file is damaged, or the model is another. Nothing has been loaded then.
     """
     places = {**buffers, **parameters}
-    found = describe(places)
-    wrong = [
-        name
-        for name in sorted(state["tensors"].keys() | parameters.keys())
-        if name not in found or found[name] != state["tensors"].get(name)
-    ]
-    if wrong:
-        raise ValueError(f"{checkpoint} does not fit the model: {', '.join(wrong[:10])} (of {len(wrong)} names)")
+    everywhere(lambda: _check_fits(checkpoint, state, describe(places), parameters))
     together(lambda: check_files(checkpoint, state, rank(), world_size()))
     shards = optimizer_shards(checkpoint, state, optimizer.state_dict())
     with torch.no_grad():
@@ -78,6 +71,18 @@ def load_checkpoint(
             own = {name.partition("/")[2]: shard.read(f"rng/{name}") for name in shard.names.get("rng", ())}
             if own:  # a checkpoint of another trainer has none
                 restore_random(own, shard.random)
+
+
+def _check_fits(checkpoint: Path, state: State, found: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> None:
+    saved = state["tensors"]
+    wrong = [name for name in sorted(saved.keys() | parameters.keys()) if saved.get(name) != found.get(name)]
+    if wrong:
+        first = wrong[0]
+        there, here = (" ".join(map(str, of[first])) if first in of else "not trained" for of in (saved, found))
+        raise ValueError(
+            f"{checkpoint} does not fit the model: {', '.join(wrong[:10])} (of {len(wrong)} names); {first} is {there} "
+            f"in it and {here} here. Resume with the model that it was written of, or train this one in another output"
+        )
 
 
 def _copy_weights(shard: OpenShard, places: Mapping[str, Tensor]) -> None:

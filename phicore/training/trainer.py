@@ -95,7 +95,8 @@ class Trainer:
         loss_fn: maps (model, batch) to the summed loss and the number of items it sums over; default
             `causal_lm_loss`.
         collate_fn: maps a list of examples to a batch, in place of the above.
-        identity: what else must be equal for a run to be resumed (model, data, adapter settings, ...); plain values.
+        identity: what else must be equal for a run to be resumed (model, data, adapter settings, ...); plain values. Of
+            the data only its number of examples is compared without it.
 
     Raises:
         ValueError: no parameter requires a gradient, or there is no data (for eval_every, no eval_data), or

@@ -502,7 +502,10 @@ def test_a_model_that_does_not_fit_is_told(tmp_path: Path) -> None:
     frozen.embed.requires_grad_(False)
     config = TrainConfig(output=str(tmp_path), resume=True, **SETTINGS)
     for model, named in (
-        (narrow, r"head\.bias, head\.weight \(of 2 names\)"),
+        (
+            narrow,
+            r"head\.bias, head\.weight \(of 2 names\); head\.bias is \[12\] float32 in it and \[11\] float32 here",
+        ),
         (other_names, r"tail\.bias, tail\.weight \(of 2 names\)"),
         (frozen, r"embed\.weight \(of 1 names\)"),
         (half, r"embed\.weight, head\.bias, head\.weight \(of 3 names\)"),
