@@ -20,8 +20,10 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
             os.fchmod(file.fileno(), 0o644)  # mkstemp makes it private
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # of a full disk, say, which does not say where
+            error.filename = str(path)
         raise
     fsync_directory(path.parent)
 

@@ -3,7 +3,10 @@
 import contextlib
 import copy
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,6 +43,19 @@ def relative_error() -> Callable[[Tensor, Tensor], float]:
         return float((given - exact).norm()) / (norm or 1.0)
 
     return measure
+
+
+@pytest.fixture(scope="session")
+def deepspeed_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the real DeepSpeed trained and saved: a directory for each of tests.formats.deepspeed_runs.RUNS."""
+    from tests.formats.deepspeed_runs import WORLD_SIZE
+
+    directory = tmp_path_factory.mktemp("deepspeed")
+    command = [sys.executable, "-m", "tests.formats.deepspeed_runs", str(directory), str(WORLD_SIZE)]
+    path = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return directory
 
 
 @pytest.fixture(scope="session")

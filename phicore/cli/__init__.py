@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "check": "say what a server (vllm, tgi, llama.cpp, kaito, transformers) would not read rightly of an adapter",
+    "convert-deepspeed": "write a ZeRO-1 or ZeRO-2 checkpoint of DeepSpeed as safetensors, or as a run to go on with",
     "export": "write an adapter that such a server reads rightly, or say what it does not take",
     "finetune": "fine-tune a model on JSONL data with LoRA, DoRA, QLoRA, QDoRA or whole",
     "generate": "answer a prompt with a model and, if given, an adapter",
@@ -36,15 +37,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f'phicore: no command "{command}"\n\n{_usage()}', file=sys.stderr)
         return 2
     try:
-        importlib.import_module(f"phicore.cli.{command}").main(rest)
-    except EXPECTED as error:
-        if os.environ.get("PHICORE_TRACEBACK"):
-            raise
-        print(f"phicore {command}: {' '.join(str(error).split())}", file=sys.stderr)
+        importlib.import_module(f"phicore.cli.{command.replace('-', '_')}").main(rest)
+    except Exception as error:
+        _tell(command, error)
         return 1
     return 0
 
 
+def _tell(command: str, error: Exception) -> None:
+    """Prints an error in a line; on several ranks, what all raise alike once. Raises what only a traceback explains."""
+    from phicore.training.distributed import is_told_here, rank, told_elsewhere, world_size
+    from phicore.training.lost import LostRankError
+
+    if not is_told_here(error):
+        print(told_elsewhere(error), file=sys.stderr)
+        return
+    if os.environ.get("PHICORE_TRACEBACK") or not isinstance(error, (*EXPECTED, LostRankError)):
+        raise error
+    own = f"rank {rank()}: " if world_size() > 1 and not hasattr(error, "told_by") else ""
+    print(f"phicore {command}: {own}{' '.join(str(error).split())}", file=sys.stderr)
+
+
 def _usage() -> str:
-    lines = [f"  {name:<10} {what}" for name, what in COMMANDS.items()]
+    lines = [f"  {name:<18} {what}" for name, what in COMMANDS.items()]
     return "\n".join(["usage: phicore COMMAND [OPTIONS]   (phicore COMMAND --help lists them)", "", *lines])

@@ -19,7 +19,7 @@ import phicore
 from phicore import atomic
 from phicore.adapters.config import LoRAConfig
 from phicore.cli.console import gigabytes, say, stage, table
-from phicore.cli.options import parse
+from phicore.cli.options import parse_everywhere
 from phicore.training import distributed
 from phicore.training.checkpoint import latest_checkpoint, read_state
 from phicore.training.config import TrainConfig
@@ -29,6 +29,7 @@ from phicore.training.metrics import peak_memory_bytes
 from phicore.training.output import after_restart
 from phicore.training.precision import DTYPES, choose_dtype
 from phicore.training.scoring import exact_match, span_f1
+from phicore.training.watch import Watch
 
 
 @dataclass(kw_only=True)
@@ -111,7 +112,12 @@ class FinetuneOptions:
 
 def main(arguments: Sequence[str]) -> None:
     """Parses and runs."""
-    finetune(parse(FinetuneOptions, arguments, "finetune", "Fine-tune a causal language model."))
+    what = "Fine-tune a causal language model."
+    finetune(parse_everywhere(FinetuneOptions, arguments, "finetune", what, _join))
+
+
+def _join(options: FinetuneOptions | None) -> None:
+    distributed.join((TrainConfig() if options is None else options.train).first_step_timeout)
 
 
 def finetune(options: FinetuneOptions) -> dict[str, Any]:
@@ -126,27 +132,28 @@ def finetune(options: FinetuneOptions) -> dict[str, Any]:
     from phicore.formats.huggingface import load_model, save_model
 
     start = time.perf_counter()
-    distributed.join(options.train.first_step_timeout)
-    if options.deepspeed:
-        options = _with_deepspeed(options, options.deepspeed)
-    options = replace(options, train=after_restart(options.train))
-    output = Path(options.train.output)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype, why = distributed.on_first_rank(lambda: compute_dtype(options, device))
+    _join(options)
+    watch = Watch(Path(options.train.output))
+    with watch.during("reading the options"):
+        if (deepspeed := options.deepspeed) is not None:
+            options = distributed.everywhere(lambda: _with_deepspeed(options, deepspeed))
+        options = replace(options, train=after_restart(options.train))
+        output = Path(options.train.output)
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        dtype, why = distributed.on_first_rank(lambda: compute_dtype(options, device))
     ranks = distributed.world_size()
     several = f", on {ranks} ranks" if ranks > 1 else ""
     say(f"computing in {str(dtype).removeprefix('torch.')} on {device}{several}: {why}")
-    with stage(f"loading {options.model}"):
-        model, tokenizer = load_model(options.model, dtype)
-        torch.nn.Module.to(model, device)
-    train_data = _load(options.data, tokenizer, options.sequence_length, None)
-    eval_data = options.eval_data and _load(options.eval_data, tokenizer, options.sequence_length, options.eval_limit)
-
-    base_bytes_before = _bytes(model)
-    with stage(f"preparing the model for {options.method}"):
-        adapt(model, options)
+    with watch.during("loading the model and the data"):
+        with stage(f"loading {options.model}"):
+            model, tokenizer = distributed.everywhere(lambda: load_model(options.model, dtype))
+            torch.nn.Module.to(model, device)
+        train_data, eval_data = distributed.everywhere(lambda: _load_data(options, tokenizer))
+        base_bytes_before = _bytes(model)
+        with stage(f"preparing the model for {options.method}"):
+            distributed.everywhere(lambda: adapt(model, options))
     trained_parameters = [p for p in model.parameters() if p.requires_grad]
     trainable = sum(p.numel() for p in trained_parameters)
     base_bytes_after = _bytes(model)
@@ -156,14 +163,17 @@ def finetune(options: FinetuneOptions) -> dict[str, Any]:
     say(f"{options.method}: {trainable:,} trainable parameters")
 
     identity = _identity(options, dtype)
-    trainer = phicore.Trainer(model, options.train, train_data, eval_data or None, identity=identity)
-    before = _held_out(options, trainer, tokenizer, eval_data, "before")
+    trainer = phicore.Trainer(model, options.train, train_data, eval_data, identity=identity)
+    with watch.during("the held-out examples before training"):
+        before = _held_out(options, trainer, tokenizer, eval_data, "before")
     trained = trainer.fit()
-    if options.method == "full":
-        distributed.on_first_rank(lambda: save_model(model, tokenizer, output / "model", overwrite=True))
-    else:
-        distributed.on_first_rank(lambda: phicore.save_adapter(model, output / "adapter"))
-    after = _held_out(options, trainer, tokenizer, eval_data, "after")
+    with watch.during("writing what was trained"):
+        if options.method == "full":
+            distributed.on_first_rank(lambda: save_model(model, tokenizer, output / "model", overwrite=True))
+        else:
+            distributed.on_first_rank(lambda: phicore.save_adapter(model, output / "adapter"))
+    with watch.during("the held-out examples after training"):
+        after = _held_out(options, trainer, tokenizer, eval_data, "after")
 
     result = {
         **{f"{key}_before": value for key, value in before["scores"].items()},
@@ -214,8 +224,9 @@ def compute_dtype(options: FinetuneOptions, device: torch.device) -> tuple[torch
     newest = latest_checkpoint(Path(options.train.output) / "checkpoints") if options.train.resume else None
     if options.dtype != "auto":
         return DTYPES[options.dtype], "as asked"
-    if newest is not None:  # a measurement may come out otherwise the second time
-        return DTYPES[read_state(newest)["settings"]["dtype"]], "as the run that is resumed"
+    settings = None if newest is None else read_state(newest)["settings"]
+    if settings is not None:  # a measurement may come out otherwise the second time
+        return DTYPES[settings["dtype"]], "as the run that is resumed"
     if options.method == "full":
         return torch.float32, "all weights train, and AdamW's steps vanish in 16 bits"
     return choose_dtype(device)
@@ -235,6 +246,13 @@ def _with_deepspeed(options: FinetuneOptions, path: str) -> FinetuneOptions:
         asked = "--dtype takes float32 or bfloat16" if options.dtype == "auto" else f"--dtype says {options.dtype}"
         raise ValueError(f"{path} asks for {dtype}, but {asked}")
     return replace(options, train=found.train, dtype=dtype)  # type: ignore[arg-type]
+
+
+def _load_data(options: FinetuneOptions, tokenizer: Any) -> tuple[TokenDataset, TokenDataset | None]:
+    train = _load(options.data, tokenizer, options.sequence_length, None)
+    if not options.eval_data:
+        return train, None
+    return train, _load(options.eval_data, tokenizer, options.sequence_length, options.eval_limit)
 
 
 def _load(path: str, tokenizer: Any, sequence_length: int, limit: int | None) -> TokenDataset:

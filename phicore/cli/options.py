@@ -4,8 +4,11 @@ A file's entries become arguments in front of those that were typed, so that bot
 wins.
 """
 
+import io
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,6 +37,39 @@ def parse(options: type[T], arguments: Sequence[str], command: str, description:
         args=given,
         config=(tyro.conf.OmitArgPrefixes,),
     )
+
+
+def parse_everywhere(
+    options: type[T], arguments: Sequence[str], command: str, description: str, join: Callable[[T | None], object]
+) -> T:
+    """`parse` on each of the ranks that the environment asks for (torchrun).
+
+    Args:
+        options, arguments, command, description: see `parse`.
+        join: makes this process one of the ranks, given the options, or None where they are refused.
+
+    Raises:
+        SystemExit: one rank refuses its arguments, on all; what all say alike is said by rank 0 alone.
+    """
+    if (os.environ.get("WORLD_SIZE") or "1") == "1":
+        return parse(options, arguments, command, description)
+    from phicore.training.distributed import rank, together
+
+    said, parsed, refused = io.StringIO(), None, None
+    try:
+        with redirect_stdout(said), redirect_stderr(said):
+            parsed = parse(options, arguments, command, description)
+    except SystemExit as stop:
+        refused = (stop.code, said.getvalue())
+    join(parsed)
+    answers = together(lambda: refused)
+    if refused is not None and answers != [refused] * len(answers):
+        print(f"rank {rank()}: {refused[1]}", file=sys.stderr, flush=True)
+    elif refused is not None and rank() == 0:
+        print(refused[1], file=sys.stdout if refused[0] == 0 else sys.stderr, flush=True)
+    if parsed is None or any(answer is not None for answer in answers):
+        raise SystemExit(2 if refused is None else refused[0])
+    return parsed
 
 
 def split_config(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

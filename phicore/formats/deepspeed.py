@@ -69,15 +69,21 @@ class DeepSpeedCheckpoint:
             DeepSpeed had: `ZeroOptimizer([(n, p) for n, p in model.named_parameters() if p.requires_grad], ...)`, say.
         steps: optimizer steps done.
         loss_scale: of float16 training; 1.0 otherwise.
+        buffers: which of `model` are no parameters.
+        ranks: that saved it.
     """
 
     model: dict[str, Tensor]
     optimizer: dict[str, Any]
     steps: int
     loss_scale: float
+    buffers: tuple[str, ...]
+    ranks: int
 
 
-def read_checkpoint(directory: str | os.PathLike[str]) -> DeepSpeedCheckpoint:
+def read_checkpoint(
+    directory: str | os.PathLike[str], progress: Callable[[int, int], object] = lambda done, total: None
+) -> DeepSpeedCheckpoint:
     """Reads a checkpoint that DeepSpeed's `save_checkpoint` wrote with ZeRO stage 1 or 2, of any number of ranks.
 
     The files are pickles. They are read with torch's weights_only unpickler, which makes tensors and plain values, and
@@ -86,6 +92,7 @@ def read_checkpoint(directory: str | os.PathLike[str]) -> DeepSpeedCheckpoint:
 
     Args:
         directory: of the run, where `latest` is, or of one checkpoint in it.
+        progress: called with how many of how many trained parameters have been read.
 
     Raises:
         FileNotFoundError: there is no checkpoint, or the file of one of its ranks is missing, naming it.
@@ -130,10 +137,12 @@ def read_checkpoint(directory: str | os.PathLike[str]) -> DeepSpeedCheckpoint:
             values[numbers[name]] = {
                 key: split[key].cut(start, shape, where) if key in split else _counter(inner[0][key]) for key in keys
             }
+            progress(len(values), sum(map(len, shapes)))
         groups.append({**_settings(own[0], folder), "params": list(numbers.values()), "param_names": list(numbers)})
     optimizer = {"state": values, "param_groups": groups, **({"masters": masters} if masters else {})}
     scale = getattr(ranks[0].get("loss_scaler"), "cur_scale", 1.0)
-    return DeepSpeedCheckpoint(model, optimizer, int(state["global_steps"]), float(scale))
+    buffers = tuple(name for name in state.get("buffer_names") or () if name in model)
+    return DeepSpeedCheckpoint(model, optimizer, int(state["global_steps"]), float(scale), buffers, len(ranks))
 
 
 # Where the files are
@@ -143,7 +152,10 @@ def _checkpoint_folder(directory: Path) -> Path:
     latest = directory / "latest"
     folder = directory / latest.read_text().strip() if latest.is_file() else directory
     if not (folder / MODEL_FILE).is_file() and not any(folder.glob("*_model_states.pt")):
-        raise FileNotFoundError(f"{folder} holds no {MODEL_FILE}: it is no checkpoint of DeepSpeed")
+        raise FileNotFoundError(
+            f"{folder} holds no {MODEL_FILE}: it is no checkpoint of DeepSpeed; give the directory that its "
+            f"save_checkpoint was given (where `latest` is), or one of those in it"
+        )
     return folder
 
 

@@ -10,13 +10,14 @@ written under a temporary name and renamed when whole. `latest` names the newest
 any moment leaves a run that loads. Nothing in it is pickled.
 """
 
+import functools
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,11 @@ import torch.distributed as dist
 
 from phicore import atomic
 from phicore.training.distributed import on_first_rank, rank, together, world_size
-from phicore.training.shards import Part, digest, write_shard
+from phicore.training.shards import Part, digest, file_name, write_shard
 
 FORMAT = 2
 LATEST = "latest"
+STATE = "state.json"
 
 
 def directory_name(step: int) -> str:
@@ -58,23 +60,45 @@ def save_checkpoint(
         The new checkpoint's directory.
 
     Raises:
-        OSError: a rank could not write its file, on every rank; the checkpoints are as they were.
+        OSError: a rank could not write its file, naming it, on every rank; `latest` names what it named before.
     """
     directory = Path(directory)
     name = directory_name(state["step"])
+    unsaved = functools.partial(_unsaved, directory / name)
     with ExitStack() as stack:
         # Only rank 0 has the directory on its stack: an error takes it away, the stack's end puts it in its place.
-        new = on_first_rank(lambda: stack.enter_context(atomic.new_directory(directory / name, overwrite=True)), group)
-        files = dict(together(lambda: write_shard(new, rank(), parts, random), group))
-        on_first_rank(lambda: _publish(stack, new, {**state, "world_size": world_size(), "files": files}, keep), group)
+        begin = unsaved("")(lambda: stack.enter_context(atomic.new_directory(directory / name, overwrite=True)))
+        new = on_first_rank(begin, group)
+        files = dict(together(unsaved(file_name(rank()))(lambda: write_shard(new, rank(), parts, random)), group))
+        state = {**state, "world_size": world_size(), "files": files}
+        on_first_rank(unsaved(STATE)(lambda: _publish(stack, new, state, keep)), group)
     return directory / name
+
+
+@contextmanager
+def _unsaved(checkpoint: Path, file: str) -> Iterator[None]:
+    """Adds to what the system says of a write that failed: of what, what is left, and what to do."""
+    try:
+        yield
+    except FileNotFoundError:  # ranks do not share the directory, as it says
+        raise
+    except OSError as error:
+        try:
+            newest = latest_checkpoint(checkpoint.parent)
+        except (OSError, ValueError):
+            newest = None
+        left = f"{newest.name} is still the newest" if newest is not None else "there is none before it"
+        raise OSError(
+            f"cannot write {checkpoint / file}: {error}. This checkpoint is not saved, {left}. Make room for it (or "
+            f"let it be written), then start again with resume"
+        ) from error
 
 
 def _publish(stack: ExitStack, new: Path, state: Mapping[str, Any], keep: int) -> None:
     """Rank 0's part, once all files are there."""
     directory, name = new.parent, directory_name(state["step"])
     state = {"format": FORMAT, **state}
-    (new / "state.json").write_text(json.dumps({**state, "sha256": _digest_of_state(state)}, indent=2))
+    (new / STATE).write_text(json.dumps({**state, "sha256": _digest_of_state(state)}, indent=2))
     stack.close()
     atomic.write_text(directory / LATEST, name + "\n")
     # Not beyond this one: after going back to an earlier checkpoint there are later ones, which will be written again.
@@ -93,13 +117,16 @@ def _digest_of_state(state: Mapping[str, Any]) -> str:
 def latest_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
     """The checkpoint that `latest` names; None where there is none yet.
 
+    Where `latest` itself is missing, as after a kill just before it was first written, it is the newest one: a
+    directory gets its name when it is whole.
+
     Raises:
         ValueError: `latest` does not hold the name of a checkpoint.
         FileNotFoundError: `latest` names a directory that is gone.
     """
     directory = Path(directory)
     if not (directory / LATEST).exists():
-        return None
+        return max((path for path in directory.glob("step-*") if (path / STATE).is_file()), default=None)
     name = (directory / LATEST).read_text(errors="replace").strip()
     if not re.fullmatch(r"step-\d{8,}", name):
         raise ValueError(f"{directory / LATEST} is damaged: it holds {name!r}, not the name of a checkpoint")
@@ -107,7 +134,19 @@ def latest_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
     for path in (directory / name, *directory.glob(f".{name}.old.*/{name}")):
         if path.is_dir():
             return path
-    raise FileNotFoundError(f"{directory / LATEST} names {name}, which is not there")
+    raise FileNotFoundError(
+        f"{directory / LATEST} names {name}, which is not there; put it back, or {_others(directory, name)}"
+    )
+
+
+def _others(directory: Path, name: str) -> str:
+    """What to do where a checkpoint is gone."""
+    there = sorted(path.name for path in directory.glob("step-*") if path.name != name and (path / STATE).is_file())
+    if there:
+        return (
+            f"write another's name into {directory / LATEST}: there {'are' if there[1:] else 'is'} {', '.join(there)}"
+        )
+    return "start anew with overwrite"
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -117,9 +156,14 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         FileNotFoundError: it is not there.
         ValueError: it is damaged, or was written in another format.
     """
-    path = checkpoint / "state.json"
+    path = checkpoint / STATE
     try:
         state = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{path} is missing, so {checkpoint} is no whole checkpoint; put it back, or "
+            f"{_others(checkpoint.parent, checkpoint.name)}"
+        ) from error
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     if not isinstance(state, dict):
@@ -140,8 +184,17 @@ def check_files(checkpoint: Path, state: Mapping[str, Any], rank: int = 0, world
     Raises:
         FileNotFoundError, ValueError: one is missing or damaged.
     """
-    for name in sorted(state["files"])[rank::world_size]:
-        if (found := digest(checkpoint / name)) != state["files"][name]:
+    files = state["files"]
+    for name in sorted(files)[rank::world_size]:
+        try:
+            found = digest(checkpoint / name)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{checkpoint / name} is missing: this checkpoint has a file of each of {len(files)} ranks, and needs "
+                f"all of them; put it back, or {_others(checkpoint.parent, checkpoint.name)}"
+            ) from error
+        if found != files[name]:
             raise ValueError(
-                f"{checkpoint / name} is damaged: its SHA-256 is {found}, it was written with {state['files'][name]}"
+                f"{checkpoint / name} is damaged: its SHA-256 is {found}, it was written with {files[name]}; put the "
+                f"file back as it was, or {_others(checkpoint.parent, checkpoint.name)}"
             )

@@ -1,18 +1,20 @@
 """What the loop asks of other ranks, and how a process becomes one. Alone, rank 0 of 1, every answer is immediate."""
 
 import atexit
+import functools
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from phicore.training.rendezvous import meet, store_in_environment
+from phicore.training.lost import LostRankError, first_sentence, is_lost_connection
+from phicore.training.rendezvous import meet, store_in_environment, who_is_missing
 
 T = TypeVar("T")
 
@@ -20,9 +22,13 @@ VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 KINDS: dict[str, type[Exception]] = {
     kind.__name__: kind
-    for kind in (ValueError, TypeError, FloatingPointError, OSError, FileNotFoundError, FileExistsError)
+    for kind in (
+        *(ValueError, TypeError, FloatingPointError, OSError, FileNotFoundError, FileExistsError, PermissionError),
+        *(ImportError, NotImplementedError),
+    )
 }
 _made_here = False  # the process group, by `join`
+_start: str | None = None  # tells the start of ranks that `join` made one from others
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +93,9 @@ def join(timeout: float) -> None:
     Raises:
         ValueError: see `place_in_environment`; or there is no GPU for LOCAL_RANK.
         TimeoutError: ranks did not come; rank 0 names them.
+        LostRankError: ranks came and were lost while they connected to each other, naming them.
     """
-    global _made_here
+    global _made_here, _start
     if dist.is_available() and dist.is_initialized():
         return
     place = place_in_environment(os.environ)
@@ -104,12 +111,27 @@ def join(timeout: float) -> None:
             )
         torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl"
-    store = meet(store_in_environment(timeout), place.rank, place.world_size, timeout)
-    dist.init_process_group(
-        backend, store=store, rank=place.rank, world_size=place.world_size, timeout=timedelta(seconds=timeout)
-    )
+    size, waits = place.world_size, timedelta(seconds=timeout)
+    store = store_in_environment(place.rank, timeout)
+    try:
+        _start = meet(store, place.rank, size, timeout)
+        store = dist.PrefixStore(_start, store)
+        dist.init_process_group(backend, store=store, rank=place.rank, world_size=size, timeout=waits)
+    except RuntimeError as error:
+        if missing := who_is_missing(store, place.rank, size):
+            raise LostRankError(
+                f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))} came and ended, or does not answer, "
+                f"while the ranks connected to each other ({first_sentence(error)})"
+            ) from error
+        raise
     _made_here = True
     atexit.register(_leave_at_exit)
+    sys.excepthook = functools.partial(_tell_once, sys.excepthook)
+
+
+def start_of_ranks() -> str | None:
+    """A word that all ranks of this start share and no other start has; None where `join` did not make the group."""
+    return _start if _made_here else None
 
 
 def leave() -> None:
@@ -184,8 +206,9 @@ def together(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> l
         What `work` returned, by rank.
 
     Raises:
-        Exception: what `work` raised on any rank, on every rank, with the number of the lowest such rank in front: of
-            the same class if that is one of KINDS, else a RuntimeError. Alone, the very error.
+        Exception: what `work` raised on any rank, on every rank: of the same class if that is one of KINDS, else a
+            RuntimeError. Unless all ranks say the same, the lowest rank that has something to say stands in front, and
+            `is_told_here` is true of it there alone. Alone, the very error.
     """
     if world_size() == 1:
         return [work()]
@@ -193,14 +216,54 @@ def together(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> l
     try:
         own: tuple[T | None, tuple[str, str] | None] = (work(), None)
     except Exception as caught:
-        error, own = caught, (None, (type(caught).__name__, str(caught)))
+        if is_lost_connection(caught):  # there is nobody to tell
+            raise
+        error, own = caught, (None, _kind_and_text(caught))
     answers: list[tuple[T | None, tuple[str, str] | None]] = [own] * world_size()
     dist.all_gather_object(answers, own, group=group)
-    for number, (_, problem) in enumerate(answers):
+    problems = [problem for _, problem in answers]
+    for number, problem in enumerate(problems):
         if problem is not None:
             kind, text = problem
-            raise KINDS.get(kind, RuntimeError)(f"rank {number}: {text}") from error
+            said = text if problems == [problem] * len(problems) else f"rank {number}: {text}"
+            raised = KINDS.get(kind, RuntimeError)(said)
+            raised.told_by = number  # type: ignore[attr-defined]
+            raise raised from error
     return [value for value, _ in answers]  # type: ignore[misc]
+
+
+def _kind_and_text(error: Exception) -> tuple[str, str]:
+    known = next((kind.__name__ for kind in type(error).__mro__ if kind.__name__ in KINDS), None)
+    return (known, str(error)) if known else (RuntimeError.__name__, f"{type(error).__name__}: {error}")
+
+
+def is_told_here(error: BaseException) -> bool:
+    """Whether it is for this rank to print an error that ends the run: False for one that another rank prints too."""
+    return getattr(error, "told_by", rank()) == rank()
+
+
+def told_elsewhere(error: BaseException) -> str:
+    """What this rank says where `is_told_here` is False."""
+    return f"rank {rank()} ends with the error that rank {getattr(error, 'told_by', 0)} tells"
+
+
+def _tell_once(before: Callable[..., object], kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """In place of sys.excepthook: an error that all ranks raise has its traceback printed by one of them."""
+    if is_told_here(error):
+        before(kind, error, trace)
+    else:
+        print(told_elsewhere(error), file=sys.stderr, flush=True)
+
+
+def everywhere(work: Callable[[], T]) -> T:
+    """Does something on every rank, without collectives in it, that must succeed on all; what it returned here.
+
+    Raises:
+        Exception: see `together`.
+    """
+    kept: list[T] = []
+    together(lambda: kept.append(work()))
+    return kept[0]
 
 
 def on_first_rank(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:

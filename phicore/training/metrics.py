@@ -39,9 +39,19 @@ class MetricsLog:
         atomic.write_text(self.path, "".join(line + "\n" for line in kept))
 
     def write(self, **values: Any) -> None:
-        """Appends a line at once."""
-        with open(self.path, "a") as file:
-            file.write(json.dumps(values) + "\n")
+        """Appends a line at once.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(values) + "\n")
+        except OSError as error:
+            raise OSError(
+                f"cannot write {self.path}: {error}. Make room for it (or let it be written), then start again with "
+                f"resume"
+            ) from error
 
 
 def _step(line: str) -> int | None:
@@ -70,9 +80,12 @@ class Progress:
                 return
             self.bar = tqdm(total=total, initial=done, desc=what, unit="step", dynamic_ncols=True)
 
-    def step(self, done: int, text: str, *, say: bool) -> None:
-        """Reports that `done` steps are done; `say` marks a step whose text is worth a line without a bar."""
+    def step(self, done: int, text: str = "", *, say: bool, total: int | None = None) -> None:
+        """Reports that `done` steps are done (of `total`, if that is known only now); `say` marks a step whose text is
+        worth a line without a bar."""
+        self.total = self.total if total is None else total
         if self.bar is not None:
+            self.bar.total = self.total
             self.bar.set_postfix_str(text, refresh=False)
             self.bar.update(done - self.bar.n)
         elif self.shown and say:

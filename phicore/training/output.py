@@ -5,6 +5,7 @@ import os
 import shutil
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from phicore import atomic
@@ -13,6 +14,7 @@ from phicore.training.config import TrainConfig
 from phicore.training.distributed import is_restarted, on_first_rank, together
 
 RUN_ID = "TORCHELASTIC_RUN_ID"
+LOCK = "lock"  # an empty file in the output, locked while a run is at work there
 MARKER = "launch"  # a file in the output: which start of torchrun began, or went on with, the run there
 
 
@@ -22,6 +24,35 @@ def launch() -> str | None:
     if run_id == "none":  # torchrun's default, which tells nothing apart; its process does
         return f"none, process {os.getppid()} on {socket.gethostname()}"
     return run_id
+
+
+def hold_output(output: Path) -> Callable[[], None]:
+    """Makes the directory and takes it for one run at a time, until what is returned is called or the process ends.
+
+    Raises:
+        FileExistsError: another run is at work in it.
+        OSError: it cannot be written.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        file = open(output / LOCK, "a")  # noqa: SIM115 (it is what holds the lock)
+    except OSError as error:
+        raise type(error)(
+            f"cannot write into {output} ({error}); give an output that this process may write"
+        ) from error
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise FileExistsError(
+            f"another run is at work in {output}, and two would write over each other; give another output, or wait "
+            f"until it has ended"
+        ) from error
+    except (ImportError, OSError):  # not on Windows, nor on every network's file system
+        pass
+    return file.close
 
 
 def after_restart(config: TrainConfig) -> TrainConfig:

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy
@@ -37,6 +39,16 @@ def random_json() -> str:
     state: Any = numpy.random.get_state(legacy=True)
     kind, keys, position, has_gauss, cached = state
     return json.dumps({"python": random.getstate(), "numpy": [kind, keys.tolist(), position, has_gauss, cached]})
+
+
+@contextmanager
+def kept_random() -> Iterator[None]:
+    """Whatever draws random numbers within it, the states are afterwards what they were."""
+    tensors, states = random_tensors(), random_json()
+    try:
+        yield
+    finally:
+        restore_random(tensors, states)
 
 
 def restore_random(tensors: dict[str, Tensor], states: str) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from phicore.training.checkpoint import check_files
-from phicore.training.distributed import rank, together, world_size
+from phicore.training.distributed import everywhere, rank, together, world_size
 from phicore.training.randomness import restore_random, seed_everything
 from phicore.training.shards import OpenShard, Shard, open_shard
 from phicore.zero import ZeroOptimizer
@@ -42,7 +42,8 @@ def load_checkpoint(
 ) -> None:
     """Sets the weights, the optimizer's state and the random states to a checkpoint's; every rank must call it.
 
-    A rank beyond those that wrote the checkpoint gets random states from the seed, see `seed_everything`.
+    A rank beyond those that wrote the checkpoint, and any rank where another trainer wrote it, gets random states from
+    the seed, see `seed_everything`.
 
     Args:
         checkpoint: its directory.
@@ -56,14 +57,7 @@ def load_checkpoint(
         ValueError: a file is damaged, or the model is another. Nothing has been loaded then.
     """
     places = {**buffers, **parameters}
-    found = describe(places)
-    wrong = [
-        name
-        for name in sorted(state["tensors"].keys() | parameters.keys())
-        if name not in found or found[name] != state["tensors"].get(name)
-    ]
-    if wrong:
-        raise ValueError(f"{checkpoint} does not fit the model: {', '.join(wrong[:10])} (of {len(wrong)} names)")
+    everywhere(lambda: _check_fits(checkpoint, state, describe(places), parameters))
     together(lambda: check_files(checkpoint, state, rank(), world_size()))
     shards = optimizer_shards(checkpoint, state, optimizer.state_dict())
     with torch.no_grad():
@@ -71,12 +65,24 @@ def load_checkpoint(
             with open_shard(checkpoint, number) as shard:
                 _copy_weights(shard, places)
     optimizer.load_state_dict(shards)
+    seed_everything(seed, state["step"], rank())
     if rank() < state["world_size"]:
         with open_shard(checkpoint, rank()) as shard:
-            own = {name.partition("/")[2]: shard.read(f"rng/{name}") for name in shard.names["rng"]}
-            restore_random(own, shard.random)
-    else:
-        seed_everything(seed, state["step"], rank())
+            own = {name.partition("/")[2]: shard.read(f"rng/{name}") for name in shard.names.get("rng", ())}
+            if own:  # a checkpoint of another trainer has none
+                restore_random(own, shard.random)
+
+
+def _check_fits(checkpoint: Path, state: State, found: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> None:
+    saved = state["tensors"]
+    wrong = [name for name in sorted(saved.keys() | parameters.keys()) if saved.get(name) != found.get(name)]
+    if wrong:
+        first = wrong[0]
+        there, here = (" ".join(map(str, of[first])) if first in of else "not trained" for of in (saved, found))
+        raise ValueError(
+            f"{checkpoint} does not fit the model: {', '.join(wrong[:10])} (of {len(wrong)} names); {first} is {there} "
+            f"in it and {here} here. Resume with the model that it was written of, or train this one in another output"
+        )
 
 
 def _copy_weights(shard: OpenShard, places: Mapping[str, Tensor]) -> None:
@@ -95,10 +101,10 @@ def optimizer_shards(checkpoint: Path, state: State, own: Shard) -> list[dict[st
         state: its `read_state`.
         own: the optimizer's `state_dict`. Its settings stay as they are: they follow from the run's.
     """
-    groups = [
-        {**group, "params": saved["params"]}
-        for group, saved in zip(own["param_groups"], state["param_groups"], strict=True)
-    ]
+    groups = own["param_groups"]
+    if state["settings"] is not None:  # else another trainer's, whose groups say nothing here
+        both = zip(groups, state["param_groups"], strict=True)
+        groups = [{**group, "params": saved["params"]} for group, saved in both]
     shards: list[dict[str, Any]] = []
     scalars: dict[str, dict[str, Tensor]] = {}
     for number in range(state["world_size"]):

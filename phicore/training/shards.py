@@ -94,7 +94,7 @@ def write_shard(directory: Path, rank: int, parts: Mapping[str, Part], random: s
     try:
         save_file(tensors, path, metadata)
     except SafetensorError as error:  # a full disk, say
-        raise OSError(f"cannot write {path}: {error}") from error
+        raise OSError(str(error)) from error
     with open(path, "rb") as file:
         os.fsync(file.fileno())
     return path.name, digest(path)

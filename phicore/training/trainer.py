@@ -3,11 +3,12 @@
 import functools
 import json
 import math
+import sys
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,12 @@ from phicore.training.buffers import TrainedBuffers
 from phicore.training.config import TrainConfig, fixed_settings
 from phicore.training.data import step_indices
 from phicore.training.distributed import gather_rows, on_first_rank, rank, sum_over_ranks, world_size
+from phicore.training.frozen import check_same_frozen
 from phicore.training.loss import causal_lm_loss, masked_mean
 from phicore.training.metrics import MetricsLog, Progress, peak_memory_bytes
 from phicore.training.modes import mode, stop_signals
-from phicore.training.output import after_restart, prepare_output
-from phicore.training.randomness import random_json, seed_everything
+from phicore.training.output import after_restart, hold_output, prepare_output
+from phicore.training.randomness import kept_random, random_json, seed_everything
 from phicore.training.recompute import checkpointed_blocks
 from phicore.training.resume import changed_settings, describe, load_checkpoint
 from phicore.training.schedule import learning_rate
@@ -63,6 +65,10 @@ class TrainResult:
 _optimizers: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[ZeroOptimizer]]" = weakref.WeakKeyDictionary()
 
 
+def _nothing() -> None:
+    """What a rank that holds nothing releases."""
+
+
 class Trainer:
     """Trains the parameters of a model that require gradients, with AdamW, for a number of steps.
 
@@ -89,12 +95,14 @@ class Trainer:
         loss_fn: maps (model, batch) to the summed loss and the number of items it sums over; default
             `causal_lm_loss`.
         collate_fn: maps a list of examples to a batch, in place of the above.
-        identity: what else must be equal for a run to be resumed (model, data, adapter settings, ...); plain values.
+        identity: what else must be equal for a run to be resumed (model, data, adapter settings, ...); plain values. Of
+            the data only its number of examples is compared without it.
 
     Raises:
         ValueError: no parameter requires a gradient, or there is no data (for eval_every, no eval_data), or
             group_by_length is set and the examples have no input_ids; the environment's variables are incomplete; ranks
-            were given different settings or models.
+            were given different settings, models or frozen weights.
+        LostRankError: another rank was lost meanwhile, naming it.
 
     Example:
         >>> data = [{"input_ids": torch.tensor([1, 2, 3]), "labels": torch.tensor([1, 2, 3])}]
@@ -117,27 +125,10 @@ class Trainer:
     ) -> None:
         distributed.join(config.first_step_timeout)
         self.model = model
-        self.config = config = after_restart(config)
+        self.config = config
         self.train_data, self.eval_data = train_data, eval_data
         self.loss_fn = loss_fn or causal_lm_loss
         self.collate_fn = collate_fn or make_batch
-        self.identity = json.loads(json.dumps(dict(identity or {})))  # as a checkpoint will give it back
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        if not self.parameters:
-            raise ValueError(f"no parameter of {type(model).__name__} requires a gradient; attach an adapter first")
-        if not len(train_data):
-            raise ValueError("train_data is empty")
-        if config.eval_every and eval_data is None:
-            raise ValueError(f"eval_every is {config.eval_every}, but there is no eval_data to evaluate on")
-        self._lengths = lengths_of(train_data) if config.group_by_length else None
-        if world_size() > 1:
-            check_same([f"{key}={value!r}" for key, value in self._settings().items()], None, None)
-        distributed.to_own_gpu(model)
-        self.device = next(iter(self.parameters.values())).device
-        self.buffers = TrainedBuffers(model)
-        self.buffers.share()
-        self.optimizer = self._make_optimizer()
-        self._peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.output = Path(config.output)
         self.checkpoints = self.output / "checkpoints"
         self.step = 0  # optimizer steps done
@@ -146,8 +137,49 @@ class Trainer:
         self._stop_agreed = False  # of any, as all know
         self._watch = Watch(self.output)
         self._writer = BackgroundWriter()
+        with self._watch.during("the construction of the Trainer"):
+            self._construct(identity)
+
+    def _construct(self, identity: Mapping[str, Any] | None) -> None:
+        """What ranks agree on before they train; what one of them cannot do, all of them refuse."""
+        self.config = config = after_restart(self.config)
+        self.identity, self.parameters, self._lengths = distributed.everywhere(lambda: self._check_given(identity))
+        distributed.to_own_gpu(self.model)
+        self.device = next(iter(self.parameters.values())).device
+        self.buffers = TrainedBuffers(self.model)
+        if world_size() > 1:
+            distributed.together(lambda: check_same(self._describe(), None, None))
+            check_same_frozen(self.model, self.buffers)
+        self.buffers.share()
+        self.optimizer = self._make_optimizer()
+        self._peaks = [group["lr"] for group in self.optimizer.param_groups]
         # The thread that writes agrees with the other ranks' beside the collectives of the steps.
         self._writers = distributed.new_group(config.first_step_timeout) if config.async_save else None
+
+    def _check_given(
+        self, identity: Mapping[str, Any] | None
+    ) -> tuple[dict[str, Any], dict[str, nn.Parameter], list[int] | None]:
+        """The identity as a checkpoint gives it back, the parameters that train, and examples' lengths if needed."""
+        model, config = self.model, self.config
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not parameters:
+            raise ValueError(f"no parameter of {type(model).__name__} requires a gradient; attach an adapter first")
+        if not len(self.train_data):
+            raise ValueError("train_data is empty")
+        if config.eval_every and self.eval_data is None:
+            raise ValueError(f"eval_every is {config.eval_every}, but there is no eval_data to evaluate on")
+        lengths = lengths_of(self.train_data) if config.group_by_length else None
+        return json.loads(json.dumps(dict(identity or {}))), parameters, lengths
+
+    def _describe(self) -> list[str]:
+        """What must be equal on all ranks, an item a line."""
+        given = {**asdict(self.config), **self._settings()}
+        given["examples to evaluate on"] = None if self.eval_data is None else len(self.eval_data)
+        parameters = [
+            f"{name} ({'trained' if p.requires_grad else 'frozen'}, {list(p.shape)}, {p.dtype})"
+            for name, p in self.model.named_parameters()
+        ]
+        return [*(f"{key}={value!r}" for key, value in given.items()), *parameters]
 
     def _make_optimizer(self) -> ZeroOptimizer:
         before = _optimizers.get(self.model)
@@ -172,7 +204,8 @@ class Trainer:
         """Trains up to config.steps.
 
         Raises:
-            FileExistsError: the output holds a run, and neither resume nor overwrite is set.
+            FileExistsError: the output holds a run, and neither resume nor overwrite is set; or a run is at work there.
+            OSError: the output cannot be written.
             ValueError: resuming with other settings (each change is listed), or a step without a labelled token.
             FloatingPointError: a loss or gradient norm that is not finite, naming the step and the rank where it arose;
                 the step is not taken, on any rank.
@@ -181,8 +214,13 @@ class Trainer:
         """
         config = self.config
         with self._watch.during("the start"):
-            self._start()
-        log = MetricsLog(self.output / "metrics.jsonl", self.step) if rank() == 0 else None
+            release = distributed.everywhere(lambda: hold_output(self.output) if rank() == 0 else _nothing)
+            try:
+                self._start()
+                log = distributed.everywhere(self._open_log)
+            except BaseException:
+                release()
+                raise
         progress = Progress(config.steps, self.step, shown=rank() == 0)
         recomputed = checkpointed_blocks(self.model) if config.gradient_checkpointing else nullcontext()
         loss, seconds, first_tokens, saved_step = math.nan, 0.0, self.tokens, self.step
@@ -201,11 +239,13 @@ class Trainer:
                     text = f"loss {loss:.4f}  {speed:.0f} tokens/s"
                     progress.step(self.step, text, say=say)
                     if say and log is not None:
-                        log.write(step=self.step, **facts, tokens_per_second=speed)
+                        with self._watch.during(f"the metrics of step {self.step}"):
+                            log.write(step=self.step, **facts, tokens_per_second=speed)
                     if config.eval_every and self.step % config.eval_every == 0:
                         eval_loss = self.evaluate()
                         if log is not None:
-                            log.write(step=self.step, eval_loss=eval_loss)
+                            with self._watch.during(f"the metrics of step {self.step}"):
+                                log.write(step=self.step, eval_loss=eval_loss)
                     if config.save_every and self.step % config.save_every == 0:
                         self.save()
                         saved_step = self.step
@@ -216,6 +256,7 @@ class Trainer:
                     stopped = any(asked for (asked,) in gather_rows([self.stop_requested], self.device))
         finally:
             progress.close()
+            release()
             distributed.set_timeout(config.first_step_timeout)  # what follows is no step
         self.stop_requested = self._stop_agreed = False  # it is answered; another fit goes on
         if stopped:
@@ -224,6 +265,9 @@ class Trainer:
         return TrainResult(
             self.step, loss, self.tokens, seconds, done / seconds if seconds else 0.0, peak_memory_bytes(self.device)
         )
+
+    def _open_log(self) -> MetricsLog | None:
+        return MetricsLog(self.output / "metrics.jsonl", self.step) if rank() == 0 else None
 
     def _train_step(self) -> dict[str, float]:
         config = self.config
@@ -296,7 +340,7 @@ class Trainer:
     def evaluate(self, data: Sequence[Any] | None = None) -> float:
         """Mean loss per labelled token over data (default: eval_data), with dropout off.
 
-        The model's modes and torch's random state are afterwards what they were.
+        The model's modes and the random states of torch, Python and NumPy are afterwards what they were.
 
         Raises:
             ValueError: there is no data, or none of it carries loss.
@@ -310,8 +354,7 @@ class Trainer:
     def _evaluate(self, data: Sequence[Any]) -> float:
         loss_sum, count = 0.0, 0.0
         self.buffers.share()
-        generators = [self.device] if self.device.type == "cuda" else []
-        with mode(self.model, training=False), torch.random.fork_rng(generators):
+        with mode(self.model, training=False), kept_random():
             # Examples of like length share a batch, which pads least; dealt out like cards, ranks have like work.
             by_length = sorted(range(len(data)), key=lambda i: length_of(data[i]))[rank() :: world_size()]
             for part in chunks(by_length, self.config.eval_batch_size):
@@ -331,7 +374,7 @@ class Trainer:
             Where it stands, or will.
 
         Raises:
-            OSError: a rank could not write its part, on every rank; the checkpoints are as they were.
+            OSError: a rank could not write its part, naming it, on every rank; `latest` names what it named before.
         """
         with self._watch.during(f"the checkpoint of step {self.step}"):
             return self._save()
@@ -367,13 +410,27 @@ class Trainer:
         """Resumes, or makes room for a new run."""
         if self.step:
             return
-        newest = on_first_rank(lambda: prepare_output(self.config))
-        if newest is None:
+        newest, state = on_first_rank(self._find)
+        if newest is None or state is None:
             seed_everything(self.config.seed, rank=rank())
             return
-        state = checkpoint.read_state(newest)
-        if changed := changed_settings(state["settings"], self._settings()):
-            raise ValueError(f"{newest} was written with other settings; {'; '.join(changed)}")
         buffers = dict(self.model.named_buffers())
         load_checkpoint(newest, state, self.optimizer, self.parameters, buffers, self.config.seed)
         self.step, self.tokens = state["step"], state["tokens"]
+
+    def _find(self) -> tuple[Path | None, dict[str, Any] | None]:
+        """The checkpoint to go on from and its state, or room for a new run."""
+        newest = prepare_output(self.config)
+        if newest is None:
+            return None, None
+        state = checkpoint.read_state(newest)
+        if state["settings"] is None:
+            print(
+                f"{newest} is of {state['origin']}: its weights and optimizer state go on from step {state['step']}, "
+                f"with the settings and data given here",
+                file=sys.stderr,
+                flush=True,
+            )
+        elif changed := changed_settings(state["settings"], self._settings()):
+            raise ValueError(f"{newest} was written with other settings; {'; '.join(changed)}")
+        return newest, state

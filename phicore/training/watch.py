@@ -3,30 +3,28 @@
 A collective that fails says that a connection was closed or that time ran out, on whichever rank is next in line. So
 each rank keeps a note of what it is at, in a file beside the checkpoints (output/ranks/1.json). Whoever a collective
 fails looks into the others' notes: those who noted a failure too are waiting likewise, and the rank that did not is the
-one that is missing. Files, and not the process group's store, because the store goes with the rank that keeps it.
+one that is missing. Files, and not the process group's store, because the store goes with the rank that keeps it. A
+note says which start of the ranks it is of, so that an earlier run's are not taken for this one's.
 """
 
 import json
 import os
 import socket
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
-from phicore.training.distributed import on_first_rank, rank, world_size
+from phicore.training.distributed import on_first_rank, rank, start_of_ranks, world_size
+from phicore.training.lost import LostRankError, first_sentence, is_lost_connection
 
 GRACE = 3.0  # seconds in which ranks that wait for the same one note their failures
 PAUSE = 0.05  # seconds between looks
 LENGTH = 4096  # of a note, in bytes
+BEFORE = "before the Trainer was made"
 TORCHRUN = "TORCHELASTIC_ERROR_FILE"
-
-
-class LostRankError(RuntimeError):
-    """A rank has ended, has failed or does not answer, so that the others cannot go on."""
 
 
 class Watch:
@@ -38,8 +36,8 @@ class Watch:
 
     def __init__(self, output: Path) -> None:
         self.directory = output / "ranks"
-        self._at = "before the start"
-        self._ready = False
+        self._at = BEFORE
+        self._start: str | None = None
 
     @contextmanager
     def during(self, what: str) -> Iterator[None]:
@@ -55,9 +53,8 @@ class Watch:
         before, self._at = self._at, f"in {what}"
         after = before if before.startswith("in ") else f"after {what}"
         try:
-            if not self._ready:  # an earlier run's notes must not be taken for this one's
-                on_first_rank(self._clear)
-                self._ready = True
+            if self._start is None:
+                self._start = start_of_ranks() or on_first_rank(lambda: uuid.uuid4().hex)
             self._note()
             yield
         except LostRankError:
@@ -77,17 +74,13 @@ class Watch:
             self._at = after
         self._note()
 
-    def _clear(self) -> None:
-        self.directory.mkdir(parents=True, exist_ok=True)
-        for old in self.directory.glob("*.json"):
-            old.unlink()
-
     def _note(self, failed: str | None = None) -> None:
         short = None if failed is None else failed[: LENGTH // 8]  # a character takes up to six bytes
-        note = {"at": self._at, "failed": short, "process": os.getpid(), "machine": _machine()}
+        note = {"at": self._at, "failed": short, "process": os.getpid(), "machine": _machine(), "start": self._start}
         # A full disk ends a run at its next checkpoint, and says so; not for the sake of a note. In place, and always
         # of one length, a note needs no new block.
         with suppress(OSError):
+            self.directory.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.directory / f"{rank()}.json", os.O_WRONLY | os.O_CREAT, 0o644)
             try:
                 os.write(descriptor, json.dumps(note).ljust(LENGTH).encode())
@@ -104,29 +97,21 @@ class Watch:
                 break
             time.sleep(PAUSE)
         told = [_tell(r, note, r in silent) for r, note in notes.items() if note.get("failed") != ""]
-        reason = str(error).strip().splitlines()[0].partition(". ")[0]
         return (
             f"{'; '.join(told) or 'the other ranks have given up waiting for this one'}. Rank {rank()} was "
-            f"{self._at} ({reason}). Start again with resume to go on from the newest checkpoint"
+            f"{self._at} ({first_sentence(error)}). Start again with resume to go on from the newest checkpoint"
         )
 
     def _read(self, other: int) -> dict[str, Any]:
         try:
-            return json.loads((self.directory / f"{other}.json").read_text())
+            note = json.loads((self.directory / f"{other}.json").read_text())
         except (OSError, ValueError):  # none yet, or half written at this moment
             return {}
-
-
-def is_lost_connection(error: BaseException) -> bool:
-    """Whether an error is a collective's that did not hear from another rank: gloo's are plain RuntimeErrors."""
-    texts = ("gloo", "pair closure", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
-    )
+        return note if note.get("start") == self._start else {}
 
 
 def _tell(other: int, note: dict[str, Any], silent: bool) -> str:
-    at = note.get("at", "before the start")
+    at = note.get("at", BEFORE)
     if note.get("failed"):
         return f"rank {other} failed {at}: {note['failed']}"
     if silent:

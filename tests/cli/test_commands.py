@@ -99,7 +99,7 @@ def test_help_tells_of_every_option(command: str, capsys: pytest.CaptureFixture[
         main([command, "--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    assert ("ADAPTER" if command == "check" else "--model") in text
+    assert {"check": "ADAPTER", "convert-deepspeed": "CHECKPOINT"}.get(command, "--model") in text
     assert "--config FILE" in " ".join(text.split())
 
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
+WORLD_SIZE = 2  # in tests
 ROWS = 4  # of a batch, on each rank
 COMMON = {"train_micro_batch_size_per_gpu": ROWS, "zero_allow_untested_optimizer": True}
 ADAMW = {"type": "AdamW", "params": {"lr": 0.01, "weight_decay": 0.1, "torch_adam": True}}

@@ -3,7 +3,6 @@
 import os
 import pickle
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,22 +13,16 @@ import torch
 
 import phicore
 from phicore.formats.deepspeed import read_checkpoint
-from tests.formats.deepspeed_runs import RUNS, Net, batch, groups, loss_of
+from tests.formats.deepspeed_runs import RUNS, WORLD_SIZE, Net, batch, groups, loss_of
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it looks for accelerators and warns
-WORLD_SIZE = 2
 FLOAT32 = ["stage 1", "stage 2", "round robin", "aligned"]
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def runs(deepspeed_runs: Path) -> Path:
     """A directory for each of deepspeed_runs.RUNS."""
-    directory = tmp_path_factory.mktemp("deepspeed")
-    command = [sys.executable, "-m", "tests.formats.deepspeed_runs", str(directory), str(WORLD_SIZE)]
-    path = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return directory
+    return deepspeed_runs
 
 
 @pytest.fixture

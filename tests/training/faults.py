@@ -1,5 +1,6 @@
 """Ranks that train together while something goes wrong with one of them."""
 
+import errno
 import os
 import resource
 import signal
@@ -12,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from phicore.training import TrainConfig, Trainer, checkpoint
+from phicore.training import TrainConfig, Trainer, checkpoint, distributed, shards
+from phicore.training.buffers import TrainedBuffers
+from tests.training.small_disk import fill
 from tests.training.small_run import SETTINGS, examples, process, small_model
 
 Fault = tuple[str, int, int]  # what goes wrong, on which rank, in which step
@@ -54,8 +57,11 @@ def run_rank(
     output.parent.mkdir(parents=True, exist_ok=True)
     os.dup2(os.open(log(output, rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), 2)
     config = TrainConfig(output=str(output), **{**SETTINGS, "first_step_timeout": 60.0, **settings})
+    here = fault is not None and fault[1] == rank
+    if fault is not None and here and fault[0] in EARLY_FAULTS:
+        EARLY_FAULTS[fault[0]]()
     trainer = Trainer(small_model(), config, examples(), examples(7))
-    if fault is not None and fault[1] == rank:
+    if fault is not None and here and fault[0] in FAULTS:
         FAULTS[fault[0]](trainer, fault[2])
     trainer.fit()
 
@@ -77,6 +83,28 @@ def _in_loss(trainer: Trainer, happens: Callable[[Tensor], Tensor | None], when:
         return (loss if changed is None else changed), count
 
     trainer.loss_fn = loss_fn
+
+
+def _while_connecting() -> None:
+    """All ranks have met; this one ends before it is connected to the others."""
+    distributed.dist.init_process_group = die  # type: ignore[assignment]
+
+
+def _in_construction(happens: Callable[[], object]) -> Callable[[], None]:
+    def plant() -> None:
+        share = TrainedBuffers.share
+
+        def shared(buffers: TrainedBuffers) -> None:  # between two collectives
+            happens()
+            share(buffers)
+
+        TrainedBuffers.share = shared  # type: ignore[method-assign]
+
+    return plant
+
+
+def _fail() -> None:
+    raise KeyError("no such thing")
 
 
 def _kill_in_backward(trainer: Trainer, step: int) -> None:
@@ -140,6 +168,24 @@ def _not_a_number(trainer: Trainer, step: int) -> None:
     _in_loss(trainer, lambda loss: loss * torch.nan, lambda: trainer.step == step - 1)
 
 
+def _no_space(trainer: Trainer, step: int) -> None:
+    """From the step on the disk that holds the output is really full, but for what half of the ranks' files take."""
+    _in_loss(trainer, lambda loss: fill(trainer.output, 32 * 1024), lambda: trainer.step == step - 1)
+
+
+def _no_space_in_python(trainer: Trainer, step: int) -> None:
+    """For where no small disk can be had: half of a file is written, then the error of a full disk comes."""
+    save_file = shards.save_file
+
+    def half(tensors: Any, path: Path, metadata: Any) -> None:
+        save_file(tensors, path, metadata)
+        if trainer.step >= step:
+            os.truncate(path, path.stat().st_size // 2)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    shards.save_file = half  # type: ignore[assignment]
+
+
 def _full_disk(trainer: Trainer, step: int) -> None:
     """From the step on the kernel refuses to write beyond a kilobyte into any file."""
     _in_loss(
@@ -147,6 +193,13 @@ def _full_disk(trainer: Trainer, step: int) -> None:
     )
 
 
+EARLY_FAULTS: dict[str, Callable[[], None]] = {
+    "killed before it came": die,
+    "killed while connecting": _while_connecting,
+    "killed in the construction": _in_construction(die),
+    "stalled in the construction": _in_construction(stall),
+    "raising in the construction": _in_construction(_fail),
+}
 FAULTS: dict[str, Callable[[Trainer, int], None]] = {
     "killed in the backward pass": _kill_in_backward,
     "killed in an evaluation": _kill_in_evaluation,
@@ -157,4 +210,6 @@ FAULTS: dict[str, Callable[[Trainer, int], None]] = {
     "raising": _raise,
     "not a number": _not_a_number,
     "full disk": _full_disk,
+    "no space": _no_space,
+    "no space in Python": _no_space_in_python,
 }

@@ -14,6 +14,7 @@ from phicore.training.consolidate import consolidate
 from tests.training import kills
 from tests.training.faults import PATIENCE, finish, log, start
 from tests.training.kills import Report, campaign
+from tests.training.small_disk import small_disk
 from tests.training.small_run import assert_same_run
 
 SETTINGS = {"steps": 8, "save_every": 2, "eval_every": 3, "step_timeout": 20.0}
@@ -37,8 +38,9 @@ CASES = [
     ("killed before latest", 0, 4, r"rank 0 has ended in the checkpoint of step 4 ", 2),
     ("raising", 1, 6, r"LostRankError: rank 1 failed in step 6: KeyError: 'no such thing'", 4),
     ("not a number", 1, 6, r"FloatingPointError: step 6, rank 1: loss is nan", 4),
-    ("full disk", 1, 4, r"OSError: rank 1: cannot write .*step-00000004.*File too large", 2),
-    ("full disk", 0, 4, r"OSError: rank 0: cannot write .*step-00000004.*File too large", 2),
+    ("full disk", 1, 4, r"OSError: rank 1: cannot write .*/step-00000004/rank-1.safetensors: .*File too large.*", 2),
+    ("full disk", 0, 4, r"OSError: rank 0: cannot write .*/step-00000004/rank-0.safetensors: .*File too large.*", 2),
+    ("no space in Python", 1, 4, r"OSError: rank 1: cannot write .*step-00000004/rank-1.*: \[Errno 28\] No space", 2),
 ]
 
 
@@ -82,6 +84,54 @@ def test_a_stalled_rank_is_named_within_the_time_out(undisturbed, tmp_path):
     assert finish(ranks) == [1, 1]
     assert_told(log(output, 1).read_text(), r"LostRankError: the other ranks have given up waiting for this one")
     goes_on(output, 4, undisturbed)
+
+
+def test_a_disk_that_is_full_for_all_ranks_costs_no_checkpoint(undisturbed, tmp_path):
+    """A real disk where the system lets users mount one, and an error like its elsewhere."""
+    with small_disk(tmp_path / "disk", 3) as disk:
+        output = tmp_path / "run"
+        if disk is not None:
+            output.symlink_to(disk)
+        what = "no space in Python" if disk is None else "no space"
+        assert finish(start(2, output, (what, 0, 4), **SETTINGS)) == [1, 1]
+        for rank in (0, 1):
+            assert_told(
+                log(output, rank).read_text(),
+                r"OSError: rank [01]: cannot write .*/run/checkpoints/step-00000004/rank-[01].safetensors: .*No space "
+                r"left on device.*\. This checkpoint is not saved, step-00000002 is still the newest\. Make room",
+            )
+        (output / "filler").unlink(missing_ok=True)
+        goes_on(output, 2, undisturbed)
+
+
+EARLY = [
+    ("killed before it came", 1, r"TimeoutError: rank 1 did not come within 3 s"),
+    ("killed before it came", 0, r"TimeoutError: nobody opened 127.0.0.1:\d+, as rank 0 should, within 3 s"),
+    ("killed while connecting", 1, r"LostRankError: rank 1 came and ended, or does not answer, while the ranks conn"),
+    ("killed while connecting", 0, r"LostRankError: rank 0 came and ended, or does not answer, while the ranks conn"),
+    ("killed in the construction", 1, r"LostRankError: rank 1 has ended in the construction of the Trainer \(process"),
+    ("killed in the construction", 0, r"LostRankError: rank 0 has ended in the construction of the Trainer \(process"),
+    ("stalled in the construction", 1, r"LostRankError: rank 1 does not answer; .* in the construction of the Trainer"),
+    ("raising in the construction", 1, r"LostRankError: rank 1 failed in the construction of the Trainer: KeyError"),
+]
+
+
+def test_a_rank_that_is_lost_before_the_first_step_is_named(tmp_path):
+    """All cases at once: they do little but wait."""
+    outputs = [tmp_path / str(case) for case in range(len(EARLY))]
+    runs = [
+        start(2, output, (what, rank, 0), first_step_timeout=3.0)
+        for (what, rank, _), output in zip(EARLY, outputs, strict=True)
+    ]
+    for (_, rank, _), ranks in zip(EARLY, runs, strict=True):
+        ranks[1 - rank].join(PATIENCE)
+    codes = [ranks[1 - rank].exitcode for (_, rank, _), ranks in zip(EARLY, runs, strict=True)]
+    for one in (one for ranks in runs for one in ranks):
+        one.kill()  # those that stall
+        one.join()
+    for (_, rank, said), output, code in zip(EARLY, outputs, codes, strict=True):
+        assert_told(log(output, 1 - rank).read_text(), said)
+        assert code == 1, said
 
 
 def test_all_of_three_ranks_name_the_same_one(tmp_path):

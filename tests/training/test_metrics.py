@@ -31,6 +31,15 @@ def test_a_line_is_written_at_once(tmp_path: Path) -> None:
     assert json.loads(path.read_text().splitlines()[1]) == {"step": 1, "eval_loss": 0.1 + 0.2}
 
 
+def test_a_line_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    """/dev/full takes no byte, as a full disk."""
+    log = MetricsLog(tmp_path / "metrics.jsonl", last_step=0)
+    log.path.unlink()
+    log.path.symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"cannot write .*/metrics.jsonl: .*No space left on device\. Make room for it"):
+        log.write(step=1, loss=2.5)
+
+
 @given(steps=st.lists(st.integers(1, 9), max_size=9), last=st.integers(0, 9), cut=st.integers(0, 30))
 def test_lines_after_the_last_step_and_broken_ones_go(
     tmp_path_factory: pytest.TempPathFactory, steps: list[int], last: int, cut: int

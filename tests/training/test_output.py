@@ -1,12 +1,15 @@
-"""Whose run an output holds, after a restart by torchrun too."""
+"""Whose run an output holds, after a restart by torchrun too, and that only one is at work there."""
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from phicore.training import TrainConfig
 from phicore.training.output import after_restart, launch, prepare_output
-from tests.training.small_run import small_trainer
+from tests.training.small_disk import small_disk
+from tests.training.small_run import assert_same_run, process, small_trainer
 
 
 def start(monkeypatch: pytest.MonkeyPatch, run_id: str, restarts: int) -> None:
@@ -53,3 +56,66 @@ def test_without_a_run_id_nothing_is_overwritten_on_a_guess(tmp_path: Path, monk
     (tmp_path / "launch").write_text("none, process 1 on another")
     with pytest.raises(FileExistsError, match="give torchrun --rdzv-id"):
         after_restart(config(tmp_path, overwrite=True))
+
+
+def test_two_runs_are_not_at_work_in_one_output(tmp_path: Path) -> None:
+    """Neither in one process, nor from another; and the first goes on undisturbed."""
+    small_trainer(tmp_path / "alone").fit()
+    first = small_trainer(tmp_path / "run", save_every=2)
+    inner, told = first.loss_fn, []
+
+    def second(model: Any, batch: Any) -> Any:
+        if first.step == 4 and not told:
+            for settings in ({"resume": True}, {"overwrite": True}, {}):
+                with pytest.raises(
+                    FileExistsError, match=r"another run is at work in .*give another output, or wait"
+                ) as e:
+                    small_trainer(tmp_path / "run", **settings).fit()
+                told.append(str(e.value))
+            other = process(overwrite, tmp_path / "run")
+            other.start()
+            other.join(60)
+            assert other.exitcode == 1
+        return inner(model, batch)
+
+    first.loss_fn = second
+    first.fit()
+    assert len(told) == 3
+    assert_same_run(tmp_path / "run", tmp_path / "alone")
+    small_trainer(tmp_path / "run", resume=True).fit()  # it has ended
+    with pytest.raises(ValueError, match="seed: 0 then, 7 now"):
+        small_trainer(tmp_path / "run", resume=True, seed=7).fit()
+    small_trainer(tmp_path / "run", resume=True).fit()  # so has one that was refused
+
+
+def overwrite(output: Path) -> None:
+    small_trainer(output, overwrite=True).fit()
+
+
+def test_without_latest_the_newest_whole_checkpoint_counts(tmp_path: Path) -> None:
+    """As after a kill between the first checkpoint and its name: it is neither passed over nor written over."""
+    small_trainer(tmp_path / "whole").fit()
+    small_trainer(tmp_path / "run", save_every=3, keep_checkpoints=9).fit()
+    checkpoints = tmp_path / "run/checkpoints"
+    shutil.rmtree(checkpoints / "step-00000008")
+    (checkpoints / "latest").unlink()
+    (checkpoints / "step-00000007").mkdir()  # half removed
+    with pytest.raises(FileExistsError, match=r"holds a run .step-00000006.; set resume"):
+        small_trainer(tmp_path / "run").fit()
+    trainer = small_trainer(tmp_path / "run", resume=True, save_every=3)
+    trainer._start()
+    assert trainer.step == 6
+    trainer.fit()
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_an_output_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"cannot write into .*/file/run \(.*\); give an output that this process may"):
+        small_trainer(tmp_path / "file/run").fit()
+    with small_disk(tmp_path / "disk", 1, "ro") as disk:
+        if disk is not None:  # else no file system here is read-only for root
+            with pytest.raises(
+                OSError, match=r"cannot write into .*/run \(.*Read-only file system.*\); give an output"
+            ):
+                small_trainer(disk / "run").fit()

@@ -5,7 +5,7 @@ import random
 import numpy
 import torch
 
-from phicore.training.randomness import random_json, random_tensors, restore_random, seed_everything
+from phicore.training.randomness import kept_random, random_json, random_tensors, restore_random, seed_everything
 
 
 def draw() -> list[float]:
@@ -31,3 +31,17 @@ def test_seeds_tell_steps_and_ranks_apart() -> None:
         assert len(set(column)) == len(seen)
     torch.manual_seed(3)  # rank 0 of a new run takes the seed itself
     assert seen[0][-1] == float(torch.rand(()))
+
+
+def test_what_is_drawn_within_leaves_no_trace() -> None:
+    draw()
+    states = random_tensors(), random_json()
+    expected = draw()
+    restore_random(*states)
+    try:
+        with kept_random():
+            draw()
+            raise KeyError
+    except KeyError:
+        pass
+    assert draw() == expected

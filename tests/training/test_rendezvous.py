@@ -14,7 +14,7 @@ def start(store: dist.Store, world_size: int, late: int, found: dict[int, str]) 
 
     def run(rank: int) -> None:
         time.sleep(0.1 * (rank == late))
-        part = meet(store, rank, world_size, 20.0)
+        part = dist.PrefixStore(meet(store, rank, world_size, 20.0), store)
         part.set(str(rank), f"{rank} of {id(found)}")
         found[rank] = ", ".join(part.get(str(r)).decode() for r in range(world_size))
 

@@ -261,17 +261,15 @@ def test_evaluation_leaves_everything_as_it_was(tmp_path: Path, unchanged: Calla
         trainer.model.train()
         if frozen:
             trainer.model.get_submodule("dropout").eval()  # one module in another mode than the rest
-        state = torch.get_rng_state()
         with unchanged(trainer.model):
             trainer.evaluate(examples(7))
-        assert torch.equal(torch.get_rng_state(), state)
         assert all(p.grad is None for p in trainer.model.parameters())
 
 
 def test_evaluating_during_a_run_does_not_change_it(tmp_path: Path) -> None:
     def noisy(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         x, y, mask = batch
-        return squares(model, [x + torch.randn_like(x), y, mask])
+        return squares(model, [x + torch.randn_like(x) + random.random() + numpy.random.rand(), y, mask])
 
     finals = []
     for eval_every in (0, 2):
@@ -504,7 +502,10 @@ def test_a_model_that_does_not_fit_is_told(tmp_path: Path) -> None:
     frozen.embed.requires_grad_(False)
     config = TrainConfig(output=str(tmp_path), resume=True, **SETTINGS)
     for model, named in (
-        (narrow, r"head\.bias, head\.weight \(of 2 names\)"),
+        (
+            narrow,
+            r"head\.bias, head\.weight \(of 2 names\); head\.bias is \[12\] float32 in it and \[11\] float32 here",
+        ),
         (other_names, r"tail\.bias, tail\.weight \(of 2 names\)"),
         (frozen, r"embed\.weight \(of 1 names\)"),
         (half, r"embed\.weight, head\.bias, head\.weight \(of 3 names\)"),

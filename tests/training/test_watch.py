@@ -57,13 +57,24 @@ def test_who_is_named(tmp_path, ranks):
         assert (tmp_path / "ranks" / f"{rank}.json").stat().st_size == LENGTH
 
 
+def fail_alone(output: str) -> str:
+    """What rank 0 is told where rank 1 has noted nothing yet."""
+    watching, answer = Watch(Path(output)), ""
+    watching._start = "this one"
+    if dist.get_rank() == 0:
+        with pytest.raises(LostRankError) as told, watching.during("step 1"):
+            raise GLOO
+        answer = str(told.value)
+    dist.barrier()
+    return answer
+
+
 def test_notes_of_an_earlier_run_are_not_taken_for_this_ones(tmp_path, ranks):
     (tmp_path / "ranks").mkdir()
-    (tmp_path / "ranks/7.json").write_text("{}")
-    (tmp_path / "ranks/1.json").write_text(json.dumps({"at": "step 900", "failed": "KeyError: old"}))
-    answers = ranks(2)(fail, str(tmp_path), {0: "", 1: ""})
-    assert "old" not in answers[0]
-    assert not (tmp_path / "ranks/7.json").exists()
+    earlier = json.dumps({"at": "in step 900", "failed": "KeyError: old", "start": "another"})
+    (tmp_path / "ranks/1.json").write_text(earlier)
+    answers = ranks(2)(fail_alone, str(tmp_path))
+    assert answers[0].startswith("rank 1 does not answer; it was last heard of before the Trainer was made. Rank 0 was")
 
 
 def test_alone_nothing_is_written_and_nothing_changed(tmp_path):

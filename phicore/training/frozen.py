@@ -1,0 +1,99 @@
+"""Telling that ranks were given different frozen weights, which nothing else would: only what trains is made equal.
+
+Each tensor gets a sum of 64 bits over all its bytes, so that no weight may differ, in one pass with a few megabytes of
+memory, on the device where it is:
+
+    s = sum over words w_i of the chunk of w_i * m_i,    h = h * M + s,    all modulo 2^64
+
+with odd multipliers. A word that differs then always changes the sum, as does exchanging two different words, but for
+one pair of values in many; this finds mistakes, not attacks.
+"""
+
+import functools
+
+import torch
+from torch import Tensor, nn
+
+from phicore.training.buffers import TrainedBuffers
+from phicore.training.distributed import together
+
+CHUNK = 2**18  # 8-byte words: 2 MiB stay in a core's cache
+MULTIPLIER = 6364136223846793005  # of Knuth's linear congruential generator, modulo 2^64
+
+
+def checksum(tensor: Tensor) -> int:
+    """64 bits of a tensor's dtype-independent bytes, the same on any device; 0 for one without memory."""
+    if tensor.is_meta or not tensor.numel():
+        return 0
+    data = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    whole = data.numel() // 8 * 8
+    if data.data_ptr() % 8:  # a slice that begins within a word cannot be seen as words
+        data = data.clone()
+    words, rest = data[:whole].view(torch.int64), data[whole:]
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for chunk in words.split(CHUNK):
+        total = total * MULTIPLIER + (chunk * _multipliers(tensor.device)[: chunk.numel()]).sum()
+    for byte in rest.to(torch.int64):
+        total = total * MULTIPLIER + byte
+    return int(total) % 2**64
+
+
+@functools.cache
+def _multipliers(device: torch.device) -> Tensor:
+    """Odd numbers, int64 [CHUNK]."""
+    steps = torch.arange(CHUNK, dtype=torch.int64)
+    mixed = (steps + 1) * MULTIPLIER
+    mixed = (mixed ^ (mixed >> 29)) * MULTIPLIER
+    return (mixed | 1).to(device)
+
+
+def frozen_tensors(model: nn.Module, shared: set[str]) -> dict[str, Tensor]:
+    """Parameters that do not train and buffers that belong to the model's state, without those named `shared`."""
+    persistent = {
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, module in model.named_modules()
+        for name in module._buffers.keys() - module._non_persistent_buffers_set
+    }
+    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    buffers = {name: b for name, b in model.named_buffers() if name in persistent and name not in shared}
+    return frozen | buffers
+
+
+def describe_frozen(tensors: dict[str, Tensor]) -> dict[str, str]:
+    """Shape, dtype and checksum of each, in words."""
+    return {
+        name: f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')} with checksum {checksum(t):016x}"
+        for name, t in tensors.items()
+    }
+
+
+def first_difference(by_rank: list[dict[str, str]]) -> str | None:
+    """What is wrong with the first tensor that is not on all ranks what it is on rank 0; None where all are."""
+    for name in dict.fromkeys(name for found in by_rank for name in found):
+        for rank, found in enumerate(by_rank):
+            if found.get(name) != by_rank[0].get(name):
+                return (
+                    f"{name}: rank {rank} has {found.get(name, 'nothing')} where rank 0 has "
+                    f"{by_rank[0].get(name, 'nothing')}; it does not train, so it stays different: load "
+                    f"the same base, quantized alike, on every rank"
+                )
+    return None
+
+
+def check_same_frozen(model: nn.Module, trained: TrainedBuffers) -> None:
+    """Compares what no rank will give another; every rank must call it.
+
+    Args:
+        model: of this rank.
+        trained: the buffers that belong to what trains, which are rank 0's from the start.
+
+    Raises:
+        ValueError: a tensor differs, on every rank, naming the first one.
+    """
+    by_rank = together(lambda: describe_frozen(frozen_tensors(model, set(trained.find()))))
+
+    def compare() -> None:
+        if (problem := first_difference(by_rank)) is not None:
+            raise ValueError(problem)
+
+    together(compare)
