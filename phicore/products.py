@@ -6,6 +6,7 @@ result is rounded as it is stored. A GPU's tensor cores do the same: 16 bits in 
 """
 
 from collections.abc import Iterable, Iterator
+from math import prod
 
 import torch
 from torch import Tensor
@@ -126,7 +127,7 @@ def matmul(a: Tensor, b: Tensor, scale: float = 1.0, dtype: torch.dtype | None =
     """
     dtype = dtype or a.dtype
     if emulated(a) or emulated(b):
-        flat = a.reshape(a.shape[:-1].numel(), a.shape[-1])
+        flat = a.reshape(prod(a.shape[:-1]), a.shape[-1])
         return torch.ops.phicore.wide_addmm(None, flat, b, scale, dtype).view(*a.shape[:-1], b.shape[1])
     product = a @ b
     return (product if scale == 1 else scale * product).to(dtype)
@@ -139,19 +140,20 @@ def addmm(y: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 def _addmm(y: Tensor | None, a: Tensor, b: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     (n, k), m = a.shape, b.shape[1]
+    wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
     with torch.autocast("cpu", enabled=False):
         if y is None and k > n:  # long sums of a small result
-            total = torch.zeros(n, m, dtype=torch.promote_types(a.dtype, torch.float32))
+            total = torch.zeros(n, m, dtype=wide)
             step = max(1, PIECE // max(n, m, 1))
             for left, right in zip(a.split(step, 1), b.split(step), strict=True):
-                total.addmm_(_wide(left), _wide(right), alpha=scale)
+                total.addmm_(left.to(wide), right.to(wide), alpha=scale)
             return total.to(dtype)
-        out, b = a.new_empty(n, m, dtype=dtype), _wide(b)
+        out, b = a.new_empty(n, m, dtype=dtype), b.to(wide)
         step = max(1, PIECE // max(k, m, 1))
         for start in range(0, n, step):
             rows = slice(start, start + step)
-            part = torch.mm(_wide(a[rows]), b)
-            part = part.mul_(scale) if y is None else torch.add(_wide(y[rows]), part, alpha=scale, out=part)
+            part = torch.mm(a[rows].to(wide), b)
+            part = part.mul_(scale) if y is None else torch.add(y[rows].to(wide), part, alpha=scale, out=part)
             out[rows] = part
     return out
 

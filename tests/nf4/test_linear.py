@@ -130,8 +130,9 @@ def test_autocast():
         y = layer(x)
         z, rows = layer.project_with_rows(x, torch.randn(2, IN))
     assert y.dtype == z.dtype == rows.dtype == torch.bfloat16
-    w = decoded(layer, torch.bfloat16)
-    torch.testing.assert_close(y, dense_linear(x.bfloat16(), w, layer.bias.bfloat16()))
+    wide = computed_in(torch.bfloat16)
+    w = decoded(layer, wide)
+    torch.testing.assert_close(y, dense_linear(x.bfloat16().to(wide), w, layer.bias.bfloat16().to(wide)).bfloat16())
     y.sum().backward()
     assert x.grad.dtype == torch.float32
     torch.testing.assert_close(x.grad, w.float().sum(0).expand(4, IN), rtol=2e-2, atol=2e-2)
