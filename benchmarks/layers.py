@@ -5,6 +5,9 @@ A step is the forward and the backward pass of one linear layer, gradients to x 
 alternating turns in this process: PEFT's layer, phicore's, the frozen base, PEFT's again.
 
     python -m benchmarks.layers [--quick] [--dtype auto] [--width 576 2048] [--tokens 512] [--rank 16 128] [--json FILE]
+
+In 16 bits on a CPU that has no such products a step of a peer takes 10 s and more; `--dtype bfloat16 --turns 1
+--warm-ups 0` then tells enough.
 """
 
 import argparse
@@ -103,9 +106,10 @@ def measure(width: int, tokens: int, dtype: torch.dtype, options: argparse.Names
         for rank in options.rank:
             for dropout in options.dropout:
                 name = f"{method}, {width} wide, rank {rank}" + (f", dropout {dropout:g}" if dropout else "")
+                name += f", {tokens} tokens" if len(options.tokens) > 1 else ""
                 ours, peer = (make(method, weight, rank, dropout) for make in (our_layer, peft_layer))
                 runs = [step(layer, x, grad) for layer in (peer, ours, bases[method.startswith("q")], peer)]
-                turns = rounds([runs[0], runs[1], runs[2], runs[0]], options.turns)
+                turns = rounds([runs[0], runs[1], runs[2], runs[0]], options.turns, options.warm_ups)
                 to_peer = ratio((before, mine, after) for before, mine, _, after in turns)
                 to_base = ratio((base, mine, base) for _, mine, base, _ in turns)
                 kept = [saved_bytes(layer, x) / 1e6 for layer in (ours, peer)]
@@ -157,26 +161,35 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="width 1024, three turns, compile LoRA and QDoRA only")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--width", type=int, nargs="+", default=[576, 2048])
-    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[512])
     parser.add_argument("--rank", type=int, nargs="+", default=[16, 128])
     parser.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.1])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--turns", type=int, default=9)
+    parser.add_argument("--warm-ups", type=int, default=2, help="turns before those that are timed")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_args()
     if options.quick:
-        options.width, options.tokens, options.turns = [1024], 256, 3
+        options.width, options.tokens, options.turns = [1024], [256], 3
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     dtype, why = figures.dtype(options.dtype)
-    print(f"{options.tokens} tokens, {dtype}: {why}", flush=True)
-    found = [figure for width in options.width for figure in measure(width, options.tokens, dtype, options)]
+    print(f"{', '.join(map(str, options.tokens))} tokens, {dtype}: {why}", flush=True)
+    found = [
+        figure
+        for width in options.width
+        for tokens in options.tokens
+        for figure in measure(width, tokens, dtype, options)
+    ]
     if not options.no_compile:
         found += measure_compiled(dtype, ["lora", "qdora"] if options.quick else options.methods)
     if options.json:
-        settings = {"dtype": f"{str(dtype).removeprefix('torch.')} ({why})", "tokens": options.tokens}
+        settings = {
+            "dtype": f"{str(dtype).removeprefix('torch.')} ({why})",
+            "tokens": ", ".join(map(str, options.tokens)),
+        }
         figures.write(options.json, settings | {"turns": options.turns}, found)
 
 

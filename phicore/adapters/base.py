@@ -17,6 +17,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from phicore.adapters.dense import dense_low_rank
+from phicore.nf4.linear import autocast, autocast_dtype
+from phicore.products import emulated
+
 Base: TypeAlias = Any  # an nn.Module as described above; nn.Module's own typing would hide its attributes
 
 
@@ -38,8 +42,9 @@ def project(base: Base, x: Tensor) -> Tensor:
     method = getattr(base, "project", None)
     if method is not None:
         return method(x)
-    weight = base.weight if isinstance(base, nn.Linear) else base.weight.t()  # Conv1D holds it as [in, out]
-    return nn.functional.linear(x, weight)
+    if _emulated(base, x):
+        return _dense(base, x, None, None, 1.0, None)[0]
+    return nn.functional.linear(x, _matrix(base))
 
 
 def project_with_rows(base: Base, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,11 +55,13 @@ def project_with_rows(base: Base, x: Tensor, rows: Tensor) -> tuple[Tensor, Tens
         rows: [r, in] in x's dtype; no gradient flows into them.
 
     Returns:
-        [..., out] and [r, out].
+        [..., out] in x's dtype and [r, out] in x's or a wider one.
     """
     method = getattr(base, "project_with_rows", None)
     if method is not None:
         return method(x, rows)
+    if _emulated(base, x):
+        return _dense(base, x, rows.detach(), None, 1.0, None, with_rows=True)
     y = project(base, x)
     with torch.no_grad():
         return y, project(base, rows)
@@ -63,28 +70,78 @@ def project_with_rows(base: Base, x: Tensor, rows: Tensor) -> tuple[Tensor, Tens
 def fuses_low_rank(base: Base, x: Tensor) -> bool:
     """Whether `low_rank` is there for this base and gains for this x. A base with hooks is called, so that they run."""
     fuses = getattr(base, "fuses_low_rank", None)
-    if fuses is None or not fuses(x):
-        return False
-    hooks = (base._forward_pre_hooks, base._forward_hooks, base._backward_pre_hooks, base._backward_hooks)
-    return not any(hooks) and "forward" not in vars(base)
+    return fuses_dense(base, x) if fuses is None else fuses(x) and not _has_hooks(base)
+
+
+def fuses_dense(base: Base, x: Tensor) -> bool:
+    """Whether `dense_linear` may take the place of calling this base, and gains for this x."""
+    return _emulated(base, x) and not _has_hooks(base)
+
+
+def dense_linear(base: Base, x: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + bias: [..., in] -> [..., out]; only where `fuses_dense`."""
+    return _dense(base, x, None, None, 1.0, bias)[0]
 
 
 def low_rank(
-    base: Base, x: Tensor, A: Tensor, B: Tensor, scale: float, *, with_rows: bool = False
+    base: Base, x: Tensor, A: Tensor, B: Tensor, scale: float, bias: Tensor | None = None, *, with_rows: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """base(x) + scale * (x A^T) B^T by one operator; only where `fuses_low_rank`.
+    """x W^T + bias + scale * (x A^T) B^T by one operator; only where `fuses_low_rank`.
 
     Args:
-        x: [..., in], differentiable, as are A and B.
+        x: [..., in], differentiable, as are A, B and bias.
         A: [rank, in].
         B: [out, rank].
         scale: factor of the product.
-        with_rows: leave out the bias, and return A W^T beside it, [rank, out], without a gradient.
+        bias: [out], or None.
+        with_rows: return A W^T beside it, [rank, out], without a gradient; takes no bias.
 
     Returns:
         [..., out], and A W^T or an empty tensor.
     """
-    return base.low_rank(x, A, B, scale, with_rows=with_rows)
+    method = getattr(base, "low_rank", None)
+    if method is not None:
+        return method(x, A, B, scale, bias, with_rows=with_rows)
+    return _dense(base, x, A, B, scale, bias, with_rows=with_rows)
+
+
+def _has_hooks(base: Base) -> bool:
+    hooks = (base._forward_pre_hooks, base._forward_hooks, base._backward_pre_hooks, base._backward_hooks)
+    return any(hooks) or "forward" in vars(base)
+
+
+def _emulated(base: Base, x: Tensor) -> bool:
+    """Whether a base is a plain frozen layer with a dense weight, and its product with x is one of 16 bits that this
+    CPU has not (phicore.products)."""
+    dtype = autocast_dtype(x)
+    if not emulated(x, dtype):
+        return False
+    kinds: tuple[Any, ...] = (nn.Linear, *transposed_kinds())
+    if type(base).forward not in [kind.forward for kind in kinds]:
+        return False
+    weight = base.weight  # of x's dtype, unless autocast would cast both
+    return type(weight) in (Tensor, nn.Parameter) and not weight.requires_grad and weight.dtype in (x.dtype, dtype)
+
+
+def _dense(
+    base: Base,
+    x: Tensor,
+    A: Tensor | None,
+    B: Tensor | None,
+    scale: float,
+    bias: Tensor | None,
+    with_rows: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`low_rank` where `_emulated`; without B, of the base alone."""
+    x, weight = autocast(x), _matrix(base)
+    A = x.new_empty(0, x.shape[-1]) if A is None else A
+    y, _, rows = dense_low_rank(x, A, B, scale, weight, bias, with_rows)
+    return y, rows
+
+
+def _matrix(base: Base) -> Tensor:
+    """W [out, in] of a plain layer; Conv1D holds it as [in, out]."""
+    return base.weight if isinstance(base, nn.Linear) else base.weight.t()
 
 
 def dense_weight(base: Base, dtype: torch.dtype) -> Tensor:
@@ -92,8 +149,7 @@ def dense_weight(base: Base, dtype: torch.dtype) -> Tensor:
     method = getattr(base, "dense_weight", None)
     if method is not None:
         return method(dtype)
-    weight = base.weight if isinstance(base, nn.Linear) else base.weight.t()
-    return weight.to(dtype)
+    return _matrix(base).to(dtype)
 
 
 def with_weight(base: Base, weight: Tensor) -> Base:

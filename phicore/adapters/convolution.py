@@ -13,6 +13,7 @@ from torch.nn import functional
 from phicore.adapters import base as base_layer
 from phicore.adapters.dora import DoRALayer
 from phicore.adapters.lora import LowRankLayer
+from phicore.products import matmul
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _FUNCTIONS = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
@@ -150,10 +151,10 @@ class DoRAConvolution(DoRALayer, LowRankConvolution):
 
     def _update(self, y: Tensor, x: Tensor) -> Tensor:
         v = y + self.low_rank(x)
-        return self.weighed(y, v * self.per_channel(self.scale(self._base_rows(), v.dtype)))
+        return self.weighed(y, (v * self.per_channel(self.scale(self._base_rows()))).to(v.dtype))
 
     @torch.no_grad()
     def _base_rows(self) -> Tensor:
         """W A^T, [out, rank], in W's dtype."""
         W = self.dense_base().to(self.dtype)  # [out, in * kernel]
-        return W @ self.lora_A.detach().reshape(self.rank, -1).to(W.dtype).t()
+        return matmul(W, self.lora_A.detach().reshape(self.rank, -1).to(W.dtype).t())

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from phicore.adapters import base as base_layer
 from phicore.adapters.dora_scale import fuses_scaling, scale_columns
 from phicore.adapters.lora import LowRankLayer, LowRankLinear, dense_product, low_rank_update
+from phicore.nf4.ops import flat
 
 
 def factored_norm_squared(base_norm_squared: Tensor, WA: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
@@ -37,30 +38,59 @@ def row_scale(magnitude: Tensor, norm: Tensor) -> Tensor:
     return torch.where(norm > 0, magnitude / norm.where(norm > 0, 1), 0)
 
 
+SCALED = 1 << 18  # elements of v that are scaled at once, so that float32 copies of them stay in a CPU's cache
+
+
 class _ScaledRows(torch.autograd.Function):
-    """v * scale, whose backward pass writes both of its products of v's size into one buffer."""
+    """v * scale + bias; the backward pass makes one tensor of v's size. In 16 bits v is widened some rows at a time."""
 
     @staticmethod
-    def forward(ctx: Any, v: Tensor, scale: Tensor) -> Tensor:
+    def forward(ctx: Any, v: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(v, scale)
-        return v * scale
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        bias = None if bias is None else bias.to(scale.dtype)
+        if v.dtype == scale.dtype:
+            return v * scale if bias is None else torch.addcmul(bias, v, scale)
+        out = torch.empty_like(v, memory_format=torch.contiguous_format)
+        for part, result in zip(_pieces(v), _pieces(out), strict=True):
+            wide = part.to(scale.dtype)
+            result.copy_(wide * scale if bias is None else torch.addcmul(bias, wide, scale))
+        return out
 
     @staticmethod
     def backward(ctx, grad):
         v, scale = ctx.saved_tensors
-        flat = grad.reshape(-1, grad.shape[-1])
-        product = flat * v.reshape(flat.shape)
-        grad_scale = product.sum(0)
+        grad_bias = None
+        if ctx.needs_input_grad[2]:
+            grad_bias = flat(grad).sum(0).to(ctx.bias_dtype)
         if torch.is_grad_enabled():  # the backward pass is itself differentiated
-            return grad * scale, grad_scale
-        return torch.mul(flat, scale, out=product).view(grad.shape), grad_scale
+            return (grad * scale).to(v.dtype), flat(grad * v.to(scale.dtype)).sum(0), grad_bias
+        if v.dtype == scale.dtype:
+            product = flat(grad) * flat(v)
+            grad_scale = product.sum(0)
+            return torch.mul(flat(grad), scale, out=product).view(grad.shape), grad_scale, grad_bias
+        grad_v, grad_scale = torch.empty_like(grad, memory_format=torch.contiguous_format), torch.zeros_like(scale)
+        for part, g, result in zip(_pieces(v), _pieces(grad), _pieces(grad_v), strict=True):
+            wide = g.to(scale.dtype)
+            grad_scale += (wide * part).sum(0)
+            result.copy_(wide * scale)
+        return grad_v, grad_scale, grad_bias
 
 
-def scaled_rows(v: Tensor, scale: Tensor) -> Tensor:
-    """v * scale: [..., out] * [out] -> [..., out]. Keeps v and scale for the backward pass."""
-    if torch.compiler.is_compiling() or not (v.requires_grad and scale.requires_grad):
-        return v * scale
-    return _ScaledRows.apply(v, scale)
+def _pieces(v: Tensor) -> tuple[Tensor, ...]:
+    """v [..., out] as [some rows, out]."""
+    elements = SCALED if v.device.type == "cpu" else 64 * SCALED
+    return flat(v).split(max(1, elements // max(1, v.shape[-1])))
+
+
+def scaled_rows(v: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """v * scale + bias in scale's dtype, rounded once to v's: [..., out] * [out] + [out] -> [..., out]. Keeps v and
+    scale for the backward pass."""
+    plain = v.dtype == scale.dtype and not (v.requires_grad and scale.requires_grad)
+    if torch.compiler.is_compiling() or plain:
+        y = v * scale
+        return (y if bias is None else y + bias).to(v.dtype)
+    return _ScaledRows.apply(v, scale, bias)
 
 
 # The factored norm subtracts numbers of the size of ||W||^2, so its relative error grows as (||W|| / ||V'||)^2. Rows
@@ -140,10 +170,11 @@ class DoRALayer(LowRankLayer):
         norm = torch.linalg.vector_norm(direction, dim=1)
         return self.weighed(base, row_scale(self.magnitude.to(norm.dtype), norm).unsqueeze(1) * direction)
 
-    def scale(self, WA: Tensor, dtype: torch.dtype) -> Tensor:
-        """m / ||V'||, [out] in dtype, with m differentiable; WA is W A^T [out, rank] as the base computed it."""
+    def scale(self, WA: Tensor) -> Tensor:
+        """m / ||V'||, [out] in float32 or float64, with m differentiable; WA is W A^T [out, rank] as the base computed
+        it."""
         norm = self._norm(WA)
-        return row_scale(self.magnitude.to(norm.dtype), norm).to(dtype)
+        return row_scale(self.magnitude.to(norm.dtype), norm)
 
     def _direction(self) -> Tensor:
         return self.dense_base() + self.product()  # V', [out, in]
@@ -195,16 +226,13 @@ class DoRALinear(DoRALayer, LowRankLinear):
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
         if not self.enabled:
-            return self.base(x)
+            return self.through_base(x)
         if not self.whole:
             y = self.project(x)
             return y if self.bias is None else y + self.bias.to(y.dtype)
-        if self.fuses(x) or fuses_scaling(x):
+        if fuses_scaling(x):
             return self._fused(x)
-        v, scale = self._project(x)
-        if self.bias is None:
-            return scaled_rows(v, scale)
-        return torch.addcmul(self.bias.to(v.dtype), v, scale)
+        return scaled_rows(*self._project(x), self.bias)
 
     def correct(self, residual: Tensor) -> None:
         super().correct(residual)
@@ -230,38 +258,40 @@ class DoRALinear(DoRALayer, LowRankLinear):
     def _weighed_rows(self, z: Tensor, x: Tensor, wa: Tensor) -> Tensor:
         """x W'^T, of the strength and the rows of the batch that the layer has, given z = x W^T and wa = A W^T."""
         A, B = self.matrices()
-        scale = self.scale(wa.t(), z.dtype)
+        scale = self.scale(wa.t())
 
         def update(z: Tensor, x: Tensor) -> Tensor:
-            return self.weighed(z, low_rank_update(z, x, A, B, self.factor, self.active_dropout) * scale)
+            v = low_rank_update(z, x, A, B, self.factor, self.active_dropout)
+            return self.weighed(z, scaled_rows(v, scale))
 
         return self.updated(z, x, update)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x V'^T [..., out] and m / ||V'|| [out], both in the base's output dtype."""
+        """x V'^T [..., out] in the base's output dtype and m / ||V'|| [out]."""
+        v, WA = self._direction_product(x)
+        return v, self.scale(WA)
+
+    def _direction_product(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x V'^T [..., out] and W A^T [out, rank], by one operator if the base has one and dropout lets it."""
         A, B = self.matrices()
-        flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])  # so that the product can be added to in place
-        z, wa = base_layer.project_with_rows(self.base, flat, A.detach().to(x.dtype))
-        v = low_rank_update(z, flat, A, B, self.factor, self.active_dropout, in_place=True)
-        return v.view(*x.shape[:-1], self.out_features), self.scale(wa.t(), z.dtype)
+        if self.fuses(x):
+            v, wa = base_layer.low_rank(self.base, x, A, B, self.factor, with_rows=True)
+            return v, wa.t()
+        rows = flat(x)  # so that the product can be added to in place
+        z, wa = base_layer.project_with_rows(self.base, rows, A.detach().to(x.dtype))
+        v = low_rank_update(z, rows, A, B, self.factor, self.active_dropout, in_place=True)
+        return v.view(*x.shape[:-1], self.out_features), wa.t()
 
     # ===== on a GPU =====
 
     def _fused(self, x: Tensor) -> Tensor:
         """forward by operators that fuse its steps, as far as the base, dropout and torch.compile let them."""
         A, B = self.matrices()
-        if self.fuses(x):
-            v, wa = base_layer.low_rank(self.base, x, A, B, self.factor, with_rows=True)
-        else:
-            z, wa = base_layer.project_with_rows(self.base, x, A.detach().to(x.dtype))
-            v = low_rank_update(z, x, A, B, self.factor, self.active_dropout)
-        WA = wa.t()  # W A^T [out, rank]
-        if fuses_scaling(x):
-            y, norm_squared = scale_columns(v, self.base_norm_squared, WA, A, B, self.magnitude, self.bias, self.factor)
-            if not self._cancelled(norm_squared, WA).any():
-                return y
-        y = v * self.scale(WA, v.dtype)  # in torch.compile; and, rarely, where some rows are summed densely
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        v, WA = self._direction_product(x)
+        y, norm_squared = scale_columns(v, self.base_norm_squared, WA, A, B, self.magnitude, self.bias, self.factor)
+        if self._cancelled(norm_squared, WA).any():  # rarely: some rows are summed densely
+            return scaled_rows(v, self.scale(WA), self.bias)
+        return y
 
     def _cancelled(self, norm_squared: Tensor, WA: Tensor) -> Tensor:
         """Rows, bool [out], whose factored norm lost too many digits."""

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from phicore.products import emulated, matmul
+
 LEVELS = 1 << 16  # random bits an element: 16, so that one 64-bit word serves four
 
 # Eight bytes of 0 or 1 in a 64-bit word, times PACK, hold the eight bits in the top byte; the way back spreads the
@@ -47,6 +49,8 @@ class _DroppedProjection(torch.autograd.Function):
         ctx.save_for_backward(x, A, pack(stays))
         ctx.factor = LEVELS / (LEVELS - drop_levels(p))  # type: ignore[attr-defined]
         dropped = x * stays[: x.numel()].view(x.shape)
+        if emulated(x):
+            return matmul(dropped, A.t(), ctx.factor, torch.float32)  # type: ignore[attr-defined]
         return nn.functional.linear(dropped, A) * ctx.factor  # type: ignore[attr-defined]
 
     @staticmethod
@@ -57,10 +61,12 @@ class _DroppedProjection(torch.autograd.Function):
         grad = grad * ctx.factor  # [..., rank]
         grad_x = grad_A = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad @ A) * stays
+            grad_x = matmul(grad, A, dtype=x.dtype) * stays
         if ctx.needs_input_grad[1]:
             flat = grad.reshape(-1, grad.shape[-1])
-            grad_A = flat.t() @ (x * stays).reshape(-1, x.shape[-1])  # [rank, tokens] @ [tokens, in]
+            grad_A = matmul(
+                flat.t(), (x * stays).reshape(-1, x.shape[-1]), dtype=A.dtype
+            )  # [rank, tokens] @ [tokens, in]
         return grad_x, grad_A, None
 
 
@@ -76,6 +82,6 @@ def dropped_projection(x: Tensor, A: Tensor, p: float) -> Tensor:
         p: at least 0 and below 1.
 
     Returns:
-        [..., rank].
+        [..., rank] in x's dtype, or in float32 where products of x are emulated.
     """
     return _DroppedProjection.apply(x, A, p)

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from phicore.adapters import base as base_layer
-from phicore.adapters.dora import DoRALayer
+from phicore.adapters.dora import DoRALayer, scaled_rows
 from phicore.adapters.lora import LowRankLayer, add_product
+from phicore.products import matmul
 
 
 class LowRankEmbedding(LowRankLayer):
@@ -91,10 +92,10 @@ class DoRAEmbedding(DoRALayer, LowRankEmbedding):
 
     def _update(self, y: Tensor, tokens: Tensor) -> Tensor:
         v = self.low_rank_lookup(y, tokens)
-        return self.weighed(y, v * self.scale(self._base_rows(), v.dtype))
+        return self.weighed(y, scaled_rows(v, self.scale(self._base_rows())))
 
     @torch.no_grad()
     def _base_rows(self) -> Tensor:
         """W A^T, [dim, rank], in W's dtype."""
         W = base_layer.dense_weight(self.base, self.dtype)  # [dim, num]
-        return W @ self.lora_A.detach().to(W.dtype).t()
+        return matmul(W, self.lora_A.detach().to(W.dtype).t())

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from phicore import products
 from phicore.adapters import base as base_layer
 from phicore.adapters.base import transposed_kinds
 from phicore.adapters.config import LoRAConfig, scaling
 from phicore.adapters.dropout import dropped_projection
 from phicore.nf4.linear import autocast
+from phicore.nf4.ops import flat
 
 
 def low_rank_update(
@@ -36,9 +38,11 @@ def low_rank_update(
     Returns:
         [..., out] in y's dtype.
     """
+    x = autocast(x)
     if dropout:
-        x = autocast(x)
         u = dropped_projection(x, A.to(x.dtype), dropout)
+    elif products.emulated(x):
+        u = products.matmul(x, A.t(), dtype=torch.float32)
     else:
         u = nn.functional.linear(x, A.to(x.dtype))  # [..., in] @ [in, rank] -> [..., rank]
     if in_place:
@@ -48,7 +52,9 @@ def low_rank_update(
 
 def add_product(y: Tensor, u: Tensor, B: Tensor, scale: float) -> Tensor:
     """y + scale * u B^T with no temporary as large as y: [..., out], [..., rank], [out, rank] -> [..., out]."""
-    flat_y, flat_u = y.reshape(-1, y.shape[-1]), u.reshape(-1, u.shape[-1])
+    flat_y, flat_u = flat(y), flat(u)
+    if products.emulated(y):
+        return products.addmm(flat_y, flat_u, B.t(), scale).view(y.shape)
     if B.device.type == "cpu" and not torch.compiler.is_compiling():
         return _AddProduct.apply(flat_y, flat_u, B.to(u.dtype), scale, False).view(y.shape)
     return torch.addmm(flat_y, flat_u, B.to(u.dtype).t(), alpha=scale).view(y.shape)
@@ -56,6 +62,8 @@ def add_product(y: Tensor, u: Tensor, B: Tensor, scale: float) -> Tensor:
 
 def add_product_(y: Tensor, u: Tensor, B: Tensor, scale: float) -> Tensor:
     """The same, written to y: [tokens, out], [tokens, rank], [out, rank] -> [tokens, out]."""
+    if products.emulated(y):
+        return products.addmm(y, u, B.t(), scale)  # into another tensor; y is not kept
     if B.device.type == "cpu" and not torch.compiler.is_compiling():
         return _AddProduct.apply(y, u, B.to(u.dtype), scale, True)
     return y.addmm_(u, B.to(u.dtype).t(), alpha=scale)
@@ -243,6 +251,8 @@ class LowRankLayer(nn.Module):
 
     def through_base(self, x: Tensor) -> Tensor:
         """The base's output, with this layer's bias."""
+        if base_layer.fuses_dense(self.base, x):
+            return base_layer.dense_linear(self.base, x, self.bias)
         if self.trained_bias is None or not self.enabled:
             return self.base(x)
         return functional_call(self.base, {_bias_key(self.base): cast(Tensor, self.bias)}, (x,))
@@ -382,7 +392,7 @@ class LowRankLinear(LowRankLayer):
             return self.updated(y, x, self._update), above
         y = self.project(x)
         with torch.no_grad():
-            return y, rows @ self.dense_weight(rows.dtype).t()
+            return y, products.matmul(rows, self.dense_weight(rows.dtype).t())
 
     def project(self, x: Tensor) -> Tensor:
         """x through this layer's weight, without the bias: [..., in] -> [..., out]."""
@@ -432,9 +442,8 @@ class LoRALinear(LowRankLinear):
         self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
-        # The operator adds the base's own bias.
-        if self.trained_bias is None and self.fuses(x) and self.enabled and self.rows is None:
-            return base_layer.low_rank(self.base, x, *self.matrices(), self.factor)[0]
+        if self.fuses(x) and self.enabled and self.rows is None:
+            return base_layer.low_rank(self.base, x, *self.matrices(), self.factor, self.bias)[0]
         return self.updated(self.through_base(x), x, self._update)
 
     def project(self, x: Tensor) -> Tensor:

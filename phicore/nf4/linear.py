@@ -8,13 +8,15 @@ from torch import Tensor, nn
 from phicore.nf4 import kernels, ops
 from phicore.nf4.low_rank import nf4_low_rank
 from phicore.nf4.tensor import NF4Tensor, check_block_size, parts_layout, quantize
+from phicore.products import emulated
 
 
 def linear(x: Tensor, weight: NF4Tensor, bias: Tensor | None = None) -> Tensor:
     """y = x @ dequantize(weight).T + bias, differentiable in x and bias.
 
     Args:
-        x: float [..., in]. The weight is decoded to x's dtype; under autocast, to autocast's.
+        x: float [..., in]. The weight is decoded to x's dtype; under autocast, to autocast's; to float32 where this CPU
+            has no products of that dtype (phicore.products).
         weight: NF4 of shape [out, in].
         bias: float [out], cast to x's dtype, or None.
 
@@ -52,12 +54,17 @@ def _linear(
     return ops.nf4_linear(x, *parts, bias, list(shape), block_size)
 
 
-def autocast(x: Tensor) -> Tensor:
-    """x as autocast would give it to a matrix product. The dispatcher's own rule would cast the float32 scales too."""
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which autocast would take a matrix product of x; x's own without it."""
     device = x.device.type
     if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return x  # the meta device knows no autocast, and autocast leaves float64 alone
-    return x.to(torch.get_autocast_dtype(device))
+        return x.dtype  # the meta device knows no autocast, and autocast leaves float64 alone
+    return torch.get_autocast_dtype(device)
+
+
+def autocast(x: Tensor) -> Tensor:
+    """x as autocast would give it to a matrix product. The dispatcher's own rule would cast the float32 scales too."""
+    return x.to(autocast_dtype(x))
 
 
 class NF4Linear(nn.Module):
@@ -159,13 +166,16 @@ class NF4Linear(nn.Module):
 
     def fuses_low_rank(self, x: Tensor) -> bool:
         """Whether `low_rank` gains over a product and an update for this x. Part of the protocol that adapters call."""
-        return kernels.on_device(x) and type(self).forward is NF4Linear.forward
+        gains = kernels.on_device(x) or emulated(x, autocast_dtype(x))
+        return gains and type(self).forward is NF4Linear.forward
 
-    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scale: float, *, with_rows: bool) -> tuple[Tensor, Tensor]:
-        """x W^T + bias + scale * (x A^T) B^T; with_rows, without the bias but with A W^T [rank, out]. Part of the
-        protocol that adapters call."""
+    def low_rank(
+        self, x: Tensor, A: Tensor, B: Tensor, scale: float, bias: Tensor | None, *, with_rows: bool
+    ) -> tuple[Tensor, Tensor]:
+        """x W^T + bias + scale * (x A^T) B^T, and with_rows A W^T [rank, out]. Part of the protocol that adapters
+        call."""
         x = autocast(x)
-        bias = None if with_rows or self.bias is None else self.bias.to(x.dtype)
+        bias = None if bias is None else bias.to(x.dtype)
         y, _, rows = nf4_low_rank(
             x, A.to(x.dtype), B.to(x.dtype), scale, *self._parts(), bias,
             [self.out_features, self.in_features], self.block_size, with_rows,

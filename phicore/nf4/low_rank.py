@@ -7,7 +7,8 @@ phicore.nf4.ops, the implementations here are the torch reference, and phicore.n
 import torch
 from torch import Tensor
 
-from phicore.nf4.ops import PARTS, nf4_dequantize, nf4_linear
+from phicore import products
+from phicore.nf4.ops import PARTS, flat, nf4_dequantize, nf4_linear, row_blocks
 
 torch.library.define(
     "phicore::nf4_low_rank",
@@ -28,11 +29,6 @@ nf4_low_rank_dx = torch.ops.phicore.nf4_low_rank_dx
 """grad [..., out], left [..., rank], right [rank, in] -> grad W + left right [..., in]."""
 
 
-def flat(x: Tensor) -> Tensor:
-    """[..., n] -> [rows, n]."""
-    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
-
-
 def _plus_product(y: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
     """y += scale * left right, in place."""
     flat(y).addmm_(flat(left), right, alpha=scale)
@@ -42,6 +38,12 @@ def _plus_product(y: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) ->
 def reference_low_rank(
     x, A, B, scale, packed, absmax, nested_absmax, offset, bias, shape, block_size, with_rows
 ):  # fmt: skip
+    if products.emulated(x):
+        blocks = row_blocks(packed, absmax, nested_absmax, offset, shape, block_size)
+        rows, y = A.new_empty((len(A) if with_rows else 0, shape[0])), x.new_empty(*x.shape[:-1], shape[0])
+        u = products.matmul(x, A.t(), dtype=torch.float32)
+        products.linear(flat(x), blocks, flat(y), bias, (flat(u), B), scale, (A, rows) if with_rows else None)
+        return y, u.to(x.dtype), rows
     weight = nf4_dequantize(packed, absmax, nested_absmax, offset, shape, block_size, x.dtype)  # [out, in]
     u = torch.nn.functional.linear(x, A)
     y = torch.nn.functional.linear(x, weight, bias)
@@ -50,6 +52,9 @@ def reference_low_rank(
 
 
 def reference_low_rank_dx(grad, left, right, packed, absmax, nested_absmax, offset, shape, block_size):
+    if products.emulated(grad):
+        blocks = row_blocks(packed, absmax, nested_absmax, offset, shape, block_size)
+        return products.linear_dx(flat(grad), blocks, shape[1], flat(left), right).view(*grad.shape[:-1], shape[1])
     weight = nf4_dequantize(packed, absmax, nested_absmax, offset, shape, block_size, grad.dtype)  # [out, in]
     return _plus_product(grad @ weight, left, right)
 
@@ -78,25 +83,37 @@ def _setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
+def pair_gradients(grad, grad_u, x, A, B, u, scale, needs):
+    """What the backward pass of y = x W^T + scale * u B^T, u = x A^T, shares over all weights.
+
+    Args:
+        grad: of y, [..., out].
+        grad_u: of u, [..., rank] or None; u has one of its own only where the backward pass is itself differentiated.
+        x, A, B, u, scale: as there.
+        needs: whether x, A and B need a gradient.
+
+    Returns:
+        du [..., rank], so that dx = grad W + du A, if x or A need it; and dA, dB; None for what is not needed.
+    """
+    du = dA = dB = None
+    if needs[0] or needs[1]:
+        du = products.matmul(grad, B, scale, products.wide_dtype(grad))
+        du = du if grad_u is None else du + grad_u
+    if du is not None and needs[1]:
+        dA = products.matmul(flat(du).t(), flat(x), dtype=A.dtype)
+    if needs[2]:
+        dB = products.matmul(flat(grad).t(), flat(u), scale, B.dtype)
+    return du, dA, dB
+
+
 def _backward(ctx, grad, grad_u, _grad_rows):
-    """u has a gradient of its own only where the backward pass is itself differentiated."""
     x, A, B, u, *parts = ctx.saved_tensors
     needs = ctx.needs_input_grad
     if grad is None:
         grad = x.new_zeros((*x.shape[:-1], ctx.shape[0]))
-    g = flat(grad)
-    dx = dA = dB = dbias = None
-    if needs[0] or needs[1]:
-        du = ctx.scale * (grad @ B)  # [..., rank]
-        du = du if grad_u is None else du + grad_u
-        if needs[0]:
-            dx = nf4_low_rank_dx(grad, du, A, *parts, ctx.shape, ctx.block_size)
-        if needs[1]:
-            dA = flat(du).t() @ flat(x)
-    if needs[2]:
-        dB = ctx.scale * (g.t() @ flat(u))
-    if needs[8]:
-        dbias = g.sum(0)
+    du, dA, dB = pair_gradients(grad, grad_u, x, A, B, u, ctx.scale, needs[:3])
+    dx = nf4_low_rank_dx(grad, du, A, *parts, ctx.shape, ctx.block_size) if needs[0] else None
+    dbias = flat(grad).sum(0) if needs[8] else None
     return dx, dA, dB, None, None, None, None, None, dbias, None, None, None
 
 
@@ -110,8 +127,8 @@ def _dx_backward(ctx, grad):
     left, right, *parts = ctx.saved_tensors
     needs = ctx.needs_input_grad
     grad_g = nf4_linear(grad, *parts, None, ctx.shape, ctx.block_size) if needs[0] else None
-    grad_left = grad @ right.t() if needs[1] else None
-    grad_right = flat(left).t() @ flat(grad) if needs[2] else None
+    grad_left = products.matmul(grad, right.t(), dtype=left.dtype) if needs[1] else None
+    grad_right = products.matmul(flat(left).t(), flat(grad), dtype=right.dtype) if needs[2] else None
     return grad_g, grad_left, grad_right, None, None, None, None, None, None
 
 

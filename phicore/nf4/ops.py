@@ -4,10 +4,12 @@ An NF4 weight enters as its parts (packed, absmax, nested_absmax, offset) and it
 here are the torch reference and serve every device; phicore.nf4.kernels overrides them on GPUs.
 """
 
-from math import prod
+from math import gcd, prod
 
 import torch
+from torch import Tensor
 
+from phicore import products
 from phicore.nf4.codec import decode_absmax, decode_blocks
 
 PARTS = "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? offset"
@@ -30,23 +32,55 @@ nf4_linear_dx = torch.ops.phicore.nf4_linear_dx
 nf4_project_with_rows = torch.ops.phicore.nf4_project_with_rows
 
 
+def flat(x: Tensor) -> Tensor:
+    """[..., n] -> [rows, n]."""
+    return x.reshape(prod(x.shape[:-1]), x.shape[-1])
+
+
 def reference_dequantize(packed, absmax, nested_absmax, offset, shape, block_size, dtype):
     if nested_absmax is not None:
         absmax = decode_absmax(absmax, nested_absmax, offset)
     return decode_blocks(packed, absmax, prod(shape), block_size, dtype).view(shape)
 
 
+def row_blocks(packed, absmax, nested_absmax, offset, shape, block_size):
+    """The weight as `phicore.products` takes it: some rows after the other, decoded to float32 and not rounded."""
+    if nested_absmax is not None:
+        absmax = decode_absmax(absmax, nested_absmax, offset)
+    out, inner = shape
+    whole = block_size // gcd(inner, block_size)  # rows after which a block of weights ends with a row
+    step = max(1, products.PIECE // max(1, inner * whole)) * whole
+    for start in range(0, out, step):
+        rows = slice(start, min(start + step, out))
+        first, last = rows.start * inner, rows.stop * inner
+        codes, scales = packed[first // 2 : (last + 1) // 2], absmax[first // block_size : -(-last // block_size)]
+        yield rows, decode_blocks(codes, scales, last - first, block_size, torch.float32).view(-1, inner)
+
+
 def reference_linear(x, packed, absmax, nested_absmax, offset, bias, shape, block_size):
+    if products.emulated(x):
+        blocks = row_blocks(packed, absmax, nested_absmax, offset, shape, block_size)
+        y = x.new_empty(*x.shape[:-1], shape[0])
+        products.linear(flat(x), blocks, flat(y), bias)
+        return y
     weight = nf4_dequantize(packed, absmax, nested_absmax, offset, shape, block_size, x.dtype)  # [out, in]
     return torch.nn.functional.linear(x, weight, bias)
 
 
 def reference_project_with_rows(x, rows, packed, absmax, nested_absmax, offset, shape, block_size):
+    if products.emulated(x):
+        blocks = row_blocks(packed, absmax, nested_absmax, offset, shape, block_size)
+        y, above = x.new_empty(*x.shape[:-1], shape[0]), rows.new_empty(len(rows), shape[0])
+        products.linear(flat(x), blocks, flat(y), rows=(rows, above))
+        return y, above
     weight = nf4_dequantize(packed, absmax, nested_absmax, offset, shape, block_size, x.dtype)  # [out, in]
     return torch.nn.functional.linear(x, weight), torch.nn.functional.linear(rows, weight)
 
 
 def reference_linear_dx(grad, packed, absmax, nested_absmax, offset, shape, block_size):
+    if products.emulated(grad):
+        blocks = row_blocks(packed, absmax, nested_absmax, offset, shape, block_size)
+        return products.linear_dx(flat(grad), blocks, shape[1]).view(*grad.shape[:-1], shape[1])
     weight = nf4_dequantize(packed, absmax, nested_absmax, offset, shape, block_size, grad.dtype)  # [out, in]
     return grad @ weight
 

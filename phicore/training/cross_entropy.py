@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from phicore import products
 from phicore.nf4.linear import autocast
 from phicore.training.encoding import IGNORE_INDEX
 
@@ -24,8 +25,9 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, ta
 
     Rows are taken in chunks. Each chunk's logits become its loss and at once its gradients (softmax minus one-hot,
     through the head), so that the backward pass only scales what the forward pass has kept: hidden's gradient, and the
-    head's where it trains. As in torch, logits have hidden's dtype (autocast's under autocast); the softmax, the loss
-    and the sums over chunks are float32, or float64 for float64.
+    head's where it trains. As in torch, logits have hidden's dtype (autocast's under autocast), but are float32 on a
+    CPU without products in it (phicore.products); the softmax, the loss and the sums over chunks are float32, or
+    float64 for float64.
 
     Args:
         hidden: [n, in].
@@ -50,6 +52,14 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, ta
     return _LinearCrossEntropy.apply(hidden, weight, bias, rows, targets, kept)
 
 
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """[c, in] -> [c, classes] in dtype, through hidden's unless products in that are emulated."""
+    if products.emulated(hidden):
+        logits = hidden.new_empty(len(hidden), len(weight), dtype=dtype)
+        return products.linear(hidden, products.row_blocks(weight), logits, bias)
+    return torch.nn.functional.linear(hidden, weight, bias).to(dtype)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -64,7 +74,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             size = max(1, chunk_elements(hidden.device) // max(1, weight.shape[0]))
             for index, target in zip(rows.split(size), targets.split(size), strict=True):
                 part = hidden[index]  # [c, in]
-                logits = torch.nn.functional.linear(part, weight, bias).to(wide)  # [c, classes]
+                logits = _logits(part, weight, bias, wide)  # [c, classes]
                 picked = target.unsqueeze(1)
                 lse = logits.logsumexp(1, keepdim=True)
                 total += (lse - logits.gather(1, picked)).sum()
@@ -74,6 +84,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 slope.scatter_add_(1, picked, slope.new_full(picked.shape, -1))
                 if grad_bias is not None:
                     grad_bias += slope.sum(0)
+                if products.emulated(hidden):
+                    if grad_hidden is not None:
+                        grad_hidden[index] = products.linear_dx(slope, products.row_blocks(weight), weight.shape[1]).to(
+                            hidden.dtype
+                        )
+                    if grad_weight is not None:
+                        grad_weight.addmm_(slope.t(), part.to(wide))
+                    continue
                 slope = slope.to(weight.dtype)
                 if grad_hidden is not None:
                     grad_hidden[index] = slope @ weight  # [c, classes] @ [classes, in]

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import phicore
+from phicore import products
 from phicore.adapters.dora_scale import scale_columns
 from phicore.nf4 import kernels
 from tests.gpu.bodies import called
@@ -19,7 +20,7 @@ FUSED = "phicore::nf4_low_rank"
 
 @pytest.fixture
 def _as_on_a_gpu():
-    with mock.patch.object(kernels, "DEVICE_TYPES", ("cpu",)):
+    with mock.patch.object(kernels, "DEVICE_TYPES", ("cpu",)), mock.patch.object(products, "EMULATED", ()):
         yield
 
 

@@ -208,6 +208,7 @@ def as_on_a_gpu(crossover: int = 1 << 30) -> Iterator[None]:
     """phicore's operators and layers take the ways that they take on a GPU with this crossover, on the CPU."""
     from unittest import mock
 
+    from phicore import products
     from phicore.adapters import dora_scale
     from phicore.nf4 import kernels
 
@@ -218,6 +219,7 @@ def as_on_a_gpu(crossover: int = 1 << 30) -> Iterator[None]:
     with (
         mock.patch.object(kernels, "has_kernels", return_value=True),
         mock.patch.object(kernels, "DEVICE_TYPES", ("cuda", "cpu")),
+        mock.patch.object(products, "EMULATED", ()),  # a GPU has products of 16 bits
         mock.patch("phicore_kernels.crossover.crossover", return_value=crossover),
     ):
         yield

@@ -15,6 +15,7 @@ from torch.nn.functional import linear as dense_linear
 import phicore
 from phicore.nf4 import ops
 from phicore.nf4.tensor import NF4Tensor
+from phicore.products import EMULATED
 
 OUT, IN = 23, 37  # no multiple of a block, odd count
 
@@ -27,6 +28,11 @@ def make(out: int = OUT, inner: int = IN, *, bias: bool = True, dtype: torch.dty
 
 def decoded(layer: phicore.NF4Linear, dtype: torch.dtype) -> Tensor:
     return layer.nf4.dequantize(dtype)
+
+
+def computed_in(dtype: torch.dtype) -> torch.dtype:
+    """In which dtype the weight is decoded for an x of this one, and the product taken."""
+    return torch.float32 if dtype in EMULATED else dtype
 
 
 def parts(q: NF4Tensor) -> tuple:
@@ -88,19 +94,20 @@ def test_only_the_bias_or_only_x_may_need_a_gradient():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_x_of_any_strides(dtype):
     layer = make(dtype=dtype)
-    w = decoded(layer, dtype)
+    wide = computed_in(dtype)
+    w, bias = decoded(layer, wide), layer.bias.to(wide)
     base = torch.randn(3, IN, 5, 2).to(dtype)
     for x in (base[..., 0].mT, base[0, :, :, 1].T, base[:, :, 0, 0][::2], torch.randn(IN).to(dtype).expand(4, IN)):
         assert x.shape[-1] == IN
         x = x.detach().requires_grad_(True)
         y = layer(x)
         assert y.dtype == dtype
-        # the weight is decoded to x's dtype, so the product is the same kernel on the same numbers
-        torch.testing.assert_close(y, dense_linear(x, w, layer.bias))
+        # the same kernel on the same numbers
+        torch.testing.assert_close(y, dense_linear(x.to(wide), w, bias).to(dtype))
         grad = torch.randn(y.shape[::-1]).to(dtype).permute(*reversed(range(y.ndim)))  # not contiguous either
         (given,) = torch.autograd.grad(y, x, grad)
         assert given.dtype == dtype
-        torch.testing.assert_close(given, grad @ w)
+        torch.testing.assert_close(given, (grad.to(wide) @ w).to(dtype))
 
 
 def test_bias_of_another_dtype_is_cast_and_gets_its_own_gradient():
@@ -109,7 +116,8 @@ def test_bias_of_another_dtype_is_cast_and_gets_its_own_gradient():
     x = torch.randn(4, IN).bfloat16()
     y = phicore.nf4.linear(x, q, b)
     assert y.dtype == torch.bfloat16
-    torch.testing.assert_close(y, dense_linear(x, q.dequantize(torch.bfloat16), b.bfloat16()))
+    wide = computed_in(torch.bfloat16)
+    torch.testing.assert_close(y, dense_linear(x.to(wide), q.dequantize(wide), b.bfloat16().to(wide)).bfloat16())
     y.sum().backward()
     assert b.grad.dtype == torch.float32
     torch.testing.assert_close(b.grad, torch.full((OUT,), 4.0))
@@ -122,8 +130,9 @@ def test_autocast():
         y = layer(x)
         z, rows = layer.project_with_rows(x, torch.randn(2, IN))
     assert y.dtype == z.dtype == rows.dtype == torch.bfloat16
-    w = decoded(layer, torch.bfloat16)
-    torch.testing.assert_close(y, dense_linear(x.bfloat16(), w, layer.bias.bfloat16()))
+    wide = computed_in(torch.bfloat16)
+    w = decoded(layer, wide)
+    torch.testing.assert_close(y, dense_linear(x.bfloat16().to(wide), w, layer.bias.bfloat16().to(wide)).bfloat16())
     y.sum().backward()
     assert x.grad.dtype == torch.float32
     torch.testing.assert_close(x.grad, w.float().sum(0).expand(4, IN), rtol=2e-2, atol=2e-2)

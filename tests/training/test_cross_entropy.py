@@ -97,7 +97,8 @@ def test_under_autocast_products_are_of_16_bits_and_sums_are_not(relative_error:
         loss = linear_cross_entropy(*tensors, targets)  # type: ignore[arg-type]
         logits = nn.functional.linear(*tensors)  # type: ignore[arg-type]
     assert loss.dtype == torch.float32
-    assert float(loss) == pytest.approx(float(nn.functional.cross_entropy(logits.double(), targets, reduction="sum")))
+    whole = float(nn.functional.cross_entropy(logits.double(), targets, reduction="sum"))
+    assert float(loss) == pytest.approx(whole, rel=5e-4)  # products of 16 bits may be rounded, sums may not
     expected = torch.autograd.grad(nn.functional.cross_entropy(logits.float(), targets, reduction="sum"), tensors)  # type: ignore[arg-type]
     for gradient, truth in zip(torch.autograd.grad(loss, tensors), expected, strict=True):  # type: ignore[arg-type]
         assert gradient.dtype == torch.float32
