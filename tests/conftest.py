@@ -16,6 +16,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import hypothesis
 import pytest
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 
 torch.set_num_threads(1)
@@ -47,14 +48,21 @@ def relative_error() -> Callable[[Tensor, Tensor], float]:
 
 @pytest.fixture(scope="session")
 def deepspeed_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the real DeepSpeed trained and saved: a directory for each of tests.formats.deepspeed_runs.RUNS."""
+    """What the real DeepSpeed trained and saved: a directory for each of tests.formats.deepspeed_runs.RUNS. It takes
+    half a minute, so pytest's workers share one."""
     from tests.formats.deepspeed_runs import WORLD_SIZE
 
-    directory = tmp_path_factory.mktemp("deepspeed")
-    command = [sys.executable, "-m", "tests.formats.deepspeed_runs", str(directory), str(WORLD_SIZE)]
-    path = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    directory, done = shared / "deepspeed", shared / "deepspeed-done"
+    with FileLock(shared / "deepspeed.lock"):
+        if not done.exists():
+            directory.mkdir(exist_ok=True)
+            command = [sys.executable, "-m", "tests.formats.deepspeed_runs", str(directory), str(WORLD_SIZE)]
+            env = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])}
+            run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+            assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+            done.touch()
     return directory
 
 
