@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from phicore.adapters.dense import dense_low_rank
+from phicore.adapters.step import Frozen
 from phicore.nf4.linear import autocast, autocast_dtype
 from phicore.products import emulated
 
@@ -105,6 +106,21 @@ def low_rank(
     return _dense(base, x, A, B, scale, bias, with_rows=with_rows)
 
 
+def frozen_weight(base: Base, x: Tensor) -> Frozen | None:
+    """The base's weight as `low_rank_step` takes it for x, or None where that is not for this base or this x."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or emulated(x, autocast_dtype(x)) or _has_hooks(base):
+        return None
+    method = getattr(base, "frozen_weight", None)
+    if method is not None:
+        found = method(x)
+        return None if found is None else Frozen(*found)
+    return Frozen((_matrix(base),), _cast) if _is_plain(base, x) else None
+
+
+def _cast(weight: Tensor, *, dtype: torch.dtype) -> Tensor:
+    return weight.to(dtype)
+
+
 def _has_hooks(base: Base) -> bool:
     hooks = (base._forward_pre_hooks, base._forward_hooks, base._backward_pre_hooks, base._backward_hooks)
     return any(hooks) or "forward" in vars(base)
@@ -113,14 +129,17 @@ def _has_hooks(base: Base) -> bool:
 def _emulated(base: Base, x: Tensor) -> bool:
     """Whether a base is a plain frozen layer with a dense weight, and its product with x is one of 16 bits that this
     CPU has not (phicore.products)."""
-    dtype = autocast_dtype(x)
-    if not emulated(x, dtype):
-        return False
+    return emulated(x, autocast_dtype(x)) and _is_plain(base, x)
+
+
+def _is_plain(base: Base, x: Tensor) -> bool:
+    """Whether a base is a plain frozen layer with a dense weight of x's dtype, or of autocast's for both."""
     kinds: tuple[Any, ...] = (nn.Linear, *transposed_kinds())
     if type(base).forward not in [kind.forward for kind in kinds]:
         return False
-    weight = base.weight  # of x's dtype, unless autocast would cast both
-    return type(weight) in (Tensor, nn.Parameter) and not weight.requires_grad and weight.dtype in (x.dtype, dtype)
+    weight = base.weight
+    fits = weight.dtype in (x.dtype, autocast_dtype(x))
+    return fits and type(weight) in (Tensor, nn.Parameter) and not weight.requires_grad
 
 
 def _dense(

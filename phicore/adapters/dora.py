@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from phicore.adapters import base as base_layer
 from phicore.adapters.dora_scale import fuses_scaling, scale_columns
 from phicore.adapters.lora import LowRankLayer, LowRankLinear, dense_product, low_rank_update
+from phicore.adapters.step import low_rank_step
+from phicore.nf4.linear import autocast
 from phicore.nf4.ops import flat
 
 
@@ -274,6 +276,9 @@ class DoRALinear(DoRALayer, LowRankLinear):
     def _direction_product(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x V'^T [..., out] and W A^T [out, rank], by one operator if the base has one and dropout lets it."""
         A, B = self.matrices()
+        if (weight := base_layer.frozen_weight(self.base, x)) is not None:
+            v, wa = low_rank_step(autocast(x), A, B, self.factor, weight, dropout=self.active_dropout, with_rows=True)
+            return v, wa.t()
         if self.fuses(x):
             v, wa = base_layer.low_rank(self.base, x, A, B, self.factor, with_rows=True)
             return v, wa.t()

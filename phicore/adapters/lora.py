@@ -14,6 +14,7 @@ from phicore.adapters import base as base_layer
 from phicore.adapters.base import transposed_kinds
 from phicore.adapters.config import LoRAConfig, scaling
 from phicore.adapters.dropout import dropped_projection
+from phicore.adapters.step import low_rank_step
 from phicore.nf4.linear import autocast
 from phicore.nf4.ops import flat
 
@@ -442,8 +443,12 @@ class LoRALinear(LowRankLinear):
         self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
-        if self.fuses(x) and self.enabled and self.rows is None:
-            return base_layer.low_rank(self.base, x, *self.matrices(), self.factor, self.bias)[0]
+        if self.enabled and self.rows is None:
+            if (weight := base_layer.frozen_weight(self.base, x)) is not None:
+                A, B = self.matrices()
+                return low_rank_step(autocast(x), A, B, self.factor, weight, self.bias, self.active_dropout)[0]
+            if self.fuses(x):
+                return base_layer.low_rank(self.base, x, *self.matrices(), self.factor, self.bias)[0]
         return self.updated(self.through_base(x), x, self._update)
 
     def project(self, x: Tensor) -> Tensor:

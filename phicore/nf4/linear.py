@@ -1,5 +1,7 @@
 """The NF4 linear layer, as a function and as a module."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -181,6 +183,14 @@ class NF4Linear(nn.Module):
             [self.out_features, self.in_features], self.block_size, with_rows,
         )  # fmt: skip
         return y, rows
+
+    def frozen_weight(self, x: Tensor) -> tuple[tuple[Tensor | None, ...], Callable[..., Tensor]] | None:
+        """The parts of the weight, and the function that decodes them: (*parts, dtype=...) -> [out, in]; None where a
+        subclass or a kernel computes otherwise with x. Part of the protocol that adapters call."""
+        if type(self).forward is not NF4Linear.forward or kernels.on_device(x):
+            return None
+        shape = (self.out_features, self.in_features)
+        return self._parts(), partial(ops.reference_dequantize, shape=shape, block_size=self.block_size)
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
         """The decoded weight [out, in] in dtype. Part of the protocol that adapters call."""

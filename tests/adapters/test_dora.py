@@ -455,12 +455,14 @@ def test_deepcopy_is_independent(layer_of, randomize):
 # ===== torch.compile =====
 
 
-def both_ways(layer: phicore.DoRALinear, compiled, x: Tensor, **tolerance: float) -> None:
-    results = []
-    for f in (layer, compiled):
-        y = f(x)
-        results.append((y, *torch.autograd.grad((y**2).sum(), (x, *trained(layer)))))
-    for a, b in zip(*results, strict=True):
+def step(layer: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+    """A layer's output, and the gradients of its squares' sum."""
+    y = layer(x)
+    return y, *torch.autograd.grad((y**2).sum(), (x, *(p for p in layer.parameters() if p.requires_grad)))
+
+
+def both_ways(layer: phicore.DoRALinear, compiled: nn.Module, x: Tensor, **tolerance: float) -> None:
+    for a, b in zip(step(layer, x), step(compiled, x), strict=True):
         torch.testing.assert_close(a, b, **tolerance)
 
 
@@ -497,9 +499,11 @@ def test_one_graph_serves_rows_that_cancel_and_rows_that_do_not(layer_of, random
     assert counter.frame_count == 1
 
 
-def test_compiled_under_autocast_equals_eager(layer_of):
+def test_compiled_under_autocast_equals_eager(layer_of, relative_error):
     torch._dynamo.reset()
-    layer, _ = cancelling("linear", layer_of, torch.float32, 1e-2)
+    layer, _ = cancelling("linear", layer_of, torch.float32, 0.4)  # enough for 16 bits, and little enough to compare
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        both_ways(layer, compiled, torch.randn(5, 12, requires_grad=True))
+        x = torch.randn(5, 12, requires_grad=True)
+        for a, b in zip(step(layer, x), step(compiled, x), strict=True):
+            assert relative_error(a, b) < 0.03
