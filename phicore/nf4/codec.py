@@ -105,7 +105,8 @@ def decode_blocks(packed: Tensor, absmax: Tensor, n: int, block_size: int, dtype
     device = packed.device
     out = empty(n, dtype, device)
     whole = n // block_size * block_size
-    step = min(max(DECODE_CHUNK // block_size, 1) * block_size, whole)
+    steps = max(round(whole / DECODE_CHUNK), 1)  # of one size, as nearly as blocks let them be
+    step = -(-whole // (steps * block_size)) * block_size
     # Temporaries are made once and stay in cache; float32 is looked up where it shall stand.
     lookup = _Lookup(step // 2, device)
     decoded = None if dtype == torch.float32 else torch.empty(step, dtype=torch.float32, device=device)

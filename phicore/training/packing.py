@@ -26,6 +26,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 
 from phicore.adapters.lora import LowRankLayer
+from phicore.training.attention import attends_plainly, causal_attention
 from phicore.training.encoding import IGNORE_INDEX
 from phicore.training.modes import mode
 
@@ -142,7 +143,11 @@ def _attend(
     if any(t.shape[0] != 1 or t.shape[2] != sum(lengths) for t in (query, key, value)):
         raise NotSeparable(f"attention is between {list(query.shape)} and {list(key.shape)}")
     attended = [
-        scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True, scale=scale, enable_gqa=enable_gqa)
+        causal_attention(q, k, v, scale)
+        if not dropout_p and attends_plainly(q, k, v)
+        else scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout_p, is_causal=True, scale=scale, enable_gqa=enable_gqa
+        )
         for q, k, v in zip(*(t.split(lengths, 2) for t in (query, key, value)), strict=True)
     ]
     return torch.cat([y.transpose(1, 2) for y in attended], 1).transpose(1, 2)  # as the CPU's kernel lays them out
