@@ -101,7 +101,8 @@ class _Step(torch.autograd.Function):
         if needs[1]:
             dA = (du.t() @ (rows if mask is None else masked(rows, mask))).to(A.dtype)
         if needs[2]:
-            dB = (ctx.scale * (u.t() @ g)).t().to(B.dtype)  # [rank, tokens] @ [tokens, out]
+            dB = ctx.scale * (u.t() @ g)  # [rank, tokens] @ [tokens, out]
+            dB = dB.t().to(B.dtype, memory_format=torch.contiguous_format)
         if needs[0]:
             dx = du @ a
             dx = (dx if mask is None else masked(dx, mask)).addmm_(g, ctx.dense(*parts, dtype=x.dtype)).view(x.shape)

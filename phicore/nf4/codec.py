@@ -106,23 +106,34 @@ def decode_blocks(packed: Tensor, absmax: Tensor, n: int, block_size: int, dtype
     out = empty(n, dtype, device)
     whole = n // block_size * block_size
     steps = max(round(whole / DECODE_CHUNK), 1)  # of one size, as nearly as blocks let them be
-    step = -(-whole // (steps * block_size)) * block_size
-    # Temporaries are made once and stay in cache; float32 is looked up where it shall stand.
+    blocks = max(-(-whole // (steps * block_size)), 1)  # a step
+    step = blocks * block_size
+    # Temporaries and views of them are made once, and stay in cache; float32 is looked up where it shall stand.
     lookup = _Lookup(step // 2, device)
-    decoded = None if dtype == torch.float32 else torch.empty(step, dtype=torch.float32, device=device)
-    scales = absmax.unsqueeze(1)  # [n_blocks, 1]
-    for start in range(0, whole, max(step, 1)):
-        stop = min(start + step, whole)
-        part = out[start:stop] if stop - start < n else out
-        weights = part if decoded is None else decoded[: stop - start] if stop - start < step else decoded
-        lookup(packed[start // 2 : stop // 2], weights)
-        weights.view(-1, block_size).mul_(scales[start // block_size : stop // block_size])
-        if weights is not part:
-            part.copy_(weights)
+    decoded = None if dtype == torch.float32 else _Target(torch.empty(step, device=device), block_size)
+    scales = absmax[: whole // block_size].unsqueeze(1)
+    parts = zip(out[:whole].split(step), packed[: whole // 2].split(step // 2), scales.split(blocks), strict=True)
+    for part, codes, scale in parts:
+        target = _Target(part, block_size) if decoded is None else decoded
+        if len(part) < step and decoded is not None:
+            target = _Target(decoded.weights[: len(part)], block_size)
+        lookup(codes, target.pairs)
+        target.blocks.mul_(scale)
+        if decoded is not None:
+            part.copy_(target.weights)
     if whole < n:  # the short last block
         last = pair_table(device).index_select(0, packed[whole // 2 :].to(torch.int32)).view(torch.float32)
         out[whole:].copy_(last[: n - whole] * absmax[-1])
     return out
+
+
+class _Target:
+    """Where levels are looked up to: weights float32 [m], and as pairs int64 [m / 2] and as blocks."""
+
+    def __init__(self, weights: Tensor, block_size: int) -> None:
+        self.weights = weights
+        self.pairs = weights.view(torch.int64)
+        self.blocks = weights.view(-1, block_size)
 
 
 class _Lookup:
@@ -132,19 +143,22 @@ class _Lookup:
     """
 
     def __init__(self, n: int, device: torch.device) -> None:
-        self.table = pair_table(device)
         self.parallel = device.type == "cpu" and torch.get_num_threads() > 1
         self.index = torch.empty(n, dtype=torch.int64 if self.parallel else torch.int32, device=device)
+        self.table = pair_table(device)
+        if self.parallel and n:
+            self.rows = self.index.view(-1, min(n & -n, GATHER_ROW))  # a power of two that divides n
+            self.tables = self.table.expand(len(self.rows), 256)
 
-    def __call__(self, packed: Tensor, out: Tensor) -> None:
-        """packed uint8 [m] -> out float32 [2 m]."""
-        index, pairs = self.index[: len(packed)], out.view(torch.int64)
-        index.copy_(packed)
-        if self.parallel:
-            index = index.view(-1, min(len(index) & -len(index), GATHER_ROW))  # a power of two that divides its length
-            torch.gather(self.table.expand(len(index), 256), 1, index, out=pairs.view_as(index))
-        else:
+    def __call__(self, packed: Tensor, pairs: Tensor) -> None:
+        """packed uint8 [m] -> pairs int64 [m]."""
+        index = (self.index if len(packed) == len(self.index) else self.index[: len(packed)]).copy_(packed)
+        if not self.parallel:
             torch.index_select(self.table, 0, index, out=pairs)
+        elif index is self.index:
+            torch.gather(self.tables, 1, self.rows, out=pairs.view_as(self.rows))
+        else:
+            torch.gather(self.table, 0, index, out=pairs)
 
 
 def encode_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
