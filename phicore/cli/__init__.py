@@ -18,6 +18,16 @@ COMMANDS = {
 EXPECTED = (ValueError, TypeError, OSError, FloatingPointError, ImportError, NotImplementedError)
 
 
+def version_of(package: str) -> str:
+    """A package's version, in words where there is none: a checkout of phicore runs without being installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit status: 0, 1 for what the command refused, 2 for arguments it does not take.
 
@@ -29,9 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if arguments else 2
     command, *rest = arguments
     if command == "--version":
-        from importlib.metadata import version
-
-        print(version("phicore"))
+        print(version_of("phicore"))
         return 0
     if command not in COMMANDS:
         print(f'phicore: no command "{command}"\n\n{_usage()}', file=sys.stderr)

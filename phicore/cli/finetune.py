@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,6 +17,7 @@ import tyro
 import phicore
 from phicore import atomic
 from phicore.adapters.config import LoRAConfig
+from phicore.cli import version_of
 from phicore.cli.console import gigabytes, say, stage, table
 from phicore.cli.options import parse_everywhere
 from phicore.training import distributed
@@ -193,7 +193,7 @@ def finetune(options: FinetuneOptions) -> dict[str, Any]:
         "options": asdict(options) | {"adapter": _plain(asdict(options.adapter))},
         "machine": {"system": platform.platform(), "threads": torch.get_num_threads(), "device": str(device)},
         "ranks": ranks,
-        "versions": {name: version(name) for name in ("phicore", "torch", "transformers")},
+        "versions": {name: version_of(name) for name in ("phicore", "torch", "transformers")},
     }
     if distributed.rank() == 0:
         _write_answers(output, before["answers"], after["answers"])

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import phicore
-from phicore.cli import COMMANDS, main
+from phicore.cli import COMMANDS, main, version_of
 from phicore.cli.generate import GenerateOptions, answers
 from phicore.formats.huggingface import load_model
 
@@ -121,3 +121,7 @@ def test_usage_and_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_runs_as_a_module() -> None:
     run = subprocess.run([sys.executable, "-m", "phicore", "--version"], capture_output=True, text=True, check=True)
     assert run.stdout.strip()
+
+
+def test_a_checkout_that_is_not_installed_has_no_version_and_runs() -> None:
+    assert version_of("phicore-of-nobody") == "not installed"
