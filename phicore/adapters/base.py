@@ -108,7 +108,8 @@ def low_rank(
 
 def frozen_weight(base: Base, x: Tensor) -> Frozen | None:
     """The base's weight as `low_rank_step` takes it for x, or None where that is not for this base or this x."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or emulated(x, autocast_dtype(x)) or _has_hooks(base):
+    plain = x.device.type == "cpu" and type(x) in (Tensor, nn.Parameter)  # and not, say, one that has no numbers
+    if not plain or torch.compiler.is_compiling() or emulated(x, autocast_dtype(x)) or _has_hooks(base):
         return None
     method = getattr(base, "frozen_weight", None)
     if method is not None:
