@@ -35,8 +35,15 @@ def factored_norm_squared(base_norm_squared: Tensor, WA: Tensor, A: Tensor, B: T
     return (base_norm_squared + (both * B).sum(1)).clamp_(min=0)
 
 
-def row_scale(magnitude: Tensor, norm: Tensor) -> Tensor:
-    """m / ||V'||, [out]; zero where the norm is zero, so that a zero row stays a finite zero row."""
+def row_scale(magnitude: Tensor, norm: Tensor, positive: bool = False) -> Tensor:
+    """m / ||V'||, [out]; zero where the norm is zero, so that a zero row stays a finite zero row.
+
+    Args:
+        magnitude, norm: [out].
+        positive: whether it is known that no norm is zero.
+    """
+    if positive:
+        return magnitude / norm
     return torch.where(norm > 0, magnitude / norm.where(norm > 0, 1), 0)
 
 
@@ -56,7 +63,7 @@ class _ScaledRows(torch.autograd.Function):
         out = torch.empty_like(v, memory_format=torch.contiguous_format)
         for part, result in zip(_pieces(v), _pieces(out), strict=True):
             wide = part.to(scale.dtype)
-            result.copy_(wide * scale if bias is None else torch.addcmul(bias, wide, scale))
+            result.copy_(wide.mul_(scale) if bias is None else torch.addcmul(bias, wide, scale))
         return out
 
     @staticmethod
@@ -75,13 +82,15 @@ class _ScaledRows(torch.autograd.Function):
         for part, g, result in zip(_pieces(v), _pieces(grad), _pieces(grad_v), strict=True):
             wide = g.to(scale.dtype)
             grad_scale += (wide * part).sum(0)
-            result.copy_(wide * scale)
+            result.copy_(wide.mul_(scale))
         return grad_v, grad_scale, grad_bias
 
 
 def _pieces(v: Tensor) -> tuple[Tensor, ...]:
     """v [..., out] as [some rows, out]."""
     elements = SCALED if v.device.type == "cpu" else 64 * SCALED
+    if v.numel() <= elements:
+        return (flat(v),)
     return flat(v).split(max(1, elements // max(1, v.shape[-1])))
 
 
@@ -175,18 +184,22 @@ class DoRALayer(LowRankLayer):
     def scale(self, WA: Tensor) -> Tensor:
         """m / ||V'||, [out] in float32 or float64, with m differentiable; WA is W A^T [out, rank] as the base computed
         it."""
-        norm = self._norm(WA)
-        return row_scale(self.magnitude.to(norm.dtype), norm)
+        norm, positive = self._norm(WA)
+        return row_scale(self.magnitude.to(norm.dtype), norm, positive)
+
+    def _cancelled(self, norm_squared: Tensor, WA: Tensor) -> Tensor:
+        """Rows, bool [out], whose factored norm lost too many digits; among them all that are zero."""
+        return norm_squared <= CANCELLATION[WA.dtype] * self.base_norm_squared
 
     def _direction(self) -> Tensor:
         return self.dense_base() + self.product()  # V', [out, in]
 
     @torch.no_grad()
-    def _norm(self, WA: Tensor) -> Tensor:
-        """||V'|| per row, [out], in base_norm_squared's dtype."""
+    def _norm(self, WA: Tensor) -> tuple[Tensor, bool]:
+        """||V'|| per row, [out], in base_norm_squared's dtype; and whether it is known that none is zero."""
         A, B = self.matrices()
         norm_squared = factored_norm_squared(self.base_norm_squared, WA, A, B, self.factor)
-        cancelled = norm_squared < CANCELLATION[WA.dtype] * self.base_norm_squared  # [out]
+        cancelled = self._cancelled(norm_squared, WA)
         # Tensors, since torch.cond takes no numbers that differ between layers.
         factor = norm_squared.new_full((), self.factor) if torch.compiler.is_compiling() else self.factor
 
@@ -198,8 +211,10 @@ class DoRALayer(LowRankLayer):
             return norm_squared.clone()
 
         if torch.compiler.is_compiling():  # a branch on data inside one graph
-            return torch.cond(cancelled.any(), dense, factored, ()).sqrt()
-        return (dense() if cancelled.any() else norm_squared).sqrt()
+            return torch.cond(cancelled.any(), dense, factored, ()).sqrt(), False
+        if cancelled.any():
+            return dense().sqrt(), False
+        return norm_squared.sqrt(), True
 
     def _apply(self, fn: Any, recurse: bool = True) -> "DoRALayer":
         dtype = self.dtype
@@ -297,7 +312,3 @@ class DoRALinear(DoRALayer, LowRankLinear):
         if self._cancelled(norm_squared, WA).any():  # rarely: some rows are summed densely
             return scaled_rows(v, self.scale(WA), self.bias)
         return y
-
-    def _cancelled(self, norm_squared: Tensor, WA: Tensor) -> Tensor:
-        """Rows, bool [out], whose factored norm lost too many digits."""
-        return norm_squared < CANCELLATION[WA.dtype] * self.base_norm_squared
