@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,8 @@ def test_everything_is_restored_after_an_error(model: Any, tokenizer: Any) -> No
 
 def test_no_warnings(model: Any, tokenizer: Any, caplog: pytest.LogCaptureFixture, capfd: Any, tmp_path: Path) -> None:
     tokenizer.model_max_length = 4
+    import_module("deepspeed")  # which transformers does where it is installed, and which says what device it found
+    capfd.readouterr()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         generate(model, tokenizer, PROMPTS, 4, 2)
@@ -184,3 +187,16 @@ def test_what_generate_refuses(model: Any, tokenizer: Any) -> None:
     with pytest.raises(ValueError, match=r"prompt 1 has 250 tokens.*max_new_tokens=7 passes the model's 256 positions"):
         generate(model, tokenizer, ["a", "b" * 250], 7, 1)
     assert len(generate(model, tokenizer, ["b" * 250], 6, 1)) == 1
+
+
+def test_the_head_sees_no_strided_input(model: Any, tokenizer: Any) -> None:
+    """Of a strided one and a frozen 16-bit weight torch makes a product, and a copy of the weight, for each prompt."""
+    seen: list[bool] = []
+    head = model.get_output_embeddings()
+    forward = head.forward
+    head.forward = lambda x: seen.append(x.is_contiguous()) or forward(x)
+    generate(model, tokenizer, PROMPTS, 2, len(PROMPTS))
+    del head.forward
+    assert seen
+    assert all(seen)
+    assert not head._forward_pre_hooks
