@@ -82,6 +82,7 @@ def test_make_finetune_writes_what_it_promises(demo_run: Path) -> None:
     result = json.loads((demo_run / "result.json").read_text())
     assert result["steps"] == 3
     assert result["examples"] == {"train": 1360, "eval": 4, "answered": 3}
+    # the embedding, which is not coded, is a fifth of the weights: in 16 bits 0.414 of them are left, else 0.31
     assert result["base_bytes_after"] < 0.45 * result["base_bytes_before"]
     assert (demo_run / "adapter/adapter_model.safetensors").is_file()
     assert (demo_run / "loss.png").is_file()

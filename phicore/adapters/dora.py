@@ -188,8 +188,8 @@ class DoRALayer(LowRankLayer):
         return row_scale(self.magnitude.to(norm.dtype), norm, positive)
 
     def _cancelled(self, norm_squared: Tensor, WA: Tensor) -> Tensor:
-        """Rows, bool [out], whose factored norm lost too many digits; among them all that are zero."""
-        return norm_squared <= CANCELLATION[WA.dtype] * self.base_norm_squared
+        """Rows, bool [out], whose factored norm lost too many digits. A row of zeros under a row of zeros lost none."""
+        return norm_squared < CANCELLATION[WA.dtype] * self.base_norm_squared
 
     def _direction(self) -> Tensor:
         return self.dense_base() + self.product()  # V', [out, in]
@@ -214,7 +214,7 @@ class DoRALayer(LowRankLayer):
             return torch.cond(cancelled.any(), dense, factored, ()).sqrt(), False
         if cancelled.any():
             return dense().sqrt(), False
-        return norm_squared.sqrt(), True
+        return norm_squared.sqrt(), bool(norm_squared.all())  # a NaN is not zero, and stays one
 
     def _apply(self, fn: Any, recurse: bool = True) -> "DoRALayer":
         dtype = self.dtype

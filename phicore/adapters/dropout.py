@@ -1,7 +1,7 @@
 """The low-rank path's dropout (Hinton et al. 2012), which keeps one bit an element for the backward pass.
 
 torch's own dropout keeps its output, a float copy of x, for the gradient of A, and a byte an element for that of x. It
-multiplies x by its mask, too, which a CPU does at a tenth of the speed of the bitwise "and" here.
+multiplies x by its mask, too, which costs a CPU a conversion of every element; here it is a bitwise "and".
 """
 
 import torch

@@ -52,7 +52,12 @@ def low_rank_step(
 
     Returns:
         [..., out] in x's dtype, and A W^T [rank, out], or [0, out].
+
+    Raises:
+        ValueError: x's last dimension is not A's.
     """
+    if x.shape[-1] != A.shape[-1]:
+        raise ValueError(f"x of shape {list(x.shape)} does not fit a layer of {A.shape[-1]} input features")
     return _Step.apply(x, A, B, scale, bias, dropout, with_rows, weight.dense, *weight.parts)
 
 

@@ -17,7 +17,7 @@ from phicore.nf4.pages import empty
 
 NESTED_BLOCK_SIZE = 256  # absmax values that share one nested absmax
 CHUNK = 1 << 18  # weights a step: 1 MiB in float32, so that its temporaries stay in cache
-DECODE_CHUNK = 1 << 18  # as CHUNK, and a little faster than 1 << 19
+DECODE_CHUNK = 1 << 18  # the same when decoding, where a step may be half as large again
 GATHER_ROW = 1 << 12  # bytes that one thread looks up at once
 TINY = 1e-38  # a block whose absmax is smaller is scaled as if it were this, so that 1 / absmax stays finite
 

@@ -429,6 +429,20 @@ def test_state_dict_round_trip_also_from_meta(layer_of, randomize, kind):
     torch.testing.assert_close(emptied(x), expected)
 
 
+def test_rows_of_zeros_need_no_dense_product(randomize):
+    base = nn.Linear(IN, OUT, bias=False)
+    with torch.no_grad():
+        base.weight[2] = 0
+    layer = randomize(phicore.DoRALinear(base, rank=2), std=0.01)
+    with torch.no_grad():
+        layer.lora_B[2] = 0
+    with mock.patch.object(phicore.DoRALinear, "dense_base", side_effect=AssertionError):
+        y = layer(torch.randn(3, IN))
+    y.sum().backward()
+    assert (y[:, 2] == 0).all()
+    assert all(p.grad.isfinite().all() for p in layer.parameters() if p.grad is not None)
+
+
 def test_base_norm_follows_a_weight_changed_by_hand(layer_of, randomize):
     base, W, b = layer_of("linear", OUT, IN)
     layer = random_adapter(base, randomize)

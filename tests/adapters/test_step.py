@@ -68,6 +68,11 @@ def test_the_backward_pass_can_itself_be_differentiated(kind, dropout):
     assert torch.autograd.gradgradcheck(f, operands((4,), bias=True))
 
 
+def test_an_x_that_does_not_fit_is_named():
+    with pytest.raises(ValueError, match=r"x of shape \[2, 9\] does not fit a layer of 10 input features"):
+        phicore.LoRALinear(nn.Linear(IN, OUT), rank=2)(torch.ones(2, IN - 1))
+
+
 @pytest.mark.parametrize("needed", range(4))
 def test_only_what_needs_a_gradient_gets_one(needed):
     weight, _ = weight_of("dense")

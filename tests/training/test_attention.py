@@ -48,6 +48,13 @@ def test_operands_of_another_layout(relative_error):
     assert relative_error(y, scaled_dot_product_attention(*(t.double() for t in (q, k, v)), is_causal=True)) < 5e-3
 
 
+def test_autocast_does_not_reach_the_scores():
+    given_ = operands((2,), 30, 8, torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = causal_attention(*given_)
+    assert torch.equal(y, causal_attention(*given_))
+
+
 def test_only_operands_are_kept(saved_for_backward):
     given_ = operands((2,), 30, 8, torch.bfloat16)
     saved = saved_for_backward(lambda: causal_attention(*given_), nn.Module())
