@@ -11,6 +11,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+from phicore.transforms import transformed
+
 PIECE = 1 << 20  # elements cast at once: 4 MiB in float32
 
 
@@ -29,7 +31,7 @@ EMULATED = emulated_dtypes()
 
 def emulated(x: Tensor, dtype: torch.dtype | None = None) -> bool:
     """Whether products of x, cast to dtype if one is given, are those that this file is for."""
-    return x.device.type == "cpu" and (dtype or x.dtype) in EMULATED
+    return x.device.type == "cpu" and (dtype or x.dtype) in EMULATED and not transformed()
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:

@@ -21,6 +21,7 @@ from phicore.adapters.dense import dense_low_rank
 from phicore.adapters.step import Frozen
 from phicore.nf4.linear import autocast, autocast_dtype
 from phicore.products import emulated
+from phicore.transforms import transformed
 
 Base: TypeAlias = Any  # an nn.Module as described above; nn.Module's own typing would hide its attributes
 
@@ -109,7 +110,9 @@ def low_rank(
 def frozen_weight(base: Base, x: Tensor) -> Frozen | None:
     """The base's weight as `low_rank_step` takes it for x, or None where that is not for this base or this x."""
     plain = x.device.type == "cpu" and type(x) in (Tensor, nn.Parameter)  # and not, say, one that has no numbers
-    if not plain or torch.compiler.is_compiling() or emulated(x, autocast_dtype(x)) or _has_hooks(base):
+    if not plain or torch.compiler.is_compiling() or transformed():
+        return None
+    if emulated(x, autocast_dtype(x)) or _has_hooks(base):
         return None
     method = getattr(base, "frozen_weight", None)
     if method is not None:

@@ -35,10 +35,8 @@ def ungrouped(weight: Tensor, groups: int) -> Tensor:
     if groups == 1:
         return weight.reshape(out, -1)
     blocks = weight.reshape(groups, out // groups, -1)  # [groups, out / groups, in / groups * kernel]
-    wide = blocks.new_zeros(groups, out // groups, groups, blocks.shape[2])
-    each = torch.arange(groups, device=weight.device)
-    wide[each, :, each] = blocks
-    return wide.view(out, -1)
+    wide = torch.diag_embed(blocks.movedim(0, -1))  # [out / groups, in / groups * kernel, groups, groups]
+    return wide.permute(2, 0, 3, 1).reshape(out, -1)
 
 
 class LowRankConvolution(LowRankLayer):

@@ -11,6 +11,7 @@ from phicore.adapters.lora import LowRankLayer, LowRankLinear, dense_product, lo
 from phicore.adapters.step import low_rank_step
 from phicore.nf4.linear import autocast
 from phicore.nf4.ops import flat
+from phicore.transforms import transformed
 
 
 def factored_norm_squared(base_norm_squared: Tensor, WA: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
@@ -98,7 +99,7 @@ def scaled_rows(v: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """v * scale + bias in scale's dtype, rounded once to v's: [..., out] * [out] + [out] -> [..., out]. Keeps v and
     scale for the backward pass."""
     plain = v.dtype == scale.dtype and not (v.requires_grad and scale.requires_grad)
-    if torch.compiler.is_compiling() or plain:
+    if torch.compiler.is_compiling() or transformed() or plain:
         y = v * scale
         return (y if bias is None else y + bias).to(v.dtype)
     return _ScaledRows.apply(v, scale, bias)
@@ -198,6 +199,8 @@ class DoRALayer(LowRankLayer):
     def _norm(self, WA: Tensor) -> tuple[Tensor, bool]:
         """||V'|| per row, [out], in base_norm_squared's dtype; and whether it is known that none is zero."""
         A, B = self.matrices()
+        if transformed():  # which know no branch on data, and go past no_grad in forward mode
+            return torch.linalg.vector_norm(self._direction().detach(), dim=1), False
         norm_squared = factored_norm_squared(self.base_norm_squared, WA, A, B, self.factor)
         cancelled = self._cancelled(norm_squared, WA)
         # Tensors, since torch.cond takes no numbers that differ between layers.

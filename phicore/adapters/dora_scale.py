@@ -9,6 +9,7 @@ from torch import Tensor
 
 from phicore.adapters.base import without_autocast
 from phicore.nf4 import kernels
+from phicore.transforms import transformed
 
 torch.library.define(
     "phicore::dora_scale",
@@ -19,7 +20,7 @@ torch.library.define(
 
 def fuses_scaling(x: Tensor) -> bool:
     """Whether `scale_columns` gains for a layer's input."""
-    return kernels.on_device(x) and not torch.compiler.is_compiling()
+    return kernels.on_device(x) and not torch.compiler.is_compiling() and not transformed()
 
 
 def scale_columns(

@@ -17,6 +17,7 @@ from phicore.adapters.dropout import dropped_projection
 from phicore.adapters.step import low_rank_step
 from phicore.nf4.linear import autocast
 from phicore.nf4.ops import flat
+from phicore.transforms import transformed
 
 
 def low_rank_update(
@@ -40,7 +41,10 @@ def low_rank_update(
         [..., out] in y's dtype.
     """
     x = autocast(x)
-    if dropout:
+    if transformed():
+        u = nn.functional.linear(nn.functional.dropout(x, dropout), A.to(x.dtype))
+        in_place = False
+    elif dropout:
         u = dropped_projection(x, A.to(x.dtype), dropout)
     elif products.emulated(x):
         u = products.matmul(x, A.t(), dtype=torch.float32)
@@ -56,7 +60,7 @@ def add_product(y: Tensor, u: Tensor, B: Tensor, scale: float) -> Tensor:
     flat_y, flat_u = flat(y), flat(u)
     if products.emulated(y):
         return products.addmm(flat_y, flat_u, B.t(), scale).view(y.shape)
-    if B.device.type == "cpu" and not torch.compiler.is_compiling():
+    if B.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed():
         return _AddProduct.apply(flat_y, flat_u, B.to(u.dtype), scale, False).view(y.shape)
     return torch.addmm(flat_y, flat_u, B.to(u.dtype).t(), alpha=scale).view(y.shape)
 

@@ -11,6 +11,7 @@ from phicore.nf4 import kernels, ops
 from phicore.nf4.low_rank import nf4_low_rank
 from phicore.nf4.tensor import NF4Tensor, check_block_size, parts_layout, quantize
 from phicore.products import emulated
+from phicore.transforms import transformed
 
 
 def linear(x: Tensor, weight: NF4Tensor, bias: Tensor | None = None) -> Tensor:
@@ -53,6 +54,9 @@ def _linear(
     x = autocast(x)
     if bias is not None:
         bias = bias.to(x.dtype)
+    if transformed():
+        weight = ops.reference_dequantize(*parts, shape, block_size, x.dtype)
+        return nn.functional.linear(x, weight, bias)
     return ops.nf4_linear(x, *parts, bias, list(shape), block_size)
 
 
@@ -161,6 +165,8 @@ class NF4Linear(nn.Module):
     def project_with_rows(self, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """x @ W^T [..., out] and rows @ W^T [r, out] from one decoding of W; rows carry no gradient. Part of the
         protocol that adapters call."""
+        if transformed():
+            return self.project(x), self.project(rows)
         x = autocast(x)
         return ops.nf4_project_with_rows(
             x, rows.to(x.dtype), *self._parts(), [self.out_features, self.in_features], self.block_size
@@ -168,7 +174,7 @@ class NF4Linear(nn.Module):
 
     def fuses_low_rank(self, x: Tensor) -> bool:
         """Whether `low_rank` gains over a product and an update for this x. Part of the protocol that adapters call."""
-        gains = kernels.on_device(x) or emulated(x, autocast_dtype(x))
+        gains = (kernels.on_device(x) and not transformed()) or emulated(x, autocast_dtype(x))
         return gains and type(self).forward is NF4Linear.forward
 
     def low_rank(
