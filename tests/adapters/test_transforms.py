@@ -115,6 +115,17 @@ def test_forward_mode_agrees_with_the_backward_pass(case):
         torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent.flatten(), expected)
 
 
+def test_forward_mode_follows_the_input(case):
+    layer, x = case
+    if not x.is_floating_point():
+        return
+    tangent = torch.randn_like(x[0])
+    leaf = x[0].clone().requires_grad_(True)
+    rows = [torch.autograd.grad(element, leaf, retain_graph=True)[0] for element in layer(leaf).flatten()]
+    _, dy = jvp(layer, (x[0],), (tangent,))
+    torch.testing.assert_close(dy.flatten(), torch.stack([(row * tangent).sum() for row in rows]))
+
+
 def test_many_adapters_over_one_base(case):
     layer, x = case
     one = parameters_of(layer)
