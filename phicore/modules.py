@@ -37,8 +37,11 @@ def ends_with(expression: str) -> str:
 def check_expression(what: str, expression: str) -> None:
     """Raises ValueError unless expression is a regular expression."""
     try:
-        re.compile(expression)
-    except (re.error, OverflowError, RecursionError) as error:
+        with warnings.catch_warnings():
+            # Global flags behind a prefix are an error from Python 3.11 on; 3.10 warns and applies them to the prefix.
+            warnings.simplefilter("error", DeprecationWarning)
+            re.compile(expression)
+    except (re.error, OverflowError, RecursionError, DeprecationWarning) as error:
         shown = expression if len(expression) <= 80 else expression[:77] + "..."
         raise ValueError(f"{what}: {shown!r} is no regular expression: {error}") from error
 

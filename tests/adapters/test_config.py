@@ -57,7 +57,7 @@ def test_a_pattern_that_is_no_regular_expression_is_named(field):
 
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
 def test_a_pattern_that_cannot_stand_behind_a_prefix_is_named(field):
-    with pytest.raises(ValueError, match=rf"{field}, which is put behind a prefix: .*global flags"):
+    with pytest.raises(ValueError, match=rf"{field}, which is put behind a prefix: .*[Ff]lags not at the start"):
         phicore.LoRAConfig(**{field: {"(?i)Q_PROJ": 3}})
 
 
