@@ -76,7 +76,11 @@ class TrainedCopy(TrainedPart):
         return (self.trained if self.enabled else self.base)(*args, **kwargs)
 
     def merged(self, shared: dict[int, nn.Parameter]) -> nn.Module:
-        return self.trained
+        answering = self.trained if self.enabled else self.base
+        kept: dict[int, Any] = {id(buffer): buffer for buffer in answering.buffers()}
+        for p in answering.parameters():
+            kept[id(p)] = shared.setdefault(id(p), nn.Parameter(p.detach(), requires_grad=False))
+        return copy.deepcopy(answering, kept)  # its tensors are shared with the copy that trains
 
     def __getattr__(self, name: str) -> Any:
         # Code that reads a head's or an embedding's weight finds the trained one.

@@ -233,10 +233,26 @@ def test_modules_to_save_trains_a_copy(toy, randomize):
     phicore.merge(model)
     assert model.state_dict().keys() == original.state_dict().keys()
     torch.testing.assert_close(model(x), changed)
+    assert not trainable(model)
     phicore.unmerge(model)
     assert torch.equal(model(x), changed)
+    assert trainable(model) >= whole
     with phicore.disabled(model):
         assert torch.equal(model(x), original(x))
+
+
+def test_a_copy_is_merged_as_it_answers_and_in_no_new_memory(toy, randomize):
+    model = toy()
+    base, x = copy.deepcopy(model), x_for(model)
+    randomize(phicore.attach(model, phicore.LoRAConfig(**CONFIG, modules_to_save=["head"])))
+    trained = model.head.trained.weight
+    phicore.merge(model)
+    assert model.head.weight.data_ptr() == trained.data_ptr()
+    phicore.unmerge(model)
+    assert model.head.trained.weight is trained
+    with phicore.disabled(model):
+        phicore.merge(model)
+        torch.testing.assert_close(model(x), base(x))
 
 
 def test_what_is_saved_whole_is_not_adapted_inside(toy):
