@@ -31,7 +31,7 @@ EMULATED = emulated_dtypes()
 
 def emulated(x: Tensor, dtype: torch.dtype | None = None) -> bool:
     """Whether products of x, cast to dtype if one is given, are those that this file is for."""
-    return x.device.type == "cpu" and (dtype or x.dtype) in EMULATED and not transformed()
+    return (dtype or x.dtype) in EMULATED and x.device.type == "cpu" and not transformed()
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:

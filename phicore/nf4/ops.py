@@ -34,7 +34,7 @@ nf4_project_with_rows = torch.ops.phicore.nf4_project_with_rows
 
 def flat(x: Tensor) -> Tensor:
     """[..., n] -> [rows, n]."""
-    return x.reshape(prod(x.shape[:-1]), x.shape[-1])
+    return x if x.dim() == 2 else x.reshape(prod(x.shape[:-1]), x.shape[-1])
 
 
 def reference_dequantize(packed, absmax, nested_absmax, offset, shape, block_size, dtype):
