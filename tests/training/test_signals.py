@@ -1,0 +1,93 @@
+"""Signals end a run after its step, with a checkpoint."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor, nn
+
+from phicore.training import checkpoint
+from tests.training.small_run import SETTINGS, assert_same_run, metrics, small_trainer, stop_after
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_stops_after_the_step_with_a_checkpoint(tmp_path: Path, number: signal.Signals) -> None:
+    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)]
+    trainer = small_trainer(tmp_path)
+    inner = trainer.loss_fn
+
+    def signalled(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor | int]:
+        if trainer.step == 2:
+            os.kill(os.getpid(), number)
+        return inner(model, batch)
+
+    trainer.loss_fn = signalled
+    with pytest.raises(SystemExit) as stopped:
+        trainer.fit()
+    assert stopped.value.code == 0
+    assert trainer.step == 3
+    assert checkpoint.latest_checkpoint(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step-00000003"
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)] == handlers
+
+
+def test_a_stop_at_the_very_end_of_a_step_loses_nothing(tmp_path: Path) -> None:
+    """Asked for when the step's own checks are behind it."""
+
+    class Late(int):
+        def __rmod__(self, step: int) -> int:  # the last thing that a step looks at
+            if step == 3:
+                trainer.request_stop()
+            return 1
+
+    trainer = small_trainer(tmp_path, save_every=Late(99))
+    with pytest.raises(SystemExit):
+        trainer.fit()
+    assert checkpoint.latest_checkpoint(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step-00000003"
+
+
+def test_outside_the_main_thread_signals_are_left_alone(tmp_path: Path) -> None:
+    steps: list[int] = []
+    thread = threading.Thread(target=lambda: steps.append(small_trainer(tmp_path).fit().steps))
+    thread.start()
+    thread.join(60)
+    assert steps == [8]
+
+
+def test_a_process_that_is_terminated_exits_with_0_and_can_be_resumed(tmp_path: Path) -> None:
+    settings = {"steps": 40}
+    small_trainer(tmp_path / "whole", **settings).fit()
+    output = tmp_path / "stopped"
+    program = [sys.executable, "-m", "tests.training.small_run", str(output), "0.1", json.dumps(settings)]
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(program, cwd=root, env=environment, stderr=subprocess.PIPE, text=True) as run:
+        deadline = time.monotonic() + 60
+        while not (output / "metrics.jsonl").exists() or len(metrics(output)) < 2:
+            assert run.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        run.send_signal(signal.SIGTERM)
+        _, told = run.communicate(timeout=60)
+    assert run.returncode == 0, told
+    assert "Traceback" not in told
+    newest = checkpoint.latest_checkpoint(output / "checkpoints")
+    assert newest is not None
+    step = checkpoint.read_state(newest)["step"]
+    assert 2 <= step < 40
+    assert len(metrics(output)) == step
+    small_trainer(output, resume=True, **settings).fit()
+    assert_same_run(output, tmp_path / "whole")
+
+
+def test_a_stop_is_answered_once(tmp_path: Path) -> None:
+    trainer = stop_after(small_trainer(tmp_path), 3)
+    with pytest.raises(SystemExit):
+        trainer.fit()
+    assert trainer.fit().steps == SETTINGS["steps"]
