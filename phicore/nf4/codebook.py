@@ -5,7 +5,9 @@ the blocks are themselves coded in 8 bits with a "dynamic" map (Dettmers et al. 
 Quantization", section 1.3). The values below are those of the bitsandbytes format, to the bit.
 """
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import wraps
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -32,7 +34,35 @@ LEVELS: tuple[float, ...] = (
 ZERO_CODE = 7  # LEVELS[7] == 0.0; pads an odd count and fills all-zero blocks
 
 
-@lru_cache(maxsize=32)
+Table = TypeVar("Table", Tensor, tuple[Tensor, Tensor])
+
+
+def table(make: Callable[[torch.device], Table]) -> Callable[[torch.device], Table]:
+    """Keeps what a function makes for each device.
+
+    A tensor that is made within a transform of torch.func or a mode of fake tensors ends with it, so it is not kept.
+    torch.compile takes the tensor as a constant; a cache of functools it would look through, with a warning.
+    """
+    kept: dict[torch.device, Table] = {}
+
+    @wraps(make)
+    def made_once(device: torch.device) -> Table:
+        found = kept.get(device)
+        if found is None:
+            found = make(device)
+            if all(map(_is_plain, found if isinstance(found, tuple) else (found,))):
+                kept[device] = found
+        return found
+
+    made_once._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as torch.compiler.assume_constant_result
+    return made_once
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+@table
 def levels(device: torch.device) -> Tensor:
     """The NF4 levels, float32 [16]."""
     return torch.tensor(LEVELS, dtype=torch.float32, device=device)
@@ -43,7 +73,7 @@ def midpoints(values: Tensor) -> Tensor:
     return (values[:-1] + values[1:]) / 2
 
 
-@lru_cache(maxsize=32)
+@table
 def dynamic_map(device: torch.device) -> Tensor:
     """The signed 8-bit "dynamic" map, float32 [256], ascending; entry 127 is 0.
 

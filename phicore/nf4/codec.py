@@ -7,12 +7,10 @@ bitsandbytes' code for CPUs, not that for GPUs, divides there by absmax instead 
 moves a code in some ten million, of float32 weights), and stores 1e-38 where the block is zero.
 """
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
-from phicore.nf4.codebook import dynamic_map, levels, midpoints
+from phicore.nf4.codebook import dynamic_map, levels, midpoints, table
 from phicore.nf4.pages import empty
 
 NESTED_BLOCK_SIZE = 256  # absmax values that share one nested absmax
@@ -70,7 +68,7 @@ def cells(scaled: Tensor) -> Tensor:
     return (scaled * (CELLS / 2 - 1)).add_(CELLS / 2).to(torch.int32).clamp_(0, CELLS - 1)
 
 
-@lru_cache(maxsize=32)
+@table
 def cell_tables(device: torch.device) -> tuple[Tensor, Tensor]:
     """For each cell, how many midpoints lie in lower ones, int16, and the midpoint that it holds, or inf, float32."""
     bounds = midpoints(levels(device))
@@ -81,7 +79,7 @@ def cell_tables(device: torch.device) -> tuple[Tensor, Tensor]:
     return below, bound
 
 
-@lru_cache(maxsize=32)
+@table
 def pair_table(device: torch.device) -> Tensor:
     """Both levels of each byte as one 64-bit word, int64 [256]: a lookup then moves two float32 at once."""
     byte = torch.arange(256, device=device)

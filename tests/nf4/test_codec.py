@@ -8,6 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import grad
 
 from phicore.nf4 import codebook, codec
 
@@ -222,3 +224,17 @@ def test_absmax_survive_double_quantisation_to_a_percent_of_their_spread():
     absmax = 2 + torch.rand(1000)
     decoded = codec.decode_absmax(*codec.encode_absmax(absmax))
     assert (decoded - absmax).abs().max() < 0.01
+
+
+@pytest.mark.parametrize("within", ["transform", "mode"])
+def test_a_table_made_within_a_transform_or_a_mode_is_not_kept(within):
+    made = codebook.table(lambda device: 2 * torch.arange(3.0, device=device))
+    if within == "transform":
+        grad(lambda x: (x * made(CPU)).sum())(torch.ones(3))
+    else:
+        with FakeTensorMode():
+            made(CPU)
+    kept = made(CPU)
+    assert kept.tolist() == [0, 2, 4]
+    assert kept.untyped_storage().nbytes() == 12  # a transform's tensor has no memory of its own
+    assert made(CPU) is kept
