@@ -11,6 +11,13 @@ from torch.autograd import forward_ad
 
 def transformed() -> bool:
     """Whether a transform of torch.func or forward-mode differentiation is at work."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return _transforms_active() or (not torch.compiler.is_compiling() and forward_ad._current_level >= 0)
+
+
+def _transforms_active() -> bool:
+    return torch._C._are_functorch_transforms_active()
+
+
+# torch.compile asks once, as it traces: its graphs are guarded by the transforms around them. Set as
+# torch.compiler.assume_constant_result does, which imports the whole compiler.
+_transforms_active._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -55,7 +55,7 @@ def _linear(
     if bias is not None:
         bias = bias.to(x.dtype)
     if transformed():
-        weight = ops.reference_dequantize(*parts, shape, block_size, x.dtype)
+        weight = ops.dequantize(*parts, list(shape), block_size, x.dtype)
         return nn.functional.linear(x, weight, bias)
     return ops.nf4_linear(x, *parts, bias, list(shape), block_size)
 

@@ -43,6 +43,14 @@ def reference_dequantize(packed, absmax, nested_absmax, offset, shape, block_siz
     return decode_blocks(packed, absmax, prod(shape), block_size, dtype).view(shape)
 
 
+def dequantize(packed, absmax, nested_absmax, offset, shape, block_size, dtype):
+    """nf4_dequantize, past the dispatcher where nobody needs it: a call through it takes as long as to decode 40,000
+    weights. Compilers and fake tensors need it."""
+    direct = packed.device.type == "cpu" and type(packed) is Tensor and not torch.compiler.is_compiling()
+    decode = reference_dequantize if direct else nf4_dequantize
+    return decode(packed, absmax, nested_absmax, offset, shape, block_size, dtype)
+
+
 def row_blocks(packed, absmax, nested_absmax, offset, shape, block_size):
     """The weight as `phicore.products` takes it: some rows after the other, decoded to float32 and not rounded."""
     if nested_absmax is not None:

@@ -70,18 +70,8 @@ class NF4Tensor:
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight, of the shape it had, in dtype (default: its own)."""
-        # A call through the dispatcher takes as long as to decode 40,000 weights; compilers and fake tensors want it.
-        direct = self.device.type == "cpu" and type(self.packed) is Tensor and not torch.compiler.is_compiling()
-        decode = ops.reference_dequantize if direct else ops.nf4_dequantize
-        return decode(
-            self.packed,
-            self.absmax,
-            self.nested_absmax,
-            self.offset,
-            list(self.shape),
-            self.block_size,
-            dtype or self.dtype,
-        )
+        parts = self.packed, self.absmax, self.nested_absmax, self.offset
+        return ops.dequantize(*parts, list(self.shape), self.block_size, dtype or self.dtype)
 
 
 def parts_layout(

@@ -9,6 +9,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jvp, vmap
 
 import phicore
+from phicore.adapters import DoRAExperts, FusedDoRALinear, FusedLoRALinear, LoRAExperts
 from phicore.adapters.convolution import DoRAConvolution, LoRAConvolution
 from phicore.adapters.dora import DoRALayer
 from phicore.adapters.embedding import DoRAEmbedding, LoRAEmbedding
@@ -169,31 +170,82 @@ def test_sixteen_bits(monkeypatch):
     torch.testing.assert_close(vmap(layer)(x), layer(x), rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
-def test_gradients_for_each_example_of_a_model_with_attention(dora):
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.attention, self.last = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 5)
+class Attending(nn.Module):
+    """[..., T, 8] -> [..., T, 5]."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.last(self.attention(x, x, x)[0])
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.last = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 5)
 
-    torch.manual_seed(0)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.attention(x, x, x)[0])
+
+
+def attending(dora: bool) -> nn.Module:
     config = phicore.LoRAConfig(rank=2, dora=dora, target_modules=["attention", "last"])
-    model = phicore.attach(Net().to(DTYPE), config)
-    for name, p in model.named_parameters():
+    return phicore.attach(Attending(), config)
+
+
+class Experts(nn.Module):
+    """Their weights are one parameter, all on all tokens: [..., 8] -> [..., 3, 5]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(3, 5, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("...i,eoi->...eo", x, self.up)
+
+
+def experts(dora: bool) -> nn.Module:
+    return (DoRAExperts if dora else LoRAExperts)(Experts(), {"up": 2})
+
+
+def fused(dora: bool) -> nn.Module:
+    base = phicore.NF4Linear.from_linear(nn.Linear(8, 12))
+    return (FusedDoRALinear if dora else FusedLoRALinear)(base, {"q": 6, "k": 4, "v": 2}, {"q": 2, "v": 1})
+
+
+def plain(dora: bool) -> nn.Module:
+    return (phicore.DoRALinear if dora else phicore.LoRALinear)(phicore.NF4Linear.from_linear(nn.Linear(8, 5)), 2)
+
+
+DORA = pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+
+
+def loss_of(build: Callable[[bool], nn.Module], dora: bool) -> tuple[Callable[..., Tensor], Parameters, Tensor]:
+    """A model's loss as a function of what trains and of an example, and both."""
+    torch.manual_seed(0)
+    model = build(dora).to(DTYPE)
+    parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    for name, p in parameters.items():
         if "lora_B" in name:
             nn.init.normal_(p)
-    parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    x = torch.randn(4, 1, 3, 8, dtype=DTYPE)
 
     def loss(parameters: Parameters, x: Tensor) -> Tensor:
         return functional_call(model, parameters, (x,)).square().sum()
 
+    return loss, parameters, torch.randn(4, 1, 3, 8, dtype=DTYPE)
+
+
+@DORA
+@pytest.mark.parametrize("build", [attending, experts, fused])
+def test_gradients_for_each_example_of_a_model(build, dora):
+    loss, parameters, x = loss_of(build, dora)
     found = vmap(grad(loss), in_dims=(None, 0))(parameters, x)
     for i, example in enumerate(x):
-        leaves, y = with_leaves(model, parameters, example)
-        expected = torch.autograd.grad(y.square().sum(), leaves.values())
-        for name, e in zip(leaves, expected, strict=True):
+        leaves = {name: p.clone().requires_grad_(True) for name, p in parameters.items()}
+        for name, e in zip(leaves, torch.autograd.grad(loss(leaves, example), leaves.values()), strict=True):
             torch.testing.assert_close(found[name][i], e)
+
+
+@DORA
+def test_one_graph_within_torch_compile(dora):
+    """A graph made without a transform is not taken for one with it."""
+    loss, parameters, x = loss_of(plain, dora)
+    per_example = vmap(grad(loss), in_dims=(None, 0))
+    torch._dynamo.reset()
+    alone = torch.compile(loss, backend="aot_eager", fullgraph=True)(parameters, x[0])
+    torch.testing.assert_close(alone, loss(parameters, x[0]))
+    compiled = torch.compile(per_example, backend="aot_eager", fullgraph=True)(parameters, x)
+    torch.testing.assert_close(compiled, per_example(parameters, x))
