@@ -9,6 +9,7 @@ from torch import Tensor
 
 from phicore.adapters.base import without_autocast
 from phicore.nf4 import kernels
+from phicore.nf4.ops import flat, unflat
 from phicore.transforms import transformed
 
 torch.library.define(
@@ -64,10 +65,9 @@ def kernel(v, base_norm_squared, WA, A, B, magnitude, bias, scale):
         return reference(v, base_norm_squared, WA, A, B, magnitude, bias, scale)
     from phicore_kernels.dora import scale_columns as launch
 
-    flat = v.reshape(v.shape[:-1].numel(), v.shape[-1])
     with without_autocast(v.device):  # A A^T is a product of torch's
-        y, squared = launch(flat, base_norm_squared, WA, A, B, magnitude, scale, bias)
-    return y.view(v.shape), squared
+        y, squared = launch(flat(v), base_norm_squared, WA, A, B, magnitude, scale, bias)
+    return unflat(y, v), squared
 
 
 def register(device_type: str) -> None:

@@ -58,7 +58,8 @@ def low_rank_step(
     """
     if x.shape[-1] != A.shape[-1]:
         raise ValueError(f"x of shape {list(x.shape)} does not fit a layer of {A.shape[-1]} input features")
-    return _Step.apply(x, A, B, scale, bias, dropout, with_rows, weight.dense, *weight.parts)
+    y, above = _Step.apply(x, A, B, scale, bias, dropout, with_rows, weight.dense, *weight.parts)
+    return y.view(*x.shape[:-1], y.shape[-1]), above
 
 
 class _Step(torch.autograd.Function):
@@ -86,7 +87,7 @@ class _Step(torch.autograd.Function):
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.mark_non_differentiable(above)
         ctx.set_materialize_grads(False)
-        return y.view(*x.shape[:-1], len(W)), above
+        return y, above  # flat: a view that is made in here could not be written to in place
 
     @staticmethod
     def backward(ctx, grad, _grad_above):
@@ -94,7 +95,7 @@ class _Step(torch.autograd.Function):
         if grad is None:
             return (None,) * len(needs)
         x, A, B, u, bits, *parts = ctx.saved_tensors
-        g, rows, a, b = flat(grad), flat(x), A.to(x.dtype), B.to(x.dtype)
+        g, rows, a, b = grad, flat(x), A.to(x.dtype), B.to(x.dtype)
         mask = None if bits is None else unpack(bits)
         if torch.is_grad_enabled():  # the backward pass is itself differentiated, and u depends on x and A
             u = _projected(rows, a, mask, ctx.dropout)

@@ -81,7 +81,7 @@ def linear(x, packed, absmax, nested_absmax, offset, bias, shape, block_size):
 
     weight = _weight(packed, absmax, nested_absmax, offset, shape, block_size)
     bias = bias if bias is None else bias.contiguous()
-    return kernel(_flat(x), weight, bias).view(*x.shape[:-1], shape[0])
+    return ops.unflat(kernel(ops.flat(x), weight, bias), x)
 
 
 def project_with_rows(x, rows, packed, absmax, nested_absmax, offset, shape, block_size):
@@ -91,8 +91,8 @@ def project_with_rows(x, rows, packed, absmax, nested_absmax, offset, shape, blo
     from phicore_kernels.matmul import linear as kernel
 
     weight = _weight(packed, absmax, nested_absmax, offset, shape, block_size)
-    both = kernel(torch.cat([_flat(x), rows]), weight)  # [m + r, out] from one decoding of W
-    return both[:m].view(*x.shape[:-1], shape[0]), both[m:].clone()  # an operator's results share no memory
+    both = kernel(torch.cat([ops.flat(x), rows]), weight)  # [m + r, out] from one decoding of W
+    return ops.unflat(both[:m], x), both[m:].clone()  # an operator's results share no memory
 
 
 def linear_dx(grad, packed, absmax, nested_absmax, offset, shape, block_size):
@@ -101,7 +101,7 @@ def linear_dx(grad, packed, absmax, nested_absmax, offset, shape, block_size):
     from phicore_kernels.matmul import linear_dx as kernel
 
     weight = _weight(packed, absmax, nested_absmax, offset, shape, block_size)
-    return kernel(_flat(grad), weight).view(*grad.shape[:-1], shape[1])
+    return ops.unflat(kernel(ops.flat(grad), weight), grad)
 
 
 def low_rank(
@@ -115,15 +115,15 @@ def low_rank(
     from phicore_kernels.matmul import linear as kernel
 
     weight = _weight(*parts, shape, block_size)
-    u = torch.nn.functional.linear(_flat(x), A)  # [m, rank]
+    u = torch.nn.functional.linear(ops.flat(x), A)  # [m, rank]
     if not with_rows:
         bias = bias if bias is None else bias.contiguous()
-        y, rows = kernel(_flat(x), weight, bias, LowRank(u, B.t(), scale)), A.new_empty((0, shape[0]))
+        y, rows = kernel(ops.flat(x), weight, bias, LowRank(u, B.t(), scale)), A.new_empty((0, shape[0]))
     else:  # A's rows go through W beside x's, with zeros for u
         left = torch.nn.functional.pad(u, (0, 0, 0, len(A)))
-        both = kernel(torch.cat([_flat(x), A]), weight, None, LowRank(left, B.t(), scale))
+        both = kernel(torch.cat([ops.flat(x), A]), weight, None, LowRank(left, B.t(), scale))
         y, rows = both[:m], both[m:].clone()  # an operator's results share no memory
-    return y.view(*x.shape[:-1], shape[0]), u.view(*x.shape[:-1], len(A)), rows
+    return ops.unflat(y, x), ops.unflat(u, x), rows
 
 
 def low_rank_dx(grad, left, right, packed, absmax, nested_absmax, offset, shape, block_size):
@@ -134,7 +134,7 @@ def low_rank_dx(grad, left, right, packed, absmax, nested_absmax, offset, shape,
     from phicore_kernels.matmul import linear_dx as kernel
 
     weight = _weight(*parts, shape, block_size)
-    return kernel(_flat(grad), weight, LowRank(_flat(left), right, 1.0)).view(*grad.shape[:-1], shape[1])
+    return ops.unflat(kernel(ops.flat(grad), weight, LowRank(ops.flat(left), right, 1.0)), grad)
 
 
 def encode_blocks(flat: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
@@ -164,11 +164,6 @@ def _weight(packed, absmax, nested_absmax, offset, shape, block_size) -> Any:
 
 def _rows(x: Tensor) -> int:
     return prod(x.shape[:-1])
-
-
-def _flat(x: Tensor) -> Tensor:
-    """[..., in] -> [rows, in], without a copy where strides allow."""
-    return x.reshape(_rows(x), x.shape[-1])
 
 
 for _device_type in DEVICE_TYPES:

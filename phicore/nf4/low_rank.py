@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from phicore import products
-from phicore.nf4.ops import PARTS, flat, nf4_dequantize, nf4_linear, row_blocks
+from phicore.nf4.ops import PARTS, flat, nf4_dequantize, nf4_linear, product, row_blocks, unflat
 
 torch.library.define(
     "phicore::nf4_low_rank",
@@ -45,18 +45,18 @@ def reference_low_rank(
         products.linear(flat(x), blocks, flat(y), bias, (flat(u), B), scale, (A, rows) if with_rows else None)
         return y, u.to(x.dtype), rows
     weight = nf4_dequantize(packed, absmax, nested_absmax, offset, shape, block_size, x.dtype)  # [out, in]
-    u = torch.nn.functional.linear(x, A)
-    y = torch.nn.functional.linear(x, weight, bias)
-    rows = torch.nn.functional.linear(A, weight) if with_rows else A.new_empty((0, shape[0]))
+    u = product(x, A)
+    y = product(x, weight, bias)
+    rows = product(A, weight) if with_rows else A.new_empty((0, shape[0]))
     return _plus_product(y, u, B.t(), scale), u, rows
 
 
 def reference_low_rank_dx(grad, left, right, packed, absmax, nested_absmax, offset, shape, block_size):
     if products.emulated(grad):
         blocks = row_blocks(packed, absmax, nested_absmax, offset, shape, block_size)
-        return products.linear_dx(flat(grad), blocks, shape[1], flat(left), right).view(*grad.shape[:-1], shape[1])
+        return unflat(products.linear_dx(flat(grad), blocks, shape[1], flat(left), right), grad)
     weight = nf4_dequantize(packed, absmax, nested_absmax, offset, shape, block_size, grad.dtype)  # [out, in]
-    return _plus_product(grad @ weight, left, right)
+    return _plus_product(unflat(flat(grad) @ weight, grad), left, right)
 
 
 torch.library.impl("phicore::nf4_low_rank", "default", reference_low_rank)

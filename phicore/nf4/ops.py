@@ -37,6 +37,17 @@ def flat(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(prod(x.shape[:-1]), x.shape[-1])
 
 
+def unflat(y: Tensor, x: Tensor) -> Tensor:
+    """[rows, n] -> [..., n] with x's leading sizes. No view in autograd's eyes, which lets nobody write in place to a
+    view that an operator with a gradient of its own returns."""
+    return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + bias, as an operator may return it: [..., in], [out, in], [out] -> [..., out]."""
+    return unflat(torch.nn.functional.linear(flat(x), weight, bias), x)
+
+
 def reference_dequantize(packed, absmax, nested_absmax, offset, shape, block_size, dtype):
     if nested_absmax is not None:
         absmax = decode_absmax(absmax, nested_absmax, offset)
@@ -72,7 +83,7 @@ def reference_linear(x, packed, absmax, nested_absmax, offset, bias, shape, bloc
         products.linear(flat(x), blocks, flat(y), bias)
         return y
     weight = nf4_dequantize(packed, absmax, nested_absmax, offset, shape, block_size, x.dtype)  # [out, in]
-    return torch.nn.functional.linear(x, weight, bias)
+    return product(x, weight, bias)
 
 
 def reference_project_with_rows(x, rows, packed, absmax, nested_absmax, offset, shape, block_size):
@@ -82,15 +93,15 @@ def reference_project_with_rows(x, rows, packed, absmax, nested_absmax, offset, 
         products.linear(flat(x), blocks, flat(y), rows=(rows, above))
         return y, above
     weight = nf4_dequantize(packed, absmax, nested_absmax, offset, shape, block_size, x.dtype)  # [out, in]
-    return torch.nn.functional.linear(x, weight), torch.nn.functional.linear(rows, weight)
+    return product(x, weight), product(rows, weight)
 
 
 def reference_linear_dx(grad, packed, absmax, nested_absmax, offset, shape, block_size):
     if products.emulated(grad):
         blocks = row_blocks(packed, absmax, nested_absmax, offset, shape, block_size)
-        return products.linear_dx(flat(grad), blocks, shape[1]).view(*grad.shape[:-1], shape[1])
+        return unflat(products.linear_dx(flat(grad), blocks, shape[1]), grad)
     weight = nf4_dequantize(packed, absmax, nested_absmax, offset, shape, block_size, grad.dtype)  # [out, in]
-    return grad @ weight
+    return unflat(flat(grad) @ weight, grad)
 
 
 for _name, _reference in (
