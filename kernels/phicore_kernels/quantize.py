@@ -15,11 +15,16 @@ __all__ = ["encode_absmax", "encode_blocks", "naive_encode_absmax", "naive_encod
 TINY = 1e-38  # a smaller absmax scales as this, so that its inverse stays finite
 VALUES = 4096  # weights a program: 32 a thread
 
+
+def _float32(values: float | tuple[float, ...]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device="cpu")
+
+
 # The float32 bounds between neighbouring levels; a weight on a bound takes the lower code.
 BOUNDS: tuple[float, ...] = tuple(
-    ((torch.tensor(LEVELS[:-1]) + torch.tensor(LEVELS[1:])) / 2).tolist()  # float32, as the levels are
+    ((_float32(LEVELS[:-1]) + _float32(LEVELS[1:])) / 2).tolist()  # float32, as the levels are
 )
-_TINY_BITS = tl.constexpr(torch.tensor(TINY).view(torch.int32).item())
+_TINY_BITS = tl.constexpr(_float32(TINY).view(torch.int32).item())
 
 
 @triton.jit
@@ -41,7 +46,7 @@ def code_table(device: torch.device) -> Tensor:
     Bin k in -16..16 holds the weights that 16 w rounds to; it stands at k mod 64. Bins are narrower than neighbouring
     bounds are apart, so a bin has one bound or none (infinity), and the code is that below it or the next.
     """
-    table = torch.zeros(64, 2, dtype=torch.float32)
+    table = torch.zeros(64, 2, dtype=torch.float32, device="cpu")
     for k in range(-16, 17):
         low, high = (k - 0.5) / 16, (k + 0.5) / 16
         inside = [bound for bound in BOUNDS if low <= bound < high]
@@ -173,7 +178,7 @@ def encode_absmax(absmax: Tensor, code_map: Tensor) -> tuple[Tensor, Tensor, Ten
 def naive_encode_blocks(flat: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """`encode_blocks` block by block."""
     codes, scales = [], []
-    bounds = torch.tensor(BOUNDS, device=flat.device)
+    bounds = torch.tensor(BOUNDS, dtype=torch.float32, device=flat.device)
     for block in flat.float().split(block_size):
         scale = block.abs().max()
         scales.append(scale)

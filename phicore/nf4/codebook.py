@@ -7,7 +7,7 @@ Quantization", section 1.3). The values below are those of the bitsandbytes form
 
 from collections.abc import Callable
 from functools import wraps
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -81,8 +81,9 @@ def dynamic_map(device: torch.device) -> Tensor:
     signs; then 0 and 1. It resolves small values finely at a large range.
     """
     positive = []
+    where: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
     for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1, 2**i + 1, **where)
         positive.append((edges[:-1] + edges[1:]) / 2 * 10 ** (i - 6))
     half = torch.cat(positive)  # [127]
-    return torch.cat([half, -half, torch.tensor([0.0, 1.0])]).sort().values.to(device)
+    return torch.cat([half, -half, torch.tensor([0.0, 1.0], **where)]).sort().values.to(device)

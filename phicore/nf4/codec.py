@@ -74,7 +74,7 @@ def cell_tables(device: torch.device) -> tuple[Tensor, Tensor]:
     bounds = midpoints(levels(device))
     held_by = cells(bounds)
     below = (torch.arange(CELLS, device=device)[:, None] > held_by).sum(dim=1).to(torch.int16)
-    bound = torch.full((CELLS,), float("inf"), device=device)
+    bound = torch.full((CELLS,), float("inf"), dtype=torch.float32, device=device)
     bound[held_by.long()] = bounds
     return below, bound
 
@@ -108,7 +108,9 @@ def decode_blocks(packed: Tensor, absmax: Tensor, n: int, block_size: int, dtype
     step = blocks * block_size
     # Temporaries and views of them are made once, and stay in cache; float32 is looked up where it shall stand.
     lookup = _Lookup(step // 2, device)
-    decoded = None if dtype == torch.float32 else _Target(torch.empty(step, device=device), block_size)
+    decoded = (
+        None if dtype == torch.float32 else _Target(torch.empty(step, dtype=torch.float32, device=device), block_size)
+    )
     scales = absmax[: whole // block_size].unsqueeze(1)
     parts = zip(out[:whole].split(step), packed[: whole // 2].split(step // 2), scales.split(blocks), strict=True)
     for part, codes, scale in parts:

@@ -1,6 +1,8 @@
 """NF4 encode and decode as functions of flat tensors, against formulas written out naively."""
 
 import itertools
+import subprocess
+import sys
 from unittest import mock
 
 import pytest
@@ -11,6 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import grad
 
+import phicore
 from phicore.nf4 import codebook, codec
 
 CPU = torch.device("cpu")
@@ -238,3 +241,21 @@ def test_a_table_made_within_a_transform_or_a_mode_is_not_kept(within):
     assert kept.tolist() == [0, 2, 4]
     assert kept.untyped_storage().nbytes() == 12  # a transform's tensor has no memory of its own
     assert made(CPU) is kept
+
+
+SUMS = """
+weight = torch.linspace(-1, 1, 3000, dtype=torch.float32, device="cpu").sin().view(30, 100)
+q = phicore.nf4.quantize(weight)
+wide, narrow = q.dequantize(torch.float32), q.dequantize(torch.bfloat16)
+sums = [t.double().sum().item() for t in (q.packed, q.absmax, q.nested_absmax, wide, narrow)]
+"""
+
+
+@pytest.mark.parametrize("default", ["dtype(torch.bfloat16)", "dtype(torch.float64)", 'device("meta")'])
+def test_the_callers_defaults_change_nothing(default):
+    """In a process of its own, so that the tables are made under them."""
+    program = f"import torch, phicore; torch.set_default_{default}\n{SUMS}\nprint(sums)"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    here = {"torch": torch, "phicore": phicore}
+    exec(SUMS, here)
+    assert found.stdout == f"{here['sums']}\n", found.stderr
