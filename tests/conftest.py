@@ -193,6 +193,13 @@ def tiny() -> Callable[..., nn.Module]:
             more_options = {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}
             config = transformers.GptOssConfig(**options, **fewer, **more_options, layer_types=["full_attention"] * 2)
             config._experts_implementation, kind = "eager", transformers.GptOssForCausalLM
+        elif family == "t5":
+            t5_options = {"vocab_size": 48, "d_model": 32, "d_kv": 8, "d_ff": 44, "num_layers": 2, "num_heads": 4}
+            config = transformers.T5Config(**t5_options, pad_token_id=0, decoder_start_token_id=0)
+            kind = transformers.T5ForConditionalGeneration
+        elif family == "mamba":
+            mamba_options = {"vocab_size": 48, "hidden_size": 32, "state_size": 4, "num_hidden_layers": 2}
+            config, kind = transformers.MambaConfig(**mamba_options), transformers.MambaForCausalLM
         else:
             raise ValueError(family)
         with torch.random.fork_rng():

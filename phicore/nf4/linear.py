@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from phicore.nf4 import kernels, ops
+from phicore.nf4.decoded import DecodedWeight
 from phicore.nf4.low_rank import nf4_low_rank
 from phicore.nf4.tensor import NF4Tensor, check_block_size, parts_layout, quantize
 from phicore.products import emulated
@@ -154,6 +155,12 @@ class NF4Linear(nn.Module):
         """The weight, [out, in]; its parts are this layer's buffers."""
         shape = torch.Size((self.out_features, self.in_features))
         return NF4Tensor(*self._parts(), shape=shape, dtype=self.dtype, block_size=self.block_size)
+
+    @property
+    def weight(self) -> Tensor:
+        """The decoded weight [out, in] in `dtype`, for code that reads a layer's weight: its dtype, shape and device
+        cost nothing, and what computes with it decodes it. Writing to it changes nothing."""
+        return self.nf4.dequantize() if torch.compiler.is_compiling() else DecodedWeight(self.nf4)
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
         return _linear(x, self._parts(), self.bias, (self.out_features, self.in_features), self.block_size)
