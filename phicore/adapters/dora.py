@@ -179,7 +179,7 @@ class DoRALayer(LowRankLayer):
         if not self.enabled:
             return base
         direction = base + self.product()
-        norm = torch.linalg.vector_norm(direction, dim=1)
+        norm = torch.linalg.vector_norm(direction.detach(), dim=1)
         return self.weighed(base, row_scale(self.magnitude.to(norm.dtype), norm).unsqueeze(1) * direction)
 
     def scale(self, WA: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from phicore.adapters.base import transposed_kinds
 from phicore.adapters.config import LoRAConfig, scaling
 from phicore.adapters.dropout import dropped_projection
 from phicore.adapters.step import low_rank_step
+from phicore.lazy import lazy_weight
 from phicore.nf4.linear import autocast
 from phicore.nf4.ops import flat
 from phicore.transforms import transformed
@@ -370,6 +371,25 @@ class LowRankLinear(LowRankLayer):
         B, A = top_singular(residual, self.rank)
         self.lora_A.copy_(A / self.scaling**0.5)
         self.lora_B.copy_(B / self.scaling**0.5)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that this layer amounts to, of the base's shape and dtype and with gradients, for code that
+        computes with a layer's weight past its forward: made when it is used, without dropout.
+
+        Raises (when it is used):
+            ValueError: the adapter answers for some rows of a batch, for which there is no one weight.
+        """
+        in_by_out = isinstance(self.innermost, transposed_kinds())
+        size = (self.in_features, self.out_features) if in_by_out else (self.out_features, self.in_features)
+
+        def make() -> Tensor:
+            if self.rows is not None:
+                raise ValueError("a layer whose weight is read past its forward cannot mix adapters in a batch")
+            weight = self.dense_weight(self.dtype)
+            return weight.t() if in_by_out else weight
+
+        return lazy_weight(torch.Size(size), self.dtype, self.lora_A.device, make)
 
     def fuses(self, x: Tensor) -> bool:
         """Whether the base's product takes the low-rank term along; dropout needs x once whole and once dropped."""

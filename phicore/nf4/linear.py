@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from phicore.lazy import lazy_weight
 from phicore.nf4 import kernels, ops
-from phicore.nf4.decoded import DecodedWeight
 from phicore.nf4.low_rank import nf4_low_rank
 from phicore.nf4.tensor import NF4Tensor, check_block_size, parts_layout, quantize
 from phicore.products import emulated
@@ -160,7 +160,8 @@ class NF4Linear(nn.Module):
     def weight(self) -> Tensor:
         """The decoded weight [out, in] in `dtype`, for code that reads a layer's weight: its dtype, shape and device
         cost nothing, and what computes with it decodes it. Writing to it changes nothing."""
-        return self.nf4.dequantize() if torch.compiler.is_compiling() else DecodedWeight(self.nf4)
+        nf4 = self.nf4
+        return lazy_weight(nf4.shape, nf4.dtype, nf4.device, nf4.dequantize)
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
         return _linear(x, self._parts(), self.bias, (self.out_features, self.in_features), self.block_size)
