@@ -29,6 +29,15 @@ def matches(name: str, targets: str | Sequence[str]) -> bool:
     return any(name == target or name.endswith("." + target) for target in targets)
 
 
+PLAIN_BY_NAME = {"FalconLinear"}  # transformers' with a forward of their own that computes as nn.Linear's
+
+
+def has_own_forward(layer: nn.Module) -> bool:
+    """Whether a layer is an nn.Linear by its class but computes otherwise, as routers of mixtures do."""
+    kind = type(layer)
+    return isinstance(layer, nn.Linear) and kind.forward is not nn.Linear.forward and kind.__name__ not in PLAIN_BY_NAME
+
+
 def ends_with(expression: str) -> str:
     """The regular expression of names that end, after a dot or whole, in what another one matches."""
     return rf"(?:.*\.)?(?:{expression})"
@@ -77,9 +86,9 @@ def select(
 
     Args:
         model: the tree to search.
-        target_modules: "all-linear" (every linear layer but the output head: what the model's
-            get_output_embeddings returns, and layers whose weight is tied to another module's); a regular expression
-            that matches whole names; or a list of names or ".name" suffixes.
+        target_modules: "all-linear" (every linear layer but those with a forward of their own and the output head:
+            what the model's get_output_embeddings returns, and layers whose weight is tied to another module's); a
+            regular expression that matches whole names; or a list of names or ".name" suffixes.
         exclude_modules: names or suffixes to leave out; a container's, with all that is in it.
         kinds: what can be replaced.
         closed: kinds of modules whose inside is left alone.
@@ -109,6 +118,14 @@ def select(
     if target_modules == ALL_LINEAR:
         heads = output_heads(model)
         chosen = {n: m for n, m in candidates.items() if m not in heads and isinstance(m, all_linear or kinds)}
+        others = [name for name, module in chosen.items() if has_own_forward(module)]
+        if others:
+            kind_names = ", ".join(sorted({type(chosen[name]).__name__ for name in others}))
+            warnings.warn(
+                f"all-linear leaves out layers with a forward of their own ({kind_names}): {', '.join(others)}",
+                stacklevel=3,
+            )
+        chosen = {name: module for name, module in chosen.items() if name not in others}
         hidden = [name for name, module in every.items() if isinstance(module, nn.MultiheadAttention)]
         if hidden:
             warnings.warn(

@@ -182,6 +182,11 @@ def with_weight(base: Base, weight: Tensor) -> Base:
 
 def with_parameter(base: Base, name: str, parameter: nn.Parameter) -> Base:
     """A layer like base, hooks and all, with another parameter of this name; everything else is shared with base."""
+    if name not in base._parameters:
+        raise ValueError(
+            f"{type(base).__name__} computes its {name} (a parametrization, weight norm or pruning), so nothing can be "
+            f"merged into it; remove that first (torch.nn.utils.parametrize.remove_parametrizations)"
+        )
     layer = copy.copy(base)
     for registry in ("_parameters", "_buffers", "_modules"):
         layer.__dict__[registry] = dict(base.__dict__[registry])

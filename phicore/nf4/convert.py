@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
-from phicore.modules import ALL_LINEAR, replace, select
+from phicore.modules import ALL_LINEAR, has_own_forward, replace, select
 from phicore.nf4.linear import NF4Linear
 from phicore.nf4.tensor import check_block_size
 
@@ -36,8 +37,9 @@ def quantize_(
         The model.
 
     Raises:
-        ValueError: a target that matches nothing; a NaN or Inf weight, naming its layer; a model with adapters. The
-            model is then unchanged.
+        ValueError: a target that matches nothing; a NaN or Inf weight, naming its layer; a layer that is more than its
+            weight (a subclass with its own forward, a parametrization) or whose weight is not there (offloaded, lazy);
+            a model with adapters. The model is then unchanged.
         TypeError: a weight that is not float32, bfloat16 or float16, naming its layer; the model is then unchanged.
     """
     check_block_size(block_size)
@@ -45,8 +47,10 @@ def quantize_(
     if adapters:  # their frozen bases and trained copies are nn.Linear too, and DoRA holds norms of its base
         raise ValueError(f"{adapters[0]} is an adapter; quantize a model before adapters are attached to it")
     chosen: dict[str, Any] = select(model, target_modules, exclude_modules, (nn.Linear,))
+    all_meta = all(parameter.is_meta for parameter in model.parameters())
     # All weights are looked at before the first is replaced, so that an error leaves no half-quantised model.
     for name, layer in chosen.items():
+        _check_plain(name, layer, all_meta)
         weight = layer.weight
         if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise TypeError(f"{name}.weight is {weight.dtype}; NF4 encodes float32, bfloat16 or float16 weights")
@@ -56,6 +60,7 @@ def quantize_(
     for name, layer in chosen.items():
         if layer not in done:  # a layer that stands in two places stays one layer
             done[layer] = NF4Linear.from_linear(layer, block_size, double_quant)
+            done[layer].__dict__.update({name: vars(layer)[name] for name in HOOKS})  # the dicts, which handles know
         replace(model, name, done[layer])
         if progress is not None:
             progress(name)
@@ -64,6 +69,30 @@ def quantize_(
     layer = weight = None  # the last references to the dense weights
     _give_back_freed_memory()
     return model
+
+
+HOOKS = [name for name in vars(nn.Module()) if name.startswith(("_forward", "_backward"))]
+
+
+def _check_plain(name: str, layer: nn.Linear, all_meta: bool) -> None:
+    """Raises ValueError for a layer that an NF4Linear would not be the same as."""
+    replaced = "forward" in vars(layer)
+    if replaced or has_own_forward(layer):
+        raise ValueError(
+            f"{name} is a {type(layer).__name__} whose forward "
+            + ("was replaced, as accelerate does to offload" if replaced else "is not nn.Linear's")
+            + ", and would compute otherwise as NF4Linear; "
+            + ("load the model without that" if replaced else "exclude it")
+        )
+    if "weight" not in layer._parameters:
+        raise ValueError(
+            f"{name} computes its weight (a parametrization, weight norm or pruning), which NF4 would freeze; remove "
+            f"that first (torch.nn.utils.parametrize.remove_parametrizations), or exclude it"
+        )
+    if isinstance(layer.weight, UninitializedParameter):
+        raise ValueError(f"{name} has no shape yet; run a batch through the model first")
+    if layer.weight.is_meta and not all_meta:
+        raise ValueError(f"{name}.weight is on meta and other weights are not: it is offloaded; load the model whole")
 
 
 def _give_back_freed_memory() -> None:

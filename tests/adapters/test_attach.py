@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import phicore
@@ -426,3 +426,30 @@ def test_transformers_models(tiny, randomize, family, dora):
     assert model.state_dict().keys() == original.state_dict().keys()
     phicore.unmerge(model)
     assert torch.equal(model(ids).logits, logits)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def test_layers_with_their_own_forward(unchanged):
+    """all-linear leaves them out; by name LoRA calls them, and DoRA, which computes with the weight, refuses."""
+    model = nn.Sequential(Doubled(6, 6), nn.Linear(6, 6))
+    with pytest.warns(UserWarning, match=r"leaves out layers with a forward of their own \(Doubled\): 0$"):
+        attached = phicore.attach(copy.deepcopy(model), phicore.LoRAConfig(rank=2))
+    assert [type(layer) for layer in attached] == [Doubled, phicore.LoRALinear]
+    with unchanged(model), pytest.raises(ValueError, match=r"0 is a Doubled whose forward is not nn\.Linear's; DoRA"):
+        phicore.attach(model, phicore.LoRAConfig(rank=2, target_modules=["0"], dora=True))
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(
+        phicore.attach(copy.deepcopy(model), phicore.LoRAConfig(rank=2, target_modules=["0"]))(x), model(x)
+    )
+
+
+def test_a_computed_weight_takes_no_merge(unchanged):
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 6)))
+    phicore.attach(model, phicore.LoRAConfig(rank=2))
+    with pytest.raises(ValueError, match=r"computes its weight .*remove_parametrizations"):
+        phicore.merge(model)
+    assert type(model[0]) is phicore.LoRALinear

@@ -5,6 +5,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import phicore
 from phicore.nf4 import convert
@@ -151,3 +152,68 @@ def test_dense_weights_are_gone_when_their_memory_is_given_back(monkeypatch):
     monkeypatch.setattr(convert, "_give_back_freed_memory", lambda: alive.extend(w() is not None for w in weights))
     phicore.quantize_(model)
     assert alive == [False, False]
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+def test_all_linear_leaves_layers_with_their_own_forward():
+    model = nn.Sequential(Doubled(64, 64), nn.Linear(64, 64))
+    with pytest.warns(UserWarning, match=r"leaves out layers with a forward of their own \(Doubled\): 0$"):
+        phicore.quantize_(model)
+    assert [type(layer) for layer in model] == [Doubled, phicore.NF4Linear]
+
+
+def weight_norm(model: nn.Module) -> None:
+    torch.nn.utils.parametrizations.weight_norm(model[0])
+
+
+def pruned(model: nn.Module) -> None:
+    prune.random_unstructured(model[0], "weight", 0.5)
+
+
+def doubled(model: nn.Module) -> None:
+    model[0] = Doubled(64, 64)
+
+
+def offloaded(model: nn.Module) -> None:
+    model[0].to("meta")
+
+
+def hooked(model: nn.Module) -> None:
+    model[0].forward = lambda x: x
+
+
+def lazy(model: nn.Module) -> None:
+    model[0] = nn.LazyLinear(64)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (weight_norm, "0 computes its weight"),
+        (pruned, "0 computes its weight"),
+        (doubled, "0 is a Doubled whose forward is not nn.Linear's"),
+        (hooked, "0 is a Linear whose forward was replaced, as accelerate does"),
+        (offloaded, "0.weight is on meta and other weights are not: it is offloaded"),
+        (lazy, "0 has no shape yet"),
+    ],
+)
+def test_layers_that_are_more_or_less_than_their_weight_are_refused(change, message):
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    change(model)
+    before = dict(model.named_modules())
+    with pytest.raises(ValueError, match=message):
+        phicore.quantize_(model, ["0", "1"])
+    assert dict(model.named_modules()) == before
+
+
+def test_hooks_stay():
+    model, seen = nn.Sequential(nn.Linear(64, 64)), []
+    handle = model[0].register_forward_hook(lambda module, args, y: seen.append(type(module)))
+    phicore.quantize_(model)(torch.randn(2, 64))
+    handle.remove()
+    model(torch.randn(2, 64))
+    assert seen == [phicore.NF4Linear]
