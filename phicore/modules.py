@@ -118,6 +118,11 @@ def select(
     if target_modules == ALL_LINEAR:
         heads = output_heads(model)
         chosen = {n: m for n, m in candidates.items() if m not in heads and isinstance(m, all_linear or kinds)}
+        blocks = {m for together in sharing(model) if all(isinstance(m, kinds) for m in together) for m in together}
+        if shared := [name for name, module in candidates.items() if module in blocks]:
+            warnings.warn(
+                f"all-linear leaves out layers that share a weight with each other: {', '.join(shared)}", stacklevel=3
+            )
         others = [name for name, module in chosen.items() if has_own_forward(module)]
         if others:
             kind_names = ", ".join(sorted({type(chosen[name]).__name__ for name in others}))
@@ -226,16 +231,20 @@ def no_match(what: str, name: str, among: Sequence[str] | dict[str, nn.Module]) 
 def output_heads(model: nn.Module) -> set[nn.Module]:
     """What "all-linear" leaves alone: the output head that the model names, and any layer whose weight is also
     another module's (a tied head): adapting or quantising it would untie it."""
-    heads: set[nn.Module] = set()
+    heads = {module for together in sharing(model) for module in together}
     named = getattr(model, "get_output_embeddings", None)
     if callable(named) and (head := named()) is not None:
         heads.add(head)
+    return heads
+
+
+def sharing(model: nn.Module) -> list[list[nn.Module]]:
+    """The modules that hold one parameter together, for each parameter that several hold."""
     owners: dict[int, list[nn.Module]] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(module)
-    heads.update(module for tied in owners.values() if len(tied) > 1 for module in tied)
-    return heads
+    return [together for together in owners.values() if len(together) > 1]
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:

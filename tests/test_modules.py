@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from phicore.modules import leaves, matches, no_match, output_heads, replace, select
+from phicore.modules import ALL_LINEAR, leaves, matches, no_match, output_heads, replace, select
 
 LINEAR = (nn.Linear,)
 NAMES = st.lists(st.sampled_from(("a", "b", "q_proj", "layers", "0", "1")), min_size=1, max_size=4).map(".".join)
@@ -199,3 +199,13 @@ def test_an_excluded_container_leaves_out_what_is_in_it(toy):
     rest = select(toy(), "all-linear", ["blocks.0"], LINEAR)
     assert rest.keys() == {name for name in whole if not name.startswith("blocks.0.")}
     assert rest.keys() < whole.keys()
+
+
+def test_blocks_that_share_weights_are_left_out_with_a_word():
+    """As Zamba2's; a head that is tied to an embedding is left out without one."""
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4), "c": nn.Linear(4, 4), "head": nn.Linear(4, 9)})
+    model["b"].weight = model["a"].weight
+    model["embed"] = nn.Embedding(9, 4)
+    model["head"].weight = model["embed"].weight
+    with pytest.warns(UserWarning, match="leaves out layers that share a weight with each other: a, b$"):
+        assert list(select(model, ALL_LINEAR, [], (nn.Linear,))) == ["c"]
