@@ -238,7 +238,18 @@ class NF4Linear(nn.Module):
                 )
         return self
 
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # In torch's place for what is no tensor: a weight and its transpose have parts of the same sizes.
+        metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
+        if metadata is not None:
+            metadata["shape"] = [self.out_features, self.in_features]
+
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
+        here = [self.out_features, self.in_features]
+        if (given := local_metadata.get("shape", here)) != here:
+            errors.append(f"size mismatch for {prefix}packed: of a weight of shape {given}, the layer's is {here}")
+            return
         # copy_ would cast float absmax into 8-bit codes without a word.
         for name, (_, dtype) in self._layout().items():
             given = state_dict.get(prefix + name)

@@ -102,8 +102,9 @@ def test_x_of_any_strides(dtype):
         x = x.detach().requires_grad_(True)
         y = layer(x)
         assert y.dtype == dtype
-        # the same kernel on the same numbers
-        torch.testing.assert_close(y, dense_linear(x.to(wide), w, bias).to(dtype))
+        # the same kernel on the same numbers; rows one after the other, for which torch rounds once
+        expected = dense_linear(x.to(wide).reshape(-1, IN), w, bias).to(dtype)
+        torch.testing.assert_close(y.reshape(expected.shape), expected)
         grad = torch.randn(y.shape[::-1]).to(dtype).permute(*reversed(range(y.ndim)))  # not contiguous either
         (given,) = torch.autograd.grad(y, x, grad)
         assert given.dtype == dtype
@@ -390,3 +391,16 @@ def test_block_size_is_checked():
         phicore.NF4Linear(4, 4, block_size=48)
     with pytest.raises(ValueError, match="block_size must be one of"):
         phicore.NF4Linear.from_linear(nn.Linear(4, 4), block_size=48)
+
+
+def test_a_state_dict_of_the_transposed_shape_is_refused():
+    """Its parts have the same sizes."""
+    layer = phicore.NF4Linear.from_linear(nn.Linear(64, 128, bias=False))
+    buffer = io.BytesIO()
+    torch.save(nn.Sequential(layer).state_dict(), buffer)
+    buffer.seek(0)
+    state = torch.load(buffer)
+    with pytest.raises(RuntimeError, match=r"0\.packed: of a weight of shape \[128, 64\], the layer's is \[64, 128\]"):
+        nn.Sequential(phicore.NF4Linear(128, 64, bias=False)).load_state_dict(state)
+    for known in (state, dict(state)):  # with what torch keeps beside the tensors and without
+        nn.Sequential(phicore.NF4Linear(64, 128, bias=False)).load_state_dict(known)
