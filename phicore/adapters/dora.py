@@ -215,9 +215,10 @@ class DoRALayer(LowRankLayer):
 
         if torch.compiler.is_compiling():  # a branch on data inside one graph
             return torch.cond(cancelled.any(), dense, factored, ()).sqrt(), False
-        if cancelled.any():
+        if not cancelled.is_meta and cancelled.any():  # on meta there is nothing to branch on
             return dense().sqrt(), False
-        return norm_squared.sqrt(), not (norm_squared == 0).any()  # a NaN is not zero, and stays one
+        positive = not norm_squared.is_meta and not (norm_squared == 0).any()  # a NaN is not zero, and stays one
+        return norm_squared.sqrt(), positive
 
     def _apply(self, fn: Any, recurse: bool = True) -> "DoRALayer":
         dtype = self.dtype

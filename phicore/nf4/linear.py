@@ -48,6 +48,10 @@ def _linear(
     shape: tuple[int, int],
     block_size: int,
 ) -> Tensor:
+    if parts[0].is_meta and not x.is_meta:
+        raise RuntimeError(
+            f"x is on {x.device}, and the NF4 weight of shape {list(shape)} on meta: it was never loaded"
+        )
     if x.shape[-1] != shape[1]:
         raise ValueError(f"x of shape {tuple(x.shape)} does not fit an NF4 weight of shape [out, in] = {list(shape)}")
     if bias is not None and tuple(bias.shape) != (shape[0],):
@@ -201,7 +205,7 @@ class NF4Linear(nn.Module):
     def frozen_weight(self, x: Tensor) -> tuple[tuple[Tensor | None, ...], Callable[..., Tensor]] | None:
         """The parts of the weight, and the function that decodes them: (*parts, dtype=...) -> [out, in]; None where a
         subclass or a kernel computes otherwise with x. Part of the protocol that adapters call."""
-        if type(self).forward is not NF4Linear.forward or kernels.on_device(x):
+        if type(self).forward is not NF4Linear.forward or kernels.on_device(x) or self.packed.is_meta:
             return None
         shape = (self.out_features, self.in_features)
         return self._parts(), partial(ops.reference_dequantize, shape=shape, block_size=self.block_size)
@@ -223,12 +227,12 @@ class NF4Linear(nn.Module):
         return self.packed, self.absmax, self.nested_absmax, self.offset
 
     def _apply(self, fn: Any, recurse: bool = True) -> "NF4Linear":
-        # fn moves or casts every floating tensor. A cast means the compute dtype here: scales rounded to 16 bits would
-        # change the weights, so they are put back, on the device that fn chose.
-        scales = {name: part for name in self._layout() if (part := getattr(self, name)).is_floating_point()}
+        # fn moves or casts tensors. A cast means the compute dtype here: scales rounded to 16 bits would change the
+        # weights, and .type() casts codes too, so they are put back, on the device that fn chose.
+        parts = {name: getattr(self, name) for name in self._layout()}
         super()._apply(fn, recurse)
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.packed.device)).dtype
-        for name, before in scales.items():
+        for name, before in parts.items():
             after = getattr(self, name)
             if after.dtype != before.dtype:
                 setattr(

@@ -343,6 +343,7 @@ CASTS = {
     "half": (lambda m: m.half(), torch.float16),
     "bfloat16": (lambda m: m.bfloat16(), torch.bfloat16),
     "double": (lambda m: m.double(), torch.float64),
+    "type": (lambda m: m.type(torch.bfloat16), torch.bfloat16),
     "to": (lambda m: m.to(torch.bfloat16), torch.bfloat16),
     "there and back": (lambda m: m.half().float(), torch.float32),
     "to device": (lambda m: m.to("cpu"), torch.float32),
@@ -404,3 +405,11 @@ def test_a_state_dict_of_the_transposed_shape_is_refused():
         nn.Sequential(phicore.NF4Linear(128, 64, bias=False)).load_state_dict(state)
     for known in (state, dict(state)):  # with what torch keeps beside the tensors and without
         nn.Sequential(phicore.NF4Linear(64, 128, bias=False)).load_state_dict(known)
+
+
+@pytest.mark.parametrize("kind", [lambda layer: layer, phicore.LoRALinear, phicore.DoRALinear])
+def test_a_weight_that_was_never_loaded_is_named(kind):
+    layer = kind(phicore.NF4Linear.from_linear(nn.Linear(64, 32, device="meta")))
+    assert layer(torch.randn(2, 64, device="meta")).shape == (2, 32)
+    with pytest.raises(RuntimeError, match="meta"):
+        layer(torch.randn(2, 64))
