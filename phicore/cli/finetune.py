@@ -92,8 +92,8 @@ class FinetuneOptions:
     """Tokens an answer may have."""
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of weights and products. auto: bfloat16 on GPUs that have it and on CPUs where it measures at least 1.2 times as
-    fast as float32, float32 elsewhere."""
+    """Of weights and products. auto: that of a run that is resumed; float32 for method full; else bfloat16 on GPUs that
+    have it and on CPUs where it measures at least 1.2 times as fast as float32, float32 elsewhere."""
 
     block_size: int = 64
     """Weights that share a scale in NF4."""
