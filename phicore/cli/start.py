@@ -6,6 +6,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from phicore.cli import needs
 from phicore.nf4.tensor import check_block_size
 from phicore.training import distributed
 from phicore.training.checkpoint import read_state
@@ -48,11 +49,11 @@ def read_data(options: "FinetuneOptions") -> int:
     Raises:
         FileNotFoundError: a file is not there, or is no plain file; the option is named.
         ValueError: a line that is no record, naming option, file and line; or --eval-every without --eval-data.
-        ModuleNotFoundError: a package is missing that would be used at the end only.
+        ImportError: a package is missing that would be used at the end only.
     """
     for package in LAST:
         if importlib.util.find_spec(package) is None:
-            raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+            raise ImportError(needs(package))
     if options.train.eval_every and not options.eval_data:
         raise ValueError(f"--eval-every is {options.train.eval_every}, but there is no --eval-data to evaluate on")
     examples = _count("--data", options.data)

@@ -302,7 +302,7 @@ def test_what_is_used_at_the_end_is_looked_for_at_the_start(
 ) -> None:
     monkeypatch.setattr("phicore.cli.start.LAST", ("rich", "phicore_of_nobody"))
     assert run(tiny_model, data, tmp_path / "run") == 1
-    assert "No module named 'phicore_of_nobody'" in capsys.readouterr().err
+    assert "the commands need phicore_of_nobody, which is not installed" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
