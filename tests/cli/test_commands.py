@@ -76,6 +76,62 @@ def test_generate_answers_each_prompt_with_and_without_adapter(
     assert capsys.readouterr().out == "".join(answer + "\n" for answer in adapted)
 
 
+CODING = ["--block-size", "32", "--no-double-quant"]
+
+
+@pytest.fixture(scope="module")
+def over_nf4(tiny_model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A QDoRA adapter of some layers, over NF4 that is not the default."""
+    output = tmp_path_factory.mktemp("over_nf4")
+    arguments = [
+        "finetune", "--model", str(tiny_model), "--data", str(data), "--output", str(output), "--method", "qdora",
+        "--steps", "8", "--learning-rate", "5e-2", "--warmup-steps", "0", "--dtype", "float32", *CODING,
+        "--target-modules", "q_proj", "down_proj",
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    return output / "adapter"
+
+
+def trained_model(tiny_model: Path, over_nf4: Path) -> torch.nn.Module:
+    model, _ = load_model(str(tiny_model), torch.float32)
+    phicore.quantize_(model, block_size=32, double_quant=False)
+    phicore.load_adapter(model, over_nf4)
+    return model
+
+
+def test_generate_answers_over_the_nf4_that_was_trained(
+    tiny_model: Path, over_nf4: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[torch.nn.Module] = []
+
+    def keep(model: torch.nn.Module, _: object, prompts: list[str], *__: object, **___: object) -> list[str]:
+        made.append(model)
+        return prompts
+
+    monkeypatch.setattr("phicore.training.generation.generate", keep)
+    generate = ["generate", "--model", str(tiny_model), "--prompt", "1 Elm St", "--dtype", "float32", "--quantize"]
+    assert main([*generate, "--adapter", str(over_nf4), *CODING]) == 0
+    assert main([*generate, "--adapter", str(over_nf4)]) == 0
+    expected = logits(trained_model(tiny_model, over_nf4))
+    torch.testing.assert_close(logits(made[0]), expected, atol=1e-5, rtol=1e-4)
+    assert (logits(made[1]) - expected).abs().max() > 1e-3
+
+
+def test_merging_into_the_quantized_base_gives_what_was_trained(
+    tiny_model: Path, over_nf4: Path, tmp_path: Path
+) -> None:
+    quantize = ["quantize", "--model", str(tiny_model), "--output", str(tmp_path / "nf4"), "--dtype", "float32"]
+    assert main([*quantize, *CODING]) == 0
+    expected = logits(trained_model(tiny_model, over_nf4))
+    for base, equal in ((tmp_path / "nf4", True), (tiny_model, False)):
+        output = tmp_path / f"merged into {base.name}"
+        merge = ["merge", "--model", str(base), "--adapter", str(over_nf4), "--dtype", "float32"]
+        assert main([*merge, "--output", str(output)]) == 0
+        merged, _ = load_model(str(output), torch.float32)
+        assert sum(isinstance(module, phicore.NF4Linear) for module in merged.modules()) == (10 if equal else 0)
+        assert torch.allclose(logits(merged), expected, atol=1e-5, rtol=1e-4) == equal
+
+
 def test_an_adapter_that_does_not_fit_is_refused(
     tiny_model: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
