@@ -11,13 +11,13 @@ Turn = tuple[float, float, float]  # seconds of peer, ours, peer again
 
 @dataclass(frozen=True)
 class Ratio:
-    """How long one takes beside another; all are medians over turns.
+    """How long one takes beside another; all are medians over turns, so ratio is not quite seconds / peer_seconds.
 
     Attributes:
         ratio: ours / peer within a turn, the peer being the mean of its two runs.
         self_pair: peer again / peer, what the same measure says of two equals.
         noise: how far one self-pair lies from 1.
-        seconds, peer_seconds: of one run.
+        seconds, peer_seconds: of one run, the peer's being the mean of its two.
     """
 
     ratio: float
@@ -38,7 +38,7 @@ def ratio(turns: Iterable[Turn]) -> Ratio:
         self_pair=statistics.median(after / before for before, _, after in turns),
         noise=statistics.median(abs(after / before - 1) for before, _, after in turns),
         seconds=statistics.median(mine for _, mine, _ in turns),
-        peer_seconds=statistics.median(before for before, _, _ in turns),
+        peer_seconds=statistics.median((before + after) / 2 for before, _, after in turns),
     )
 
 

@@ -15,9 +15,11 @@ INTRODUCTION = """\
 How to read it: each bar says how many times better phicore is than what stands behind "beside": right of 1 it is
 better, left of 1 worse; blue beyond the noise, grey within it, red worse beyond it. The band around 1 is the noise: how
 far apart the peer and the peer again lie in the same measure. Times and their ratios are medians over alternating turns
-(peer, phicore, peer again) in one run with a fixed number of threads; what is counted (bytes, graphs, lines) has no
-noise. `make bench` measures all of this anew, `make bench SUITE=layers QUICK=1` a part of it in little time, and
-`python -m benchmarks.compare OLD NEW` lists what got worse between two result files."""
+(peer, phicore, peer again) in one run with a fixed number of threads. "Times better" is the median of the ratios within
+turns, and not the ratio of the two medians beside it: where the machine's load changes between turns, the two differ.
+What is counted (bytes, graphs, lines) has no noise. `make bench` measures all of this anew, `make bench SUITE=layers
+QUICK=1` a part of it in little time, and `python -m benchmarks.compare OLD NEW` lists what got worse between two result
+files."""
 
 
 def markdown(result: dict[str, Any], source: str) -> str:

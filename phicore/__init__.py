@@ -1,4 +1,6 @@
-"""phicore: LoRA, DoRA and NF4-QLoRA fine-tuning in pure PyTorch."""
+"""phicore: LoRA, DoRA and NF4-QLoRA fine-tuning in PyTorch and Triton."""
+
+from typing import TYPE_CHECKING
 
 from phicore import nf4
 from phicore.adapters import DoRALinear, LoRAConfig, LoRALinear, attach, disabled, merge, unmerge
@@ -24,3 +26,18 @@ __all__ = [
     "save_adapter",
     "unmerge",
 ]
+
+if TYPE_CHECKING:
+    __version__: str
+else:
+
+    def __getattr__(name: str) -> str:
+        """__version__, looked up when it is asked for; of a checkout that is not installed it is unknown."""
+        if name != "__version__":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("phicore")
+        except PackageNotFoundError:
+            return "0+unknown"

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 
@@ -34,6 +35,22 @@ def test_import_brings_nothing_but_itself_and_the_standard_library(added):
     assert foreign - {"torch"} == set()
     # the compiler is imported when something is compiled
     assert {name for name in added if name.startswith(("torch._dynamo", "torch._inductor", "torch.onnx"))} == set()
+
+
+def test_the_version_is_that_of_the_distribution(monkeypatch):
+    try:
+        installed = metadata.version("phicore")
+    except metadata.PackageNotFoundError:
+        installed = "0+unknown"
+    assert phicore.__version__ == installed
+
+    def of_nobody(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", of_nobody)
+    assert phicore.__version__ == "0+unknown"
+    with pytest.raises(AttributeError, match="module 'phicore' has no attribute 'absent'"):
+        _ = phicore.absent
 
 
 def test_the_public_face():

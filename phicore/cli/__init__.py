@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
-    "check": "say what a server (vllm, tgi, llama.cpp, kaito, transformers) would not read rightly of an adapter",
+    "check": "say what a server (vllm, tgi, llama.cpp, kaito, transformers) would misread of an adapter",
     "convert-deepspeed": "write a ZeRO-1 or ZeRO-2 checkpoint of DeepSpeed as safetensors, or as a run to go on with",
     "export": "write an adapter that such a server reads rightly, or say what it does not take",
     "finetune": "fine-tune a model on JSONL data with LoRA, DoRA, QLoRA, QDoRA or whole",
@@ -15,6 +15,7 @@ COMMANDS = {
     "plan": "say what memory, disk and traffic a run of finetune will take, without its weights or a step",
     "quantize": "write a model's linear layers in NF4, in bitsandbytes' layout",
 }
+PACKAGES = ("tyro", "tqdm", "rich", "yaml", "matplotlib", "tomli")  # what the extra "cli" brings, by import name
 EXPECTED = (ValueError, TypeError, OSError, FloatingPointError, ImportError, NotImplementedError)
 
 
@@ -28,12 +29,28 @@ def version_of(package: str) -> str:
         return "not installed"
 
 
+def needs(package: str) -> str:
+    """What to say where a package of the extra "cli" is missing."""
+    return f"the commands need {package}, which is not installed; in phicore's checkout: pip install -e '.[cli]'"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns the exit status: 0, 1 for what the command refused, 2 for arguments it does not take.
+    """Runs a command and returns the exit status: 0, 1 for what the command refused, 2 for arguments it does not take,
+    141 where nobody reads its output any more (phicore --help | head -1).
 
     What a user can mend is told in one line; PHICORE_TRACEBACK=1 shows where it was raised.
     """
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        try:
+            return _run(sys.argv[1:] if arguments is None else list(arguments))
+        finally:
+            sys.stdout.flush()  # at the interpreter's exit it would be too late to be quiet
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # as of a program that SIGPIPE ends
+
+
+def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
         return 0 if arguments else 2
@@ -46,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         importlib.import_module(f"phicore.cli.{command.replace('-', '_')}").main(rest)
+    except BrokenPipeError:
+        raise
     except Exception as error:
         _tell(command, error)
         return 1
@@ -62,10 +81,13 @@ def _tell(command: str, error: Exception) -> None:
         return
     if os.environ.get("PHICORE_TRACEBACK") or not isinstance(error, (*EXPECTED, LostRankError)):
         raise error
+    missing = error.name if isinstance(error, ModuleNotFoundError) and error.name in PACKAGES else None
+    text = " ".join(str(error).split()) if missing is None else needs(missing)
     own = f"rank {rank()}: " if world_size() > 1 and not hasattr(error, "told_by") else ""
-    print(f"phicore {command}: {own}{' '.join(str(error).split())}", file=sys.stderr)
+    print(f"phicore {command}: {own}{text}", file=sys.stderr)
 
 
 def _usage() -> str:
     lines = [f"  {name:<18} {what}" for name, what in COMMANDS.items()]
-    return "\n".join(["usage: phicore COMMAND [OPTIONS]   (phicore COMMAND --help lists them)", "", *lines])
+    usage = ["usage: phicore COMMAND [OPTIONS]   (phicore COMMAND --help lists them)", "       phicore --version", ""]
+    return "\n".join([*usage, *lines])

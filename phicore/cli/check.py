@@ -1,4 +1,4 @@
-"""phicore check: what a server would not read rightly of an adapter."""
+"""phicore check: what a server would misread of an adapter."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class CheckOptions:
 
 def main(arguments: Sequence[str]) -> None:
     """Parses and prints; an adapter that does not fit is an error."""
-    options = parse(CheckOptions, arguments, "check", "Say what a server would not read rightly of an adapter.")
+    options = parse(CheckOptions, arguments, "check", "Say what a server would misread of an adapter.")
     findings = portable.check(options.adapter, options.target, max_rank=options.max_rank)
     for finding in findings:
         say(str(finding))

@@ -20,14 +20,16 @@ from phicore.adapters.config import LoRAConfig
 from phicore.cli import version_of
 from phicore.cli.console import gigabytes, say, stage, table
 from phicore.cli.options import parse_everywhere
+from phicore.cli.start import accepted, check_options, read_data
 from phicore.training import distributed
 from phicore.training.checkpoint import latest_checkpoint, read_state
-from phicore.training.config import TrainConfig
+from phicore.training.config import TrainConfig, fixed_settings
 from phicore.training.data import TokenDataset, load_dataset
 from phicore.training.encoding import prompt_and_reference
 from phicore.training.metrics import peak_memory_bytes
 from phicore.training.output import after_restart
 from phicore.training.precision import DTYPES, choose_dtype
+from phicore.training.resume import changed_settings
 from phicore.training.scoring import exact_match, span_f1
 from phicore.training.watch import Watch
 
@@ -90,8 +92,8 @@ class FinetuneOptions:
     """Tokens an answer may have."""
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of weights and products. auto: bfloat16 on GPUs that have it and on CPUs where it measures at least 1.2 times as
-    fast as float32, float32 elsewhere."""
+    """Of weights and products. auto: that of a run that is resumed; float32 for method full; else bfloat16 on GPUs that
+    have it and on CPUs where it measures at least 1.2 times as fast as float32, float32 elsewhere."""
 
     block_size: int = 64
     """Weights that share a scale in NF4."""
@@ -139,33 +141,37 @@ def finetune(options: FinetuneOptions) -> dict[str, Any]:
             options = distributed.everywhere(lambda: _with_deepspeed(options, deepspeed))
         options = replace(options, train=after_restart(options.train))
         output = Path(options.train.output)
+        distributed.everywhere(lambda: check_options(options))
+        examples = distributed.everywhere(lambda: read_data(options))
         if options.threads:
             torch.set_num_threads(options.threads)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype, why = distributed.on_first_rank(lambda: compute_dtype(options, device))
+        identity = distributed.everywhere(lambda: _identity(options, dtype))
+    settings = {**fixed_settings(options.train), "examples": examples, **identity}
     ranks = distributed.world_size()
     several = f", on {ranks} ranks" if ranks > 1 else ""
     say(f"computing in {str(dtype).removeprefix('torch.')} on {device}{several}: {why}")
-    with watch.during("loading the model and the data"):
-        with stage(f"loading {options.model}"):
-            model, tokenizer = distributed.everywhere(lambda: load_model(options.model, dtype))
-            torch.nn.Module.to(model, device)
-        train_data, eval_data = distributed.everywhere(lambda: _load_data(options, tokenizer))
-        base_bytes_before = _bytes(model)
-        with stage(f"preparing the model for {options.method}"):
-            distributed.everywhere(lambda: adapt(model, options))
-    trained_parameters = [p for p in model.parameters() if p.requires_grad]
-    trainable = sum(p.numel() for p in trained_parameters)
-    base_bytes_after = _bytes(model)
-    if options.method != "full":
-        base_bytes_after -= sum(p.nbytes for p in trained_parameters)
-    say(f"model: {gigabytes(base_bytes_before)} before, {gigabytes(base_bytes_after)} after")
-    say(f"{options.method}: {trainable:,} trainable parameters")
+    with accepted(options.train, settings, watch):
+        with watch.during("loading the model and the data"):
+            with stage(f"loading {options.model}"):
+                model, tokenizer = distributed.everywhere(lambda: load_model(options.model, dtype))
+                torch.nn.Module.to(model, device)
+            train_data, eval_data = distributed.everywhere(lambda: _load_data(options, tokenizer))
+            base_bytes_before = _bytes(model)
+            with stage(f"preparing the model for {options.method}"):
+                distributed.everywhere(lambda: adapt(model, options))
+        trained_parameters = [p for p in model.parameters() if p.requires_grad]
+        trainable = sum(p.numel() for p in trained_parameters)
+        base_bytes_after = _bytes(model)
+        if options.method != "full":
+            base_bytes_after -= sum(p.nbytes for p in trained_parameters)
+        say(f"model: {gigabytes(base_bytes_before)} before, {gigabytes(base_bytes_after)} after")
+        say(f"{options.method}: {trainable:,} trainable parameters")
 
-    identity = _identity(options, dtype)
-    trainer = phicore.Trainer(model, options.train, train_data, eval_data, identity=identity)
-    with watch.during("the held-out examples before training"):
-        before = _held_out(options, trainer, tokenizer, eval_data, "before")
+        trainer = phicore.Trainer(model, options.train, train_data, eval_data, identity=identity)
+        with watch.during("the held-out examples before training"):
+            before = _before(options, settings, trainer, tokenizer, eval_data)
     trained = trainer.fit()
     with watch.during("writing what was trained"):
         if options.method == "full":
@@ -207,10 +213,8 @@ def finetune(options: FinetuneOptions) -> dict[str, Any]:
 
 def adapt(model: torch.nn.Module, options: FinetuneOptions) -> None:
     """Makes a loaded model what the method trains: in NF4, with adapters, or all of it."""
-    coded, loftq = options.method in ("qlora", "qdora"), options.adapter.init == "loftq"
-    if loftq and not coded:
-        raise ValueError(f"--init loftq codes the base to NF4; use --method qlora or qdora, not {options.method}")
-    if coded and not loftq:  # loftq codes what it adapts when it is attached
+    coded = options.method in ("qlora", "qdora")
+    if coded and options.adapter.init != "loftq":  # which codes what it adapts when it is attached
         phicore.quantize_(model, block_size=options.block_size, double_quant=options.double_quant)
     torch.manual_seed(options.train.seed)
     if options.method == "full":
@@ -275,7 +279,7 @@ def _identity(options: FinetuneOptions, dtype: torch.dtype) -> dict[str, Any]:
     nf4 = {"block_size": options.block_size, "double_quant": options.double_quant} if options.method[0] == "q" else {}
     return {
         "model": options.model,
-        "data_sha256": hashlib.sha256(Path(options.data).read_bytes()).hexdigest(),
+        "data_sha256": _sha256(options.data),
         "method": options.method,
         "sequence_length": options.sequence_length,
         "dtype": str(dtype).removeprefix("torch."),
@@ -284,21 +288,45 @@ def _identity(options: FinetuneOptions, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
+def _sha256(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
     """As JSON gives it back: lists for tuples, no dtypes."""
     return json.loads(json.dumps({k: v for k, v in values.items() if k not in ("dora", "adapter_dtype")}))
 
 
-def _held_out(options: FinetuneOptions, trainer: Any, tokenizer: Any, data: Any, when: str) -> dict[str, Any]:
-    """Scores and answers on the held-out data. Those before training are kept for a run that is resumed."""
+def _before(
+    options: FinetuneOptions, settings: dict[str, Any], trainer: Any, tokenizer: Any, data: Any
+) -> dict[str, Any]:
+    """`_held_out` before training. It is kept, with all that it depends on, for a run that is resumed: one with other
+    held-out settings computes it anew, from the same untrained model."""
     kept = Path(options.train.output) / "before.json"
+    asked = {name: getattr(options, name) for name in ("eval_limit", "answers", "max_new_tokens")}
+    asked["eval_data_sha256"] = _sha256(options.eval_data) if options.eval_data else None
+    asked = json.loads(json.dumps({**settings, **asked}))
 
     def read_kept() -> dict[str, Any] | None:
-        resuming = options.train.resume and latest_checkpoint(trainer.checkpoints) is not None
-        return json.loads(kept.read_text()) if when == "before" and resuming and kept.is_file() else None
+        if not (options.train.resume and latest_checkpoint(trainer.checkpoints) is not None and kept.is_file()):
+            return None
+        known = json.loads(kept.read_text())
+        if not (changed := changed_settings(known.get("settings", {}), asked)):
+            return known
+        if "settings" in known:
+            say(f"{kept} was written with other settings, and is made anew; {'; '.join(changed)}")
+        return None
 
     if (known := distributed.on_first_rank(read_kept)) is not None:
         return known
+    found = _held_out(options, trainer, tokenizer, data, "before")
+    if distributed.rank() == 0:
+        atomic.write_text(kept, json.dumps({"settings": asked, **found}))
+    return found
+
+
+def _held_out(options: FinetuneOptions, trainer: Any, tokenizer: Any, data: Any, when: str) -> dict[str, Any]:
+    """Scores and answers on the held-out data."""
     scores: dict[str, float | None] = {"eval_loss": None, "span_f1": None, "exact_match": None}
     answers: list[dict[str, str]] = []
     if data:
@@ -325,10 +353,7 @@ def _held_out(options: FinetuneOptions, trainer: Any, tokenizer: Any, data: Any,
         scores["span_f1"] = span_f1(texts, references)
         scores["exact_match"] = exact_match(texts, references)
         answers = [{"prompt": p, "reference": r, "answer": t} for (p, r), t in zip(pairs, texts, strict=True)]
-    found = {"scores": scores, "answers": answers}
-    if when == "before" and distributed.rank() == 0:
-        atomic.write_text(kept, json.dumps(found))
-    return found
+    return {"scores": scores, "answers": answers}
 
 
 @contextmanager

@@ -30,13 +30,20 @@ class GenerateOptions:
     """Put the prompt through the tokenizer's chat template, if it has one; otherwise it is continued as it stands."""
 
     quantize: bool = False
-    """Hold the model's linear layers in NF4, as the adapter was trained by qlora or qdora."""
+    """Round the model's linear layers to NF4, as qlora and qdora train over them; give the run's block_size and
+    double_quant. With an adapter, the layers that it adapts are dense again once it is merged into them."""
+
+    block_size: int = 64
+    """Weights that share a scale in NF4."""
+
+    double_quant: bool = True
+    """Hold NF4's scales in 8 bits."""
 
     max_new_tokens: int = 128
     """Tokens an answer may have."""
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of weights and products; auto as in `phicore finetune`."""
+    """Of weights and products; auto as in `phicore finetune` with an adapter."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -56,7 +63,7 @@ def answers(options: GenerateOptions) -> list[str]:
     model, tokenizer = load_model(options.model, dtype)
     torch.nn.Module.to(model, device)
     if options.quantize:
-        phicore.quantize_(model)
+        phicore.quantize_(model, block_size=options.block_size, double_quant=options.double_quant)
     if options.adapter is not None:
         phicore.load_adapter(model, options.adapter)
         phicore.merge(model)

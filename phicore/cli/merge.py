@@ -13,7 +13,10 @@ from phicore.training.precision import DTYPES
 @dataclass(kw_only=True)
 class MergeOptions:
     model: str
-    """Model directory, .gguf file, or name on the hub: the base that the adapter was trained on."""
+    """Model directory, .gguf file, or name on the hub: the base that the adapter was trained on. For one of qlora
+    or qdora, either the full-precision model, which lacks the NF4 rounding that the adapter was trained with (so its
+    answers differ a little), or what `phicore quantize` writes of that with the run's block_size and double_quant: this
+    gives the trained model itself, its adapted layers dense and the others in NF4."""
 
     adapter: str
     """Directory of an adapter in PEFT's format."""
@@ -30,7 +33,7 @@ class MergeOptions:
 
 def main(arguments: Sequence[str]) -> None:
     """Parses and merges."""
-    merge(parse(MergeOptions, arguments, "merge", "Fold an adapter into a 16- or 32-bit model directory."))
+    merge(parse(MergeOptions, arguments, "merge", "Fold an adapter into its base, and write a model directory."))
 
 
 def merge(options: MergeOptions) -> None:

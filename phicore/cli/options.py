@@ -113,6 +113,8 @@ def file_arguments(path: str) -> list[str]:
             entries = yaml.safe_load(text) or {}
         else:
             raise ValueError("a config file's name must end in .toml, .yaml or .yml")
+    except ImportError:  # says nothing of the file
+        raise
     except Exception as error:  # yaml.YAMLError and tomllib's errors have no common base but Exception
         raise ValueError(f"{path}: {error}") from error
     if not isinstance(entries, dict):

@@ -8,6 +8,7 @@ import torch
 from phicore.cli.console import gigabytes, say, table
 from phicore.cli.finetune import FinetuneOptions, adapt, compute_dtype
 from phicore.cli.options import parse
+from phicore.cli.start import check_options
 from phicore.training.memory import StepMemory, step_memory
 
 
@@ -33,6 +34,7 @@ def plan(options: PlanOptions) -> StepMemory:
     """
     from phicore.formats.huggingface import meta_model, model_config
 
+    check_options(options)
     train, ranks = options.train, options.ranks
     dtype, why = compute_dtype(options, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     say(f"computing in {str(dtype).removeprefix('torch.')}: {why}")

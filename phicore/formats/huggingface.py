@@ -362,9 +362,10 @@ def import_transformers(*, gguf: bool = False) -> Any:
             import accelerate  # noqa: F401
             import gguf as _  # noqa: F401
     except ImportError as error:
+        missing = isinstance(error, ModuleNotFoundError) and error.name and "." not in error.name
+        why = f"{error.name}, which is not installed" if missing else f"a package that does not import ({error})"
         raise ImportError(
-            f"reading and writing model directories needs {error.name}, which is not installed; "
-            f"install it with: pip install 'phicore[hf]'"
+            f"reading and writing model directories needs {why}; in phicore's checkout: pip install -e '.[hf]'"
         ) from error
     return transformers
 

@@ -1,5 +1,7 @@
 """generate, merge and quantize on a tiny model with a trained adapter, and the command line itself."""
 
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import phicore
-from phicore.cli import COMMANDS, main, version_of
+from phicore.cli import COMMANDS, PACKAGES, main, version_of
 from phicore.cli.generate import GenerateOptions, answers
 from phicore.formats.huggingface import load_model
 
@@ -74,6 +76,62 @@ def test_generate_answers_each_prompt_with_and_without_adapter(
     assert capsys.readouterr().out == "".join(answer + "\n" for answer in adapted)
 
 
+CODING = ["--block-size", "32", "--no-double-quant"]
+
+
+@pytest.fixture(scope="module")
+def over_nf4(tiny_model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A QDoRA adapter of some layers, over NF4 that is not the default."""
+    output = tmp_path_factory.mktemp("over_nf4")
+    arguments = [
+        "finetune", "--model", str(tiny_model), "--data", str(data), "--output", str(output), "--method", "qdora",
+        "--steps", "8", "--learning-rate", "5e-2", "--warmup-steps", "0", "--dtype", "float32", *CODING,
+        "--target-modules", "q_proj", "down_proj",
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    return output / "adapter"
+
+
+def trained_model(tiny_model: Path, over_nf4: Path) -> torch.nn.Module:
+    model, _ = load_model(str(tiny_model), torch.float32)
+    phicore.quantize_(model, block_size=32, double_quant=False)
+    phicore.load_adapter(model, over_nf4)
+    return model
+
+
+def test_generate_answers_over_the_nf4_that_was_trained(
+    tiny_model: Path, over_nf4: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[torch.nn.Module] = []
+
+    def keep(model: torch.nn.Module, _: object, prompts: list[str], *__: object, **___: object) -> list[str]:
+        made.append(model)
+        return prompts
+
+    monkeypatch.setattr("phicore.training.generation.generate", keep)
+    generate = ["generate", "--model", str(tiny_model), "--prompt", "1 Elm St", "--dtype", "float32", "--quantize"]
+    assert main([*generate, "--adapter", str(over_nf4), *CODING]) == 0
+    assert main([*generate, "--adapter", str(over_nf4)]) == 0
+    expected = logits(trained_model(tiny_model, over_nf4))
+    torch.testing.assert_close(logits(made[0]), expected, atol=1e-5, rtol=1e-4)
+    assert (logits(made[1]) - expected).abs().max() > 1e-3
+
+
+def test_merging_into_the_quantized_base_gives_what_was_trained(
+    tiny_model: Path, over_nf4: Path, tmp_path: Path
+) -> None:
+    quantize = ["quantize", "--model", str(tiny_model), "--output", str(tmp_path / "nf4"), "--dtype", "float32"]
+    assert main([*quantize, *CODING]) == 0
+    expected = logits(trained_model(tiny_model, over_nf4))
+    for base, equal in ((tmp_path / "nf4", True), (tiny_model, False)):
+        output = tmp_path / f"merged into {base.name}"
+        merge = ["merge", "--model", str(base), "--adapter", str(over_nf4), "--dtype", "float32"]
+        assert main([*merge, "--output", str(output)]) == 0
+        merged, _ = load_model(str(output), torch.float32)
+        assert sum(isinstance(module, phicore.NF4Linear) for module in merged.modules()) == (10 if equal else 0)
+        assert torch.allclose(logits(merged), expected, atol=1e-5, rtol=1e-4) == equal
+
+
 def test_an_adapter_that_does_not_fit_is_refused(
     tiny_model: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -106,6 +164,7 @@ def test_help_tells_of_every_option(command: str, capsys: pytest.CaptureFixture[
 def test_usage_and_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     assert main(["--help"]) == 0
+    assert "phicore --version" in capsys.readouterr().out
     assert main(["finetun"]) == 2
     assert 'no command "finetun"' in capsys.readouterr().err
     (tmp_path / "c.toml").write_text("learning_rat = 1\n")
@@ -121,6 +180,58 @@ def test_usage_and_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_runs_as_a_module() -> None:
     run = subprocess.run([sys.executable, "-m", "phicore", "--version"], capture_output=True, text=True, check=True)
     assert run.stdout.strip()
+
+
+@pytest.mark.parametrize("kind", [ValueError, TypeError, OSError, FloatingPointError, ImportError, NotImplementedError])
+def test_what_a_user_can_mend_is_told_in_a_line(
+    kind: type[Exception], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(_: object) -> None:
+        raise kind("this is not\n    taken")
+
+    monkeypatch.setattr("phicore.cli.check.main", refuse)
+    assert main(["check"]) == 1
+    assert capsys.readouterr().err == "phicore check: this is not taken\n"
+    monkeypatch.setenv("PHICORE_TRACEBACK", "1")
+    with pytest.raises(kind):
+        main(["check"])
+
+
+def test_a_mistake_of_phicores_own_has_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("phicore.cli.check.main", lambda _: {}["absent"])
+    with pytest.raises(KeyError):
+        main(["check"])
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["check", "--help"]], ids=" ".join)
+def test_output_that_nobody_reads_ends_quietly(arguments: list[str]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "phicore", *arguments]
+    run = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (run.returncode, run.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("package", ["tyro", "yaml"])
+def test_a_missing_extra_is_named_with_what_installs_it(
+    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    if package == "tyro":  # imported with the command
+        monkeypatch.delitem(sys.modules, "phicore.cli.check", raising=False)
+    (tmp_path / "c.yaml").write_text("target: vllm\n")
+    assert main(["check", "--config", str(tmp_path / "c.yaml")]) == 1
+    message = capsys.readouterr().err
+    assert message.startswith(f"phicore check: the commands need {package}, which is not installed; ")
+    assert "pip install -e '.[cli]'" in message
+
+
+def test_what_the_extra_brings_is_what_is_looked_for() -> None:
+    extras = re.search(r"^cli = \[(.*)\]$", (Path(__file__).parents[2] / "pyproject.toml").read_text(), re.MULTILINE)
+    assert extras is not None
+    names = {re.match(r"\w+", given)[0] for given in re.findall(r'"(.+?)"', extras[1])}  # type: ignore[index]
+    assert {name.replace("pyyaml", "yaml") for name in names} == set(PACKAGES)
 
 
 def test_a_checkout_that_is_not_installed_has_no_version_and_runs() -> None:

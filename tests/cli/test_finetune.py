@@ -72,8 +72,9 @@ def test_loftq_codes_what_it_adapts(tiny_model: Path, data: Path, tmp_path: Path
 
 
 def test_full_writes_a_model_that_loads(tiny_model: Path, data: Path, tmp_path: Path) -> None:
-    assert run(tiny_model, data, tmp_path, "--method", "full", "--eval-data", str(data)) == 0
+    assert run(tiny_model, data, tmp_path, "--method", "full", "--eval-data", str(data), "--dtype", "auto") == 0
     result = json.loads((tmp_path / "result.json").read_text())
+    assert result["dtype"] == "float32"  # whatever the machine
     assert result["eval_loss_after"] < result["eval_loss_before"]
     model, _ = load_model(str(tmp_path / "model"), torch.float32)
     assert result["trainable_parameters"] == sum(p.numel() for p in model.parameters())
@@ -113,6 +114,109 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(
     assert all(torch.equal(cut[key], whole[key]) for key in whole)
 
 
+HELD_OUT = ["--eval-limit", "6", "--answers", "3", "--max-new-tokens", "4"]
+
+
+def figures(output: Path, when: str) -> dict[str, float]:
+    result = json.loads((output / "result.json").read_text())
+    return {name: result[f"{name}_{when}"] for name in ("eval_loss", "span_f1", "exact_match")}
+
+
+def test_a_resumed_run_has_the_figures_from_before_the_first(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    options = ["--method", "lora", "--eval-data", str(data), *HELD_OUT]
+    assert run(tiny_model, data, tmp_path, *options) == 0
+    first, kept = figures(tmp_path, "before"), (tmp_path / "before.json").read_bytes()
+    assert first["eval_loss"] != figures(tmp_path, "after")["eval_loss"]
+    assert run(tiny_model, data, tmp_path, *options, "--resume") == 0
+    assert figures(tmp_path, "before") == first
+    # what is kept is read, not made again
+    (tmp_path / "before.json").write_bytes(kept.replace(b'"span_f1": 0.0', b'"span_f1": 0.25'))
+    assert run(tiny_model, data, tmp_path, *options, "--resume") == 0
+    assert figures(tmp_path, "before") == first | {"span_f1": 0.25}
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--answers", "5"], "answers: 3 then, 5 now"),
+        (["--eval-limit", "4"], "eval_limit: 6 then, 4 now"),
+        (["--max-new-tokens", "7"], "max_new_tokens: 4 then, 7 now"),
+        (["--eval-data", "another"], "eval_data_sha256: "),
+    ],
+    ids=lambda more: more[0] if isinstance(more, list) else "",
+)
+def test_a_run_resumed_with_other_held_out_settings_compares_like_with_like(
+    more: list[str], said: str, tiny_model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    another = tmp_path / "another.jsonl"
+    another.write_text("".join(line + "\n" for line in data.read_text("utf-8-sig").splitlines()[:2:-1]))
+    more = [str(another) if word == "another" else word for word in more]
+    # pissa changes the base: what is made anew is of the same changed base, not of the one that was loaded
+    options = ["--method", "qlora", "--init", "pissa", "--eval-data", str(data), *HELD_OUT]
+    assert run(tiny_model, data, tmp_path / "run", *options) == 0
+    assert run(tiny_model, data, tmp_path / "run", *options, *more, "--resume") == 0
+    assert said in capsys.readouterr().out
+    assert run(tiny_model, data, tmp_path / "from the start", *options, *more) == 0
+    assert figures(tmp_path / "run", "before") == figures(tmp_path / "from the start", "before")
+    answers = [(tmp_path / run / "answers.jsonl").read_text() for run in ("run", "from the start")]
+    assert answers[0] == answers[1]
+
+
+def no_model(*_: object) -> None:
+    raise AssertionError("the model was loaded")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ([], "holds a run"),
+        (["--resume", "--alpha", "7"], "alpha: 6.0 then, 7.0 now"),
+        (["--resume", "--steps", "9", "--answers", "5"], "steps: 4 then, 9 now"),
+        (["--resume", "--data", "shorter"], "examples: 12 then, 3 now"),
+    ],
+    ids=["new", "settings", "held out", "data"],
+)
+def test_a_refused_run_changes_nothing_and_loads_no_model(
+    more: list[str], message: str, tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    shorter = tmp_path / "shorter.jsonl"
+    shorter.write_text("".join(data.read_text("utf-8-sig").splitlines(keepends=True)[:3]))
+    more = [str(shorter) if word == "shorter" else word for word in more]
+    output, options = tmp_path / "run", ["--method", "lora", "--eval-data", str(data), *HELD_OUT]
+    assert run(tiny_model, data, output, *options) == 0
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    monkeypatch.setattr("phicore.formats.huggingface.load_model", no_model)
+    assert run(tiny_model, data, output, *options, *more) == 1
+    assert message in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+
+
+def test_an_output_is_one_runs_from_before_its_model_is_loaded(
+    tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tried: list[int] = []
+
+    def meanwhile(*of: object) -> object:
+        if not tried:
+            tried.append(run(tiny_model, data, tmp_path, "--overwrite"))
+        return load_model(*of)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("phicore.formats.huggingface.load_model", meanwhile)
+    assert run(tiny_model, data, tmp_path) == 0
+    assert tried == [1]
+    assert "another run is at work in" in capsys.readouterr().err
+
+
+def test_overwriting_leaves_the_old_run_until_there_is_a_new_one(
+    tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(tiny_model, data, tmp_path) == 0
+    assert run(tiny_model, data, tmp_path, "--overwrite", "--target-modules", "q_prj") == 1
+    assert run(tiny_model, data, tmp_path, "--resume") == 0
+    assert run(tiny_model, data, tmp_path, "--overwrite") == 0
+
+
 def test_resuming_with_changed_settings_lists_them(
     tiny_model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -147,10 +251,8 @@ def test_options_from_a_file_and_what_is_typed_wins(suffix: str, tiny_model: Pat
     ("arguments", "message"),
     [
         (["--target-modules", "q_prj"], 'no module matches target "q_prj"; did you mean q_proj'),
-        (["--init", "loftq", "--method", "lora"], "--init loftq codes the base to NF4; use --method qlora or qdora"),
         (["--rank", "0"], "rank must be a whole number above 0, got 0"),
         (["--model", "./nowhere"], 'no such file or directory: "./nowhere"'),
-        (["--data", "./nowhere.jsonl"], "nowhere.jsonl"),
         (["--sequence-length", "3"], "raise the sequence length"),
     ],
 )
@@ -165,6 +267,43 @@ def test_what_is_refused_is_named(
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run" / "adapter").exists()
     assert not (tmp_path / "run" / "result.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "./nowhere.jsonl"], '--data: no such file: "./nowhere.jsonl"'),
+        (["--data", "."], '--data: not a plain file: "."'),
+        (["--eval-data", "./nowhere.jsonl"], '--eval-data: no such file: "./nowhere.jsonl"'),
+        (["--eval-data", "broken"], "broken.jsonl, line 1: invalid JSON"),
+        (["--eval-every", "2"], "--eval-every is 2, but there is no --eval-data"),
+        (["--eval-limit", "0"], "--eval-limit must be at least 1, got 0"),
+        (["--answers", "-1"], "--answers must be at least 0, got -1"),
+        (["--sequence-length", "0"], "--sequence-length must be at least 1, got 0"),
+        (["--block-size", "48"], "block_size must be one of"),
+        (["--init", "loftq", "--method", "lora"], "--init loftq codes the base to NF4"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_needs_no_model_is_refused_before_it_is_loaded(
+    arguments: list[str], message: str, tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    (tmp_path / "broken.jsonl").write_text("{")
+    arguments = [str(tmp_path / "broken.jsonl") if word == "broken" else word for word in arguments]
+    monkeypatch.setattr("phicore.formats.huggingface.load_model", no_model)
+    assert run(tiny_model, data, tmp_path / "run", *arguments) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_used_at_the_end_is_looked_for_at_the_start(
+    tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("phicore.cli.start.LAST", ("rich", "phicore_of_nobody"))
+    assert run(tiny_model, data, tmp_path / "run") == 1
+    assert "the commands need phicore_of_nobody, which is not installed" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -53,9 +53,9 @@ def end(log: Path, ranks: list[Any]) -> tuple[list[int], list[str]]:
     return [one.exitcode for one in ranks], [Path(f"{log} {rank}").read_text() for rank in range(2)]
 
 
-def test_an_error_is_told_once_or_by_its_rank(tmp_path: Path) -> None:
+def test_an_error_is_told_once_or_by_its_rank(tmp_path: Path, data: Path) -> None:
     def arguments(run: str, *more: str) -> list[str]:
-        where = ["--model", "m", "--data", "d", "--output", str(tmp_path / "runs" / run), "--dtype", "float32"]
+        where = ["--model", "m", "--data", str(data), "--output", str(tmp_path / "runs" / run), "--dtype", "float32"]
         return ["finetune", *where, "--first-step-timeout", "60", *more]
 
     a, b, c, d, e = (arguments(run) for run in "abcde")

@@ -15,7 +15,7 @@ import transformers
 from torch import Tensor, nn
 
 import phicore
-from phicore.formats.huggingface import convert_gguf, find_model, load_model, save_model
+from phicore.formats.huggingface import convert_gguf, find_model, import_transformers, load_model, save_model
 from phicore.training.generation import generate
 from tests.chat_tokenizers import chat_tokenizer
 from tests.tied_llama import PROMPTS, VOCABULARY, tied_llama
@@ -238,8 +238,18 @@ def test_a_file_that_is_not_gguf(tmp_path: Path) -> None:
 def test_a_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
     (tmp_path / "some.gguf").write_bytes(b"")
     monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(ImportError, match=r"pip install 'phicore\[hf\]'"):
+    with pytest.raises(ImportError, match=r"pip install -e '\.\[hf\]'"):
         load_model(str(tmp_path), torch.float32)
+
+
+def test_a_package_that_is_there_and_does_not_import_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "packages/transformers"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("raise ImportError('tokenizers is too old')")
+    monkeypatch.syspath_prepend(broken.parent)
+    monkeypatch.delitem(sys.modules, "transformers")
+    with pytest.raises(ImportError, match=r"needs a package that does not import \(tokenizers is too old\)"):
+        import_transformers()
 
 
 # ===== GGUF =====

@@ -1,0 +1,101 @@
+"""What finetune refuses before it loads a model: options, files, and an output that another run holds."""
+
+import importlib.util
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from phicore.cli import needs
+from phicore.nf4.tensor import check_block_size
+from phicore.training import distributed
+from phicore.training.checkpoint import read_state
+from phicore.training.config import TrainConfig
+from phicore.training.output import hold_output, prepare_output
+from phicore.training.records import read_records
+from phicore.training.resume import changed_settings
+from phicore.training.watch import Watch
+
+if TYPE_CHECKING:
+    from phicore.cli.finetune import FinetuneOptions
+
+LAST = ("matplotlib", "rich")  # packages that are first used when training is over
+
+
+def check_options(options: "FinetuneOptions") -> None:
+    """Refuses what can be seen to be wrong without the model and the data.
+
+    Raises:
+        ValueError: a number out of its range, or options that exclude or need each other; they are named.
+    """
+    if options.adapter.init == "loftq" and options.method not in ("qlora", "qdora"):
+        raise ValueError(f"--init loftq codes the base to NF4; use --method qlora or qdora, not {options.method}")
+    for name, least in (
+        ("sequence_length", 1),
+        ("eval_limit", 1),
+        ("answers", 0),
+        ("max_new_tokens", 1),
+        ("threads", 0),
+    ):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    check_block_size(options.block_size)
+
+
+def read_data(options: "FinetuneOptions") -> int:
+    """Reads the data once for what is wrong with it; how many training examples there are.
+
+    Raises:
+        FileNotFoundError: a file is not there, or is no plain file; the option is named.
+        ValueError: a line that is no record, naming option, file and line; or --eval-every without --eval-data.
+        ImportError: a package is missing that would be used at the end only.
+    """
+    for package in LAST:
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(needs(package))
+    if options.train.eval_every and not options.eval_data:
+        raise ValueError(f"--eval-every is {options.train.eval_every}, but there is no --eval-data to evaluate on")
+    examples = _count("--data", options.data)
+    if options.eval_data:
+        _count("--eval-data", options.eval_data)
+    return examples
+
+
+def _count(option: str, path: str) -> int:
+    if not Path(path).is_file():  # a pipe could be read only once
+        what = "not a plain file" if Path(path).exists() else "no such file"
+        raise FileNotFoundError(f'{option}: {what}: "{path}"')
+    try:
+        return len(read_records(path))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{option}: {error}") from error
+
+
+@contextmanager
+def accepted(train: TrainConfig, settings: Mapping[str, Any], watch: Watch) -> Iterator[None]:
+    """Within it no other run can take the output. A run that `Trainer.fit` would refuse there is refused at once, and
+    leaves what is there as it is.
+
+    Args:
+        train: says which output, and whether to resume or to overwrite; old checkpoints stay until `fit` starts.
+        settings: what must be as it was for the run to be resumed.
+        watch: of the run.
+
+    Raises:
+        FileExistsError, OSError, ValueError: see `Trainer.fit`.
+    """
+    output = Path(train.output)
+    with ExitStack() as held:
+        with watch.during("taking the output"):
+            release = distributed.everywhere(lambda: hold_output(output) if distributed.rank() == 0 else lambda: None)
+            held.callback(release)
+            distributed.on_first_rank(lambda: _refuse(train, settings))
+        yield
+
+
+def _refuse(train: TrainConfig, settings: Mapping[str, Any]) -> None:
+    newest = None if train.overwrite else prepare_output(train)
+    then = None if newest is None else read_state(newest)["settings"]  # None: another trainer's, which has none
+    if then is not None and (changed := changed_settings(then, settings)):
+        raise ValueError(f"{newest} was written with other settings; {'; '.join(changed)}")
