@@ -95,11 +95,13 @@ def _bias(model: nn.Module, name: str) -> str:
 def _tokens(model: nn.Module, name: str) -> list[int] | dict[str, list[int]] | None:
     """trainable_token_indices of an adapter: a list for the input embedding alone."""
     tokens = owners(list(adapter_layers(model, name)))
+    if not tokens:
+        return None
     try:
         alone = input_embedding(model, dict(model.named_modules(remove_duplicate=False)))
     except ValueError:
         alone = ""
-    return tokens[alone] if list(tokens) == [alone] else tokens or None
+    return tokens[alone] if list(tokens) == [alone] else tokens
 
 
 def _integer_if_whole(alpha: float) -> float | int:
