@@ -1,14 +1,20 @@
 """PEFT's format for models of which transformers or PEFT knows something: their embeddings, their tasks."""
 
+import json
+
 import pytest
 import torch
 import transformers
 
 import phicore
+from phicore.formats.peft import CONFIG
 from tests.formats.peft_files import load_in_peft
 
 SIZES = {"hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 2, "num_attention_heads": 4}
 TEXT = {"vocab_size": 48, "max_position_embeddings": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+LAYERS = {"layers": 2, "attention_heads": 4, "ffn_dim": 48}
+SIDES = {f"{side}_{what}": size for side in ("encoder", "decoder") for what, size in LAYERS.items()}
 
 
 def wav2vec2() -> torch.nn.Module:
@@ -28,5 +34,76 @@ def test_a_model_without_an_embedding_of_its_input(tmp_path, randomize):
     assert not torch.allclose(expected, wav2vec2()(sound).logits)
     torch.testing.assert_close(phicore.load_adapter(wav2vec2(), tmp_path)(sound).logits, expected)
     torch.testing.assert_close(load_in_peft(wav2vec2(), tmp_path)(sound).logits, expected)
-    with pytest.raises(ValueError, match="does not say which embedding is its input's.*no embeddings"):
+    with pytest.raises(ValueError, match=r"does not say which embedding is its input's.*no embeddings"):
         phicore.attach(wav2vec2(), phicore.LoRAConfig(trainable_token_indices=[3]))
+
+
+def written_task(directory) -> str | None:
+    return json.loads((directory / CONFIG).read_text())["task_type"]
+
+
+@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "head", "task"),
+    [
+        ("BertForSequenceClassification", "classifier", "SEQ_CLS"),
+        ("BertForTokenClassification", "classifier", "TOKEN_CLS"),
+        ("BertForQuestionAnswering", "qa_outputs", "QUESTION_ANS"),
+        ("LlamaForSequenceClassification", "score", "SEQ_CLS"),
+    ],
+)
+def test_a_task_is_written_only_with_the_heads_that_peft_adds_for_it(tmp_path, randomize, kind, head, task, saved):
+    def base() -> torch.nn.Module:
+        torch.manual_seed(0)
+        config = transformers.BertConfig if kind.startswith("Bert") else transformers.LlamaConfig
+        return getattr(transformers, kind)(config(**SIZES, **TEXT)).eval()
+
+    targets = ["query"] if kind.startswith("Bert") else ["q_proj"]
+    config = phicore.LoRAConfig(rank=4, target_modules=targets, modules_to_save=[head] if saved else [])
+    model = randomize(phicore.attach(base(), config))
+    phicore.save_adapter(model, tmp_path)
+    assert written_task(tmp_path) == (task if saved else None)
+    ids = torch.arange(1, 13).view(2, 6)
+    torch.testing.assert_close(load_in_peft(base(), tmp_path)(input_ids=ids)[0], model(input_ids=ids)[0])
+
+
+def bart():
+    return transformers.BartForConditionalGeneration(transformers.BartConfig(d_model=32, **SIDES, **TEXT))
+
+
+def whisper():
+    lengths = {"num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 32}
+    config = transformers.WhisperConfig(d_model=32, **SIDES, **lengths, decoder_start_token_id=1, **TEXT)
+    return transformers.WhisperForConditionalGeneration(config)
+
+
+def llava():
+    vision = {"model_type": "clip_vision_model", "image_size": 16, "patch_size": 8, **SIZES}
+    text = {"model_type": "llama", **SIZES, **TEXT}
+    config = transformers.LlavaConfig(
+        vision_config=vision, text_config=text, image_token_id=47, vision_feature_layer=-1
+    )
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+DECODED = torch.arange(1, 9).view(2, 4)
+IMAGES = torch.linspace(-1, 1, 2 * 3 * 16 * 16).view(2, 3, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("build", "inputs", "task"),
+    [
+        (bart, {"input_ids": DECODED, "decoder_input_ids": DECODED}, "SEQ_2_SEQ_LM"),
+        (whisper, {"input_features": torch.linspace(-1, 1, 512).view(2, 8, 32), "decoder_input_ids": DECODED}, None),
+        (llava, {"input_ids": torch.tensor([[5, 47, 47, 47, 47, 9]] * 2), "pixel_values": IMAGES}, "CAUSAL_LM"),
+    ],
+)
+def test_the_task_is_that_whose_class_of_peft_calls_the_model(tmp_path, randomize, build, inputs, task):
+    def base() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return build().eval()
+
+    model = randomize(phicore.attach(base(), phicore.LoRAConfig(rank=4, target_modules=["q_proj", "v_proj"])))
+    phicore.save_adapter(model, tmp_path)
+    assert written_task(tmp_path) == task
+    torch.testing.assert_close(load_in_peft(base(), tmp_path)(**inputs).logits, model(**inputs).logits)
