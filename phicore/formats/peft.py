@@ -17,10 +17,9 @@ from phicore import atomic
 from phicore.adapters.attach import adapter_layers, attach, merged_layers, plan
 from phicore.adapters.config import LoRAConfig
 from phicore.adapters.dora import DoRALayer
-from phicore.adapters.embedding import LowRankEmbedding
 from phicore.adapters.experts import LoRAExperts
 from phicore.adapters.lora import LowRankLayer
-from phicore.adapters.tied import TiedHead, owners_of_tied
+from phicore.adapters.tied import owners_of_tied, shared_pair
 from phicore.adapters.trained import TrainedPart
 from phicore.formats.peft_config import adapter_config, differences, lora_config
 from phicore.formats.peft_fields import CONFIG, WEIGHTS, read_config, read_raw_config
@@ -175,32 +174,32 @@ def _drop_tables(model: nn.Module, tensors: dict[str, Tensor], directory: Path) 
 def _check_tied(
     model: nn.Module, config: LoRAConfig | None, name: str, tensors: dict[str, Tensor], directory: Path
 ) -> None:
-    """Raises ValueError where one pair is to be loaded for an embedding and its head, and the file has two."""
+    """Raises ValueError where one pair is to be loaded for tied layers, and the file has several."""
+    tied: dict[str, str] = {}  # name of a layer -> of the first with the same pair
     if config is None:
-        heads = {path: layer for path, layer in adapter_layers(model, name) if isinstance(layer, TiedHead)}
-        places = {
-            path: other
-            for path, head in heads.items()
-            for other, layer in adapter_layers(model, name)
-            if isinstance(layer, LowRankEmbedding) and layer.lora_A is head.embedding_A
-        }
-    else:
-        targets = plan(model, config)[0]
-        tied = owners_of_tied(model, targets) if config.ensure_weight_tying else {}
-        places = {path: first for path, first in tied.items() if not LowRankEmbedding.fits(targets[path])}
-    for path, first in places.items():
-        head = [tensors[f"{PREFIX}{path}.lora_{part}.weight"] for part in "AB"]
-        embedding = [tensors[f"{PREFIX}{first}.lora_embedding_{part}"] for part in "BA"]
-        keys = [f"{PREFIX}{one}.lora_magnitude_vector" for one in (path, first)]
-        magnitudes = [tensors[key].flatten() for key in keys if key in tensors]
-        if not (
-            all(torch.equal(one, other.t().to(one.dtype)) for one, other in zip(head, embedding, strict=True))
-            and (not magnitudes or torch.equal(*magnitudes))
-        ):
+        first: dict[nn.Parameter, str] = {}
+        for path, layer in adapter_layers(model, name):
+            if (pair := shared_pair(layer)) is not None:
+                tied[path] = first.setdefault(pair, path)
+    elif config.ensure_weight_tying:
+        tied = owners_of_tied(model, plan(model, config)[0])
+    for path, owner in tied.items():
+        here, there = _table_pair(tensors, path), _table_pair(tensors, owner)
+        if here and not all(torch.equal(one, other.to(one.dtype)) for one, other in zip(here, there, strict=True)):
             raise ValueError(
-                f"{directory}: ensure_weight_tying means one pair for {first} and {path}, and the file has two that "
+                f"{directory}: ensure_weight_tying means one pair for {owner} and {path}, and the file has two that "
                 f"differ; load it into a model without this adapter, with ensure_weight_tying false in {CONFIG}"
             )
+
+
+def _table_pair(tensors: dict[str, Tensor], path: str) -> list[Tensor]:
+    """A [rank, num] and B [dim, rank] of an embedding or a tied head of a file, and the magnitude; none for a layer
+    that is filed under another name."""
+    keys = [f"{PREFIX}{path}.lora_embedding_{part}" for part in "AB"]
+    head = [f"{PREFIX}{path}.lora_{part}.weight" for part in "BA"]
+    pair = [tensors[key] for key in keys if key in tensors] or [tensors[key].t() for key in head if key in tensors]
+    magnitude = f"{PREFIX}{path}.lora_magnitude_vector"
+    return pair + ([tensors[magnitude].flatten()] if magnitude in tensors else [])
 
 
 def _check_keys(expected: dict[str, Tensor], tensors: dict[str, Tensor], directory: Path) -> None:

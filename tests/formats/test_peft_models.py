@@ -2,13 +2,14 @@
 
 import json
 
+import peft
 import pytest
 import torch
 import transformers
 
 import phicore
-from phicore.formats.peft import CONFIG
-from tests.formats.peft_files import load_in_peft
+from phicore.formats.peft import CONFIG, PREFIX
+from tests.formats.peft_files import edit_tensors, load_in_peft
 
 SIZES = {"hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 2, "num_attention_heads": 4}
 TEXT = {"vocab_size": 48, "max_position_embeddings": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -107,3 +108,26 @@ def test_the_task_is_that_whose_class_of_peft_calls_the_model(tmp_path, randomiz
     phicore.save_adapter(model, tmp_path)
     assert written_task(tmp_path) == task
     torch.testing.assert_close(load_in_peft(base(), tmp_path)(**inputs).logits, model(**inputs).logits)
+
+
+# ===== tables that several layers read =====
+
+
+def test_different_pairs_for_the_places_of_one_table_are_named(tmp_path, unchanged):
+    """PEFT keeps a pair for each of the three embeddings of an encoder-decoder, which its training moves apart."""
+    torch.manual_seed(0)
+    targets = ["q_proj", "lm_head"]
+    config = peft.LoraConfig(r=4, target_modules=targets, ensure_weight_tying=True, init_lora_weights=False)
+    other = peft.get_peft_model(bart().eval(), config)
+    other.save_pretrained(tmp_path, save_embedding_layers=False)
+    fresh, attached = bart().eval(), bart().eval()
+    options = {"rank": 4, "alpha": 8, "ensure_weight_tying": True}
+    phicore.attach(attached, phicore.LoRAConfig(target_modules=["model.shared", "q_proj"], **options))
+    for model in (fresh, attached):
+        with unchanged(model), pytest.raises(ValueError, match=r"one pair for model\.shared and model\.encoder\.embed"):
+            phicore.load_adapter(model, tmp_path)
+    first = f"{PREFIX}model.shared.lora_embedding_"
+    edit_tensors(tmp_path, lambda file: {k: file[first + k[-1]].clone() if "embed_" in k else file[k] for k in file})
+    for model in (fresh, attached):
+        phicore.load_adapter(model, tmp_path)
+        assert model.lm_head.embedding_A is model.model.shared.lora_A is model.model.encoder.embed_tokens.lora_A
