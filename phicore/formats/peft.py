@@ -21,6 +21,7 @@ from phicore.adapters.experts import LoRAExperts
 from phicore.adapters.lora import LowRankLayer
 from phicore.adapters.tied import owners_of_tied, shared_pair
 from phicore.adapters.trained import TrainedPart
+from phicore.formats.peft_advice import advice
 from phicore.formats.peft_config import adapter_config, differences, lora_config
 from phicore.formats.peft_fields import CONFIG, WEIGHTS, read_config, read_raw_config
 from phicore.formats.peft_keys import (
@@ -107,7 +108,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str 
         config = lora_config(model, raw, tensors, parts)
         expected = expected_tensors(model, config)
     _drop_tables(model, tensors, directory)
-    _check_keys(expected, tensors, directory)
+    _check_keys(model, raw, expected, tensors, directory)
     check_parts(model, config, name, tensors, directory)
     _check_tied(model, config, name, tensors, directory)
     if config is not None:
@@ -202,7 +203,9 @@ def _table_pair(tensors: dict[str, Tensor], path: str) -> list[Tensor]:
     return pair + ([tensors[magnitude].flatten()] if magnitude in tensors else [])
 
 
-def _check_keys(expected: dict[str, Tensor], tensors: dict[str, Tensor], directory: Path) -> None:
+def _check_keys(
+    model: nn.Module, raw: dict[str, Any], expected: dict[str, Tensor], tensors: dict[str, Tensor], directory: Path
+) -> None:
     both = [(key, tensors[key], expected[key]) for key in sorted(expected.keys() & tensors.keys())]
     problems = [
         _listed("missing keys", sorted(expected.keys() - tensors.keys())),
@@ -226,7 +229,9 @@ def _check_keys(expected: dict[str, Tensor], tensors: dict[str, Tensor], directo
     ]
     if any(problems):
         raise ValueError(
-            f"{directory} does not fit the model, which is unchanged: " + "; ".join(filter(None, problems))
+            f"{directory} does not fit the model, which is unchanged: "
+            + "; ".join(filter(None, problems))
+            + advice(model, raw, tensors.keys() - expected.keys())
         )
 
 

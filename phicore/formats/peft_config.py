@@ -19,6 +19,7 @@ from phicore.adapters.lora import LowRankLayer, LowRankLinear
 from phicore.adapters.tied import shared_pair, tied_tables
 from phicore.adapters.token_rows import input_embedding, owners
 from phicore.adapters.trained import TrainedBias, has_bias
+from phicore.formats.peft_advice import advice
 from phicore.formats.peft_fields import DEFAULT_ALPHA, DEFAULT_RANK
 from phicore.formats.peft_keys import (
     PREFIX,
@@ -179,6 +180,7 @@ def lora_config(model: nn.Module, raw: dict[str, Any], tensors: dict[str, Tensor
         raise ValueError(
             f"no key of the adapter names a layer of {type(model).__name__}; keys start like {sorted(tensors)[:2]}, "
             f"the model's layers like {list(candidates)[:2]}, and each key must start with {PREFIX!r}"
+            f"{advice(model, raw, tensors)}"
         )
     # A pair's dtype before that of biases or whole modules, which PEFT leaves in the base's.
     floating = [t.dtype for _, t in sorted(tensors.items(), key=lambda item: ".lora_" not in item[0]) if _floats(t)]

@@ -1,15 +1,17 @@
-"""PEFT's format for models of which transformers or PEFT knows something: their embeddings, their tasks."""
+"""PEFT's format for models of which transformers or PEFT knows something: embeddings, tasks, ties, names of old."""
 
+import copy
 import json
 
 import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
 import phicore
-from phicore.formats.peft import CONFIG, PREFIX
-from tests.formats.peft_files import edit_tensors, load_in_peft
+from phicore.formats.peft import CONFIG, PREFIX, WEIGHTS
+from tests.formats.peft_files import edit, edit_tensors, load_in_peft, logits
 
 SIZES = {"hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 2, "num_attention_heads": 4}
 TEXT = {"vocab_size": 48, "max_position_embeddings": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -131,3 +133,66 @@ def test_different_pairs_for_the_places_of_one_table_are_named(tmp_path, unchang
     for model in (fresh, attached):
         phicore.load_adapter(model, tmp_path)
         assert model.lm_head.embedding_A is model.model.shared.lora_A is model.model.encoder.embed_tokens.lora_A
+
+
+def test_a_copy_trained_for_tied_layers_together_says_what_to_do(tmp_path, tiny, randomize, unchanged):
+    config = peft.LoraConfig(
+        r=4, lora_alpha=7, target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True
+    )
+    other = randomize(peft.get_peft_model(tiny("tied llama"), config, autocast_adapter_dtype=False)).eval()
+    other.save_pretrained(tmp_path)
+    model = tiny("tied llama")
+    with unchanged(model), pytest.raises(ValueError, match=r"add lm_head to modules_to_save and set ensure_weight_ty"):
+        phicore.load_adapter(model, tmp_path)
+    edit(tmp_path, modules_to_save=["embed_tokens", "lm_head"], ensure_weight_tying=False)
+    torch.testing.assert_close(logits(phicore.load_adapter(model, tmp_path)), logits(other))
+
+
+# ===== names that transformers or PEFT has changed =====
+
+
+@pytest.mark.parametrize("beside", [[], ["q_proj"]])
+def test_experts_by_number_are_to_be_saved_again_by_peft(tmp_path, tiny, unchanged, beside):
+    """A file from before transformers 5, which stacks the experts of Mixtral; PEFT translates it when it loads."""
+    generator, file = torch.Generator().manual_seed(0), {}
+    shapes = {f"block_sparse_moe.experts.{e}.{w}": s for e in range(4) for w, s in MIXTRAL.items()}
+    shapes |= {f"self_attn.{name}": (32, 32) for name in beside}
+    for path, (out, width) in {f"model.layers.{n}.{k}": s for n in (0, 1) for k, s in shapes.items()}.items():
+        for part, shape in (("A", (4, width)), ("B", (out, 4))):
+            file[f"{PREFIX}{path}.lora_{part}.weight"] = torch.randn(shape, generator=generator).double()
+    save_file(file, tmp_path / WEIGHTS)
+    fields = {"peft_type": "LORA", "r": 4, "lora_alpha": 7, "target_modules": [*MIXTRAL, *beside]}
+    (tmp_path / CONFIG).write_text(json.dumps(fields))
+    model = tiny("mixtral")
+    with unchanged(model), pytest.raises(ValueError, match=r"the file has an adapter for each expert.*save it again"):
+        phicore.load_adapter(model, tmp_path)
+    other = peft.PeftModel.from_pretrained(tiny("mixtral"), tmp_path, autocast_adapter_dtype=False).eval()
+    other.save_pretrained(tmp_path / "again")
+    torch.testing.assert_close(logits(phicore.load_adapter(model, tmp_path / "again")), logits(other))
+
+
+MIXTRAL = {"w1": (44, 32), "w2": (32, 44), "w3": (44, 32)}
+
+
+class Attending(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head = torch.nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.attention(x, x, x)[0])
+
+
+def test_pairs_within_an_attention_that_it_reads_past(tmp_path, unchanged):
+    """all-linear of PEFT adapts out_proj of an nn.MultiheadAttention (SigLIP's head), to no effect."""
+    base = Attending().eval()
+    config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    other = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    other.save_pretrained(tmp_path)
+    model = copy.deepcopy(base)
+    with unchanged(model), pytest.raises(ValueError, match=r"attention\.out_proj stands in an .* delete its keys"):
+        phicore.load_adapter(model, tmp_path)
+    edit_tensors(tmp_path, lambda file: {key: tensor for key, tensor in file.items() if "out_proj" not in key})
+    x = torch.linspace(-1, 1, 48).view(2, 3, 8)
+    torch.testing.assert_close(phicore.load_adapter(model, tmp_path)(x), other(x))
