@@ -6,6 +6,7 @@ adapter_config.json are in `peft_fields`, and what they say of a model's adapter
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from phicore.adapters.tied import owners_of_tied, shared_pair
 from phicore.adapters.trained import TrainedPart
 from phicore.formats.peft_advice import advice
 from phicore.formats.peft_config import adapter_config, differences, lora_config
+from phicore.formats.peft_conversion import MODEL_TYPE, misread
 from phicore.formats.peft_fields import CONFIG, WEIGHTS, read_config, read_raw_config
 from phicore.formats.peft_keys import (
     PREFIX,
@@ -53,12 +55,24 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str 
 
     Raises:
         ValueError: the model has no such adapter, or is merged.
+
+    Warns:
+        UserWarning: layers that PEFT misreads on this type of model; phicore reads them rightly.
     """
     tensors = {key: tensor.detach().contiguous().cpu() for key, tensor in adapter_tensors(model, name).items()}
     config = adapter_config(model, name)
     data = save(_each_alone(tensors), metadata={"format": "pt"})
     if parts := split_parts(model, name):
         data = with_metadata(data, PARTS, json.dumps(parts, sort_keys=True))
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    adapted = (path for path, layer in adapter_layers(model, name) if isinstance(layer, LowRankLayer))
+    if found := misread(model_type, adapted):
+        data = with_metadata(data, MODEL_TYPE, model_type)
+        warnings.warn(
+            f"PEFT will misread this adapter: on {model_type} models it takes {_shown(found)} for experts, which "
+            f"transformers stacks, and drops their pairs; phicore reads them. For other readers, merge the adapter",
+            stacklevel=2,
+        )
     atomic.write_bytes(Path(directory) / WEIGHTS, data)
     atomic.write_text(Path(directory) / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
@@ -238,5 +252,9 @@ def _check_keys(
 def _listed(what: str, names: list[str], most: int = 10) -> str:
     if not names:
         return ""
+    return f"{what}: {_shown(names, most)}"
+
+
+def _shown(names: list[str], most: int = 10) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{what}: {', '.join(names[:most])}{more}"
+    return f"{', '.join(names[:most])}{more}"

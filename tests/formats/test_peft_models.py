@@ -2,15 +2,19 @@
 
 import copy
 import json
+import warnings
 
 import peft
 import pytest
 import torch
 import transformers
+from peft.utils import transformers_weight_conversion as weight_conversion
 from safetensors.torch import save_file
 
 import phicore
 from phicore.formats.peft import CONFIG, PREFIX, WEIGHTS
+from phicore.formats.peft_conversion import CONVERTED
+from phicore.formats.portable import check, export
 from tests.formats.peft_files import edit, edit_tensors, load_in_peft, logits
 
 SIZES = {"hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -196,3 +200,42 @@ def test_pairs_within_an_attention_that_it_reads_past(tmp_path, unchanged):
     edit_tensors(tmp_path, lambda file: {key: tensor for key, tensor in file.items() if "out_proj" not in key})
     x = torch.linspace(-1, 1, 48).view(2, 3, 8)
     torch.testing.assert_close(phicore.load_adapter(model, tmp_path)(x), other(x))
+
+
+def deepseek() -> torch.nn.Module:
+    """A dense block and one of experts, two of each layer's weights under names that PEFT takes for experts'."""
+    torch.manual_seed(0)
+    heads = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_shared_experts": 1}
+    groups = {"first_k_dense_replace": 1, "n_group": 2, "topk_group": 1}
+    config = transformers.DeepseekV3Config(**SIZES, **TEXT, **heads, **experts, **groups)
+    config._experts_implementation = "eager"
+    return transformers.DeepseekV3ForCausalLM(config).eval()
+
+
+def test_layers_that_peft_takes_for_experts_are_named(tmp_path, randomize):
+    targets = ["q_a_proj", "gate_proj", "up_proj", "down_proj"]
+    model = randomize(phicore.attach(deepseek(), phicore.LoRAConfig(rank=4, target_modules=targets)))
+    with pytest.warns(UserWarning, match=r"deepseek_v3 .*layers\.0\.mlp\.gate_proj.*, model\.layers\.1\.mlp\.shared_"):
+        phicore.save_adapter(model, tmp_path / "adapter")
+    assert torch.equal(logits(phicore.load_adapter(deepseek(), tmp_path / "adapter")), logits(model))
+    for target in ("transformers", "kaito"):
+        with pytest.raises(ValueError, match=r"layers\.0\.mlp\.down_proj.* and 3 more: on deepseek_v3 models peft"):
+            export(tmp_path / "adapter", tmp_path / "exported", target)
+    assert check(tmp_path / "adapter", "vllm") == []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        other = peft.PeftModel.from_pretrained(deepseek(), tmp_path / "adapter").eval()
+    assert not torch.allclose(logits(other), logits(model), rtol=1e-2)  # as long as it is so
+
+    model = randomize(phicore.attach(deepseek(), phicore.LoRAConfig(rank=4, target_modules=["q_a_proj", "o_proj"])))
+    phicore.save_adapter(model, tmp_path / "other")
+    assert check(tmp_path / "other", "transformers") == []
+    torch.testing.assert_close(logits(load_in_peft(deepseek(), tmp_path / "other")), logits(model))
+
+
+def test_the_models_that_peft_converts_are_those_of_peft_and_transformers():
+    families = weight_conversion._MODEL_TO_CONVERSION_PATTERN  # with those of transformers
+    names = weight_conversion._MOE_TARGET_MODULE_MAPPING
+    there = {kind: set(names[family]) for kind, family in families.items() if family in names and kind.islower()}
+    assert {kind: set(names) for kind, names in CONVERTED.items()} == there
