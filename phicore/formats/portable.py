@@ -325,10 +325,10 @@ def _config(adapter: Adapter, reader: Reader) -> dict[str, Any]:
     config = {
         key: value
         for key, value in raw.items()
-        if not reader.unread and value and value != TRUE_BY_DEFAULT.get(key) and key != "peft_version"
+        if not reader.unread and _is_set(key, value) and value != TRUE_BY_DEFAULT.get(key) and key != "peft_version"
     }
     names = sorted(layer.name for layer in adapter.layers)
-    if reader.unread and isinstance(targets, list) and not any(raw.get(key) for key in RESOLVED):
+    if reader.unread and isinstance(targets, list) and not any(_is_set(key, raw.get(key)) for key in RESOLVED):
         targets = [target for target in targets if any(matches(name, [target]) for name in names)]
     elif reader.unread:
         targets = names
@@ -348,6 +348,11 @@ def _config(adapter: Adapter, reader: Reader) -> dict[str, Any]:
         "modules_to_save": sorted(raw.get("modules_to_save") or []) or None,
         "bias": raw.get("bias", "none"),
     }
+
+
+def _is_set(key: str, value: Any) -> bool:
+    """Whether a field says something; 0 is the number of a layer."""
+    return bool(value) or (key == "layers_to_transform" and value == 0)
 
 
 def _rescaled(adapter: Adapter, reader: Reader) -> tuple[dict[str, Any], dict[str, Tensor]]:
