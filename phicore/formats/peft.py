@@ -119,8 +119,11 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str 
         if unlike:
             raise ValueError(f'the adapter "{name}" of the model and {directory} differ: ' + "; ".join(unlike))
     else:
-        config = lora_config(model, raw, tensors, parts)
-        expected = expected_tensors(model, config)
+        try:
+            config = lora_config(model, raw, tensors, parts)
+            expected = expected_tensors(model, config)
+        except ValueError as error:
+            raise ValueError(f"{directory}: {error}") from error
     _drop_tables(model, tensors, directory)
     _check_keys(model, raw, expected, tensors, directory)
     check_parts(model, config, name, tensors, directory)
