@@ -177,7 +177,10 @@ def input_embedding(model: nn.Module, every: Mapping[str, nn.Module]) -> str:
         ValueError: there is none, or several.
     """
     method = getattr(model, "get_input_embeddings", None)
-    module = method() if callable(method) else None
+    try:
+        module = method() if callable(method) else None
+    except NotImplementedError:  # of transformers, for a model that it finds none in
+        module = None
     adapted = LowRankLayer | TrainedPart
     found = [
         path

@@ -6,6 +6,7 @@ adapter_config.json are in `peft_fields`, and what they say of a model's adapter
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ from phicore import atomic
 from phicore.adapters.attach import adapter_layers, attach, merged_layers, plan
 from phicore.adapters.config import LoRAConfig
 from phicore.adapters.dora import DoRALayer
-from phicore.adapters.embedding import LowRankEmbedding
 from phicore.adapters.experts import LoRAExperts
 from phicore.adapters.lora import LowRankLayer
-from phicore.adapters.tied import TiedHead, owners_of_tied
+from phicore.adapters.tied import owners_of_tied, shared_pair
 from phicore.adapters.trained import TrainedPart
+from phicore.formats.peft_advice import advice
 from phicore.formats.peft_config import adapter_config, differences, lora_config
+from phicore.formats.peft_conversion import MODEL_TYPE, misread
 from phicore.formats.peft_fields import CONFIG, WEIGHTS, read_config, read_raw_config
 from phicore.formats.peft_keys import (
     PREFIX,
@@ -53,12 +55,24 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str 
 
     Raises:
         ValueError: the model has no such adapter, or is merged.
+
+    Warns:
+        UserWarning: layers that PEFT misreads on this type of model; phicore reads them rightly.
     """
     tensors = {key: tensor.detach().contiguous().cpu() for key, tensor in adapter_tensors(model, name).items()}
     config = adapter_config(model, name)
     data = save(_each_alone(tensors), metadata={"format": "pt"})
     if parts := split_parts(model, name):
         data = with_metadata(data, PARTS, json.dumps(parts, sort_keys=True))
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    adapted = (path for path, layer in adapter_layers(model, name) if isinstance(layer, LowRankLayer))
+    if found := misread(model_type, adapted):
+        data = with_metadata(data, MODEL_TYPE, model_type)
+        warnings.warn(
+            f"PEFT will misread this adapter: on {model_type} models it takes {_shown(found)} for experts, which "
+            f"transformers stacks, and drops their pairs; phicore reads them. For other readers, merge the adapter",
+            stacklevel=2,
+        )
     atomic.write_bytes(Path(directory) / WEIGHTS, data)
     atomic.write_text(Path(directory) / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
@@ -105,10 +119,13 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str 
         if unlike:
             raise ValueError(f'the adapter "{name}" of the model and {directory} differ: ' + "; ".join(unlike))
     else:
-        config = lora_config(model, raw, tensors, parts)
-        expected = expected_tensors(model, config)
+        try:
+            config = lora_config(model, raw, tensors, parts)
+            expected = expected_tensors(model, config)
+        except ValueError as error:
+            raise ValueError(f"{directory}: {error}") from error
     _drop_tables(model, tensors, directory)
-    _check_keys(expected, tensors, directory)
+    _check_keys(model, raw, expected, tensors, directory)
     check_parts(model, config, name, tensors, directory)
     _check_tied(model, config, name, tensors, directory)
     if config is not None:
@@ -175,35 +192,37 @@ def _drop_tables(model: nn.Module, tensors: dict[str, Tensor], directory: Path) 
 def _check_tied(
     model: nn.Module, config: LoRAConfig | None, name: str, tensors: dict[str, Tensor], directory: Path
 ) -> None:
-    """Raises ValueError where one pair is to be loaded for an embedding and its head, and the file has two."""
+    """Raises ValueError where one pair is to be loaded for tied layers, and the file has several."""
+    tied: dict[str, str] = {}  # name of a layer -> of the first with the same pair
     if config is None:
-        heads = {path: layer for path, layer in adapter_layers(model, name) if isinstance(layer, TiedHead)}
-        places = {
-            path: other
-            for path, head in heads.items()
-            for other, layer in adapter_layers(model, name)
-            if isinstance(layer, LowRankEmbedding) and layer.lora_A is head.embedding_A
-        }
-    else:
-        targets = plan(model, config)[0]
-        tied = owners_of_tied(model, targets) if config.ensure_weight_tying else {}
-        places = {path: first for path, first in tied.items() if not LowRankEmbedding.fits(targets[path])}
-    for path, first in places.items():
-        head = [tensors[f"{PREFIX}{path}.lora_{part}.weight"] for part in "AB"]
-        embedding = [tensors[f"{PREFIX}{first}.lora_embedding_{part}"] for part in "BA"]
-        keys = [f"{PREFIX}{one}.lora_magnitude_vector" for one in (path, first)]
-        magnitudes = [tensors[key].flatten() for key in keys if key in tensors]
-        if not (
-            all(torch.equal(one, other.t().to(one.dtype)) for one, other in zip(head, embedding, strict=True))
-            and (not magnitudes or torch.equal(*magnitudes))
-        ):
+        first: dict[nn.Parameter, str] = {}
+        for path, layer in adapter_layers(model, name):
+            if (pair := shared_pair(layer)) is not None:
+                tied[path] = first.setdefault(pair, path)
+    elif config.ensure_weight_tying:
+        tied = owners_of_tied(model, plan(model, config)[0])
+    for path, owner in tied.items():
+        here, there = _table_pair(tensors, path), _table_pair(tensors, owner)
+        if here and not all(torch.equal(one, other.to(one.dtype)) for one, other in zip(here, there, strict=True)):
             raise ValueError(
-                f"{directory}: ensure_weight_tying means one pair for {first} and {path}, and the file has two that "
+                f"{directory}: ensure_weight_tying means one pair for {owner} and {path}, and the file has two that "
                 f"differ; load it into a model without this adapter, with ensure_weight_tying false in {CONFIG}"
             )
 
 
-def _check_keys(expected: dict[str, Tensor], tensors: dict[str, Tensor], directory: Path) -> None:
+def _table_pair(tensors: dict[str, Tensor], path: str) -> list[Tensor]:
+    """A [rank, num] and B [dim, rank] of an embedding or a tied head of a file, and the magnitude; none for a layer
+    that is filed under another name."""
+    keys = [f"{PREFIX}{path}.lora_embedding_{part}" for part in "AB"]
+    head = [f"{PREFIX}{path}.lora_{part}.weight" for part in "BA"]
+    pair = [tensors[key] for key in keys if key in tensors] or [tensors[key].t() for key in head if key in tensors]
+    magnitude = f"{PREFIX}{path}.lora_magnitude_vector"
+    return pair + ([tensors[magnitude].flatten()] if magnitude in tensors else [])
+
+
+def _check_keys(
+    model: nn.Module, raw: dict[str, Any], expected: dict[str, Tensor], tensors: dict[str, Tensor], directory: Path
+) -> None:
     both = [(key, tensors[key], expected[key]) for key in sorted(expected.keys() & tensors.keys())]
     problems = [
         _listed("missing keys", sorted(expected.keys() - tensors.keys())),
@@ -227,12 +246,18 @@ def _check_keys(expected: dict[str, Tensor], tensors: dict[str, Tensor], directo
     ]
     if any(problems):
         raise ValueError(
-            f"{directory} does not fit the model, which is unchanged: " + "; ".join(filter(None, problems))
+            f"{directory} does not fit the model, which is unchanged: "
+            + "; ".join(filter(None, problems))
+            + advice(model, raw, tensors.keys() - expected.keys())
         )
 
 
 def _listed(what: str, names: list[str], most: int = 10) -> str:
     if not names:
         return ""
+    return f"{what}: {_shown(names, most)}"
+
+
+def _shown(names: list[str], most: int = 10) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{what}: {', '.join(names[:most])}{more}"
+    return f"{', '.join(names[:most])}{more}"

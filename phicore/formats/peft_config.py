@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Collection
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from phicore.adapters.lora import LowRankLayer, LowRankLinear
 from phicore.adapters.tied import shared_pair, tied_tables
 from phicore.adapters.token_rows import input_embedding, owners
 from phicore.adapters.trained import TrainedBias, has_bias
+from phicore.formats.peft_advice import advice
 from phicore.formats.peft_fields import DEFAULT_ALPHA, DEFAULT_RANK
 from phicore.formats.peft_keys import (
     PREFIX,
@@ -29,6 +31,14 @@ from phicore.formats.peft_keys import (
 )
 from phicore.formats.peft_parts import Parts, filled_up, parts_of
 from phicore.modules import ALL_LINEAR, ends_with, leaves, matches, output_heads
+
+# End of a model's class -> PEFT's task, and the ends of names of the modules that PEFT then adds to modules_to_save
+# (peft_model.py of peft 0.21.2).
+HEADS = {
+    "ForSequenceClassification": ("SEQ_CLS", ("classifier", "score")),
+    "ForTokenClassification": ("TOKEN_CLS", ("classifier", "score")),
+    "ForQuestionAnswering": ("QUESTION_ANS", ("qa_outputs",)),
+}
 
 
 def adapter_config(model: nn.Module, name: str = "default") -> dict[str, Any]:
@@ -49,7 +59,7 @@ def adapter_config(model: nn.Module, name: str = "default") -> dict[str, Any]:
     config = {
         "peft_type": "LORA",
         "base_model_name_or_path": getattr(base_config, "_name_or_path", None) or None,
-        "task_type": _task_type(model),
+        "task_type": _task_type(model, saved),
         "r": rank,
         "lora_alpha": _integer_if_whole(alpha),
         "lora_dropout": first.dropout if first else 0.0,
@@ -95,29 +105,38 @@ def _bias(model: nn.Module, name: str) -> str:
 def _tokens(model: nn.Module, name: str) -> list[int] | dict[str, list[int]] | None:
     """trainable_token_indices of an adapter: a list for the input embedding alone."""
     tokens = owners(list(adapter_layers(model, name)))
+    if not tokens:
+        return None
     try:
         alone = input_embedding(model, dict(model.named_modules(remove_duplicate=False)))
     except ValueError:
         alone = ""
-    return tokens[alone] if list(tokens) == [alone] else tokens or None
+    return tokens[alone] if list(tokens) == [alone] else tokens
 
 
 def _integer_if_whole(alpha: float) -> float | int:
     return int(alpha) if float(alpha).is_integer() else alpha  # PEFT declares lora_alpha an int
 
 
-def _task_type(model: nn.Module) -> str | None:
-    for ending, task in (
-        ("ForCausalLM", "CAUSAL_LM"),
-        ("LMHeadModel", "CAUSAL_LM"),
-        ("ForSequenceClassification", "SEQ_CLS"),
-        ("ForTokenClassification", "TOKEN_CLS"),
-        ("ForQuestionAnswering", "QUESTION_ANS"),
-        ("ForConditionalGeneration", "SEQ_2_SEQ_LM"),
-    ):
-        if type(model).__name__.endswith(ending):
-            return task
-    return None
+def _task_type(model: nn.Module, saved: Collection[str]) -> str | None:
+    """PEFT's task_type, where the class that PEFT takes for it reads this adapter and calls this model rightly.
+
+    For classification PEFT adds heads to modules_to_save, and then expects them in the file. It passes the input on as
+    input_ids.
+    """
+    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+        return None
+    kind = type(model).__name__
+    for ending, (task, heads) in HEADS.items():
+        if kind.endswith(ending):
+            added = {path for path, _ in model.named_modules(remove_duplicate=False) if path.endswith(heads)}
+            return task if added and added <= set(saved) else None
+    if kind.endswith(("ForCausalLM", "LMHeadModel")):
+        return "CAUSAL_LM"
+    if not kind.endswith("ForConditionalGeneration"):
+        return None
+    # those that read images beside a text have a decoder alone
+    return "SEQ_2_SEQ_LM" if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else "CAUSAL_LM"
 
 
 def _shortest_targets(model: nn.Module, paths: list[str]) -> dict[str, Any]:
@@ -161,6 +180,7 @@ def lora_config(model: nn.Module, raw: dict[str, Any], tensors: dict[str, Tensor
         raise ValueError(
             f"no key of the adapter names a layer of {type(model).__name__}; keys start like {sorted(tensors)[:2]}, "
             f"the model's layers like {list(candidates)[:2]}, and each key must start with {PREFIX!r}"
+            f"{advice(model, raw, tensors)}"
         )
     # A pair's dtype before that of biases or whole modules, which PEFT leaves in the base's.
     floating = [t.dtype for _, t in sorted(tensors.items(), key=lambda item: ".lora_" not in item[0]) if _floats(t)]

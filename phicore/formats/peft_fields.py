@@ -69,6 +69,8 @@ def read_config(directory: Path) -> dict[str, Any]:
             f"{path}: init_lora_weights={start!r} changed the base's weights too, which only peft repeats; convert the "
             f"adapter to a plain LoRA with peft (save_pretrained with path_initial_model_for_weight_conversion)"
         )
+    if low := [f"{key}={raw[key]!r}" for key in ("r", "lora_alpha") if raw.get(key, 1) <= 0]:
+        raise ValueError(f"{path}: the rank and the alpha must be above 0, got {', '.join(low)}")
     unknown = sorted(key for key, value in raw.items() if value and key not in NEUTRAL | READ)
     if unknown:
         raise ValueError(

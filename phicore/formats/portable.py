@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from phicore import atomic
 from phicore.adapters.attach import pattern_value
 from phicore.formats.peft import read_tensors
+from phicore.formats.peft_conversion import MODEL_TYPE, misread
 from phicore.formats.peft_fields import (
     CONFIG,
     DEFAULT_ALPHA,
@@ -41,7 +42,8 @@ from phicore.formats.peft_fields import (
     read_raw_config,
 )
 from phicore.formats.peft_keys import PREFIX, ROWS
-from phicore.formats.readers import READERS, REMEDIES, SCALING, Reader, Target
+from phicore.formats.readers import MERGE, READERS, REMEDIES, SCALING, Reader, Target
+from phicore.formats.safetensors_files import TensorFile
 from phicore.modules import matches
 
 # ===== what an adapter is =====
@@ -54,6 +56,7 @@ _MAGNITUDE = re.compile(r".*\.lora_magnitude_vector(\.weight)?")
 _BIAS = re.compile(r".*\.(lora_B|base_layer)\.bias")
 RESOLVED = {"exclude_modules", "layers_to_transform", "layers_pattern"}  # which layers they mean stands in the keys
 KNOWN = (NEUTRAL | READ | RESOLVED | {"lora_bias"}) - {"target_parameters"}  # no server is known to take these
+BY_PEFT = ("transformers", "kaito")  # READERS that load adapters with peft
 TRUE_BY_DEFAULT = {"init_lora_weights": True, "megatron_core": "megatron.core", "qalora_group_size": 16}
 
 
@@ -76,6 +79,8 @@ class Adapter:
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     layers: list[Layer]
+    model_type: str | None
+    """The base's, where the file says it; see `peft_conversion`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +126,7 @@ def read_adapter(directory: str | os.PathLike[str]) -> Adapter:
     if problems:
         more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise ValueError(f"{directory} is no whole adapter: {'; '.join(problems[:10])}{more}")
-    return Adapter(config, tensors, layers)
+    return Adapter(config, tensors, layers, TensorFile(directory / WEIGHTS).metadata.get(MODEL_TYPE))
 
 
 def _layer(config: dict[str, Any], name: str, A: str, B: str, tensors: dict[str, Tensor]) -> Layer | str:
@@ -204,7 +209,7 @@ def check(directory: str | os.PathLike[str], target: Target, *, max_rank: int | 
         ValueError: no such target; a max_rank that it cannot be set to; as `read_adapter`.
         FileNotFoundError: a file is missing.
     """
-    return list(_misfits(read_adapter(directory), _reader(target, max_rank)).values())
+    return list(_misfits(read_adapter(directory), target, _reader(target, max_rank)).values())
 
 
 def _reader(target: Target, max_rank: int | None) -> Reader:
@@ -220,8 +225,8 @@ def _reader(target: Target, max_rank: int | None) -> Reader:
     return replace(reader, max_rank=max_rank)
 
 
-def _misfits(adapter: Adapter, reader: Reader) -> dict[str, Finding]:
-    """The findings, by the entry of REMEDIES that they are about."""
+def _misfits(adapter: Adapter, target: Target, reader: Reader) -> dict[str, Finding]:
+    """The findings, by the entry of REMEDIES that they are about (or "converted")."""
     misfits: dict[str, Finding] = {}
 
     def find(feature: str, what: str, why: str) -> None:
@@ -243,6 +248,9 @@ def _misfits(adapter: Adapter, reader: Reader) -> dict[str, Finding]:
         find("layers", _listed(unknown), "it has no such layers in its table and leaves them unused without a word")
     if reader.every_block and (partial := _partial_kinds(adapter)):
         find("blocks", _listed(partial), "it drops a kind of layer that is not adapted in every block, without a word")
+    if target in BY_PEFT and (lost := misread(adapter.model_type, [layer.name for layer in adapter.layers])):
+        why = f"on {adapter.model_type} models peft takes layers of such names for experts and drops their pairs"
+        misfits["converted"] = Finding(_listed(lost), why, MERGE, mended=False)
     return misfits
 
 
@@ -295,7 +303,7 @@ def export(
     """
     reader = _reader(target, max_rank)
     adapter = read_adapter(directory)
-    misfits = _misfits(adapter, reader)
+    misfits = _misfits(adapter, target, reader)
     if refused := [finding for finding in misfits.values() if not finding.mended]:
         raise ValueError(f"{directory} cannot be written for {target}. " + ". ".join(map(str, refused)))
     if Path(output).resolve() == Path(directory).resolve():
@@ -317,10 +325,10 @@ def _config(adapter: Adapter, reader: Reader) -> dict[str, Any]:
     config = {
         key: value
         for key, value in raw.items()
-        if not reader.unread and value and value != TRUE_BY_DEFAULT.get(key) and key != "peft_version"
+        if not reader.unread and _is_set(key, value) and value != TRUE_BY_DEFAULT.get(key) and key != "peft_version"
     }
     names = sorted(layer.name for layer in adapter.layers)
-    if reader.unread and isinstance(targets, list) and not any(raw.get(key) for key in RESOLVED):
+    if reader.unread and isinstance(targets, list) and not any(_is_set(key, raw.get(key)) for key in RESOLVED):
         targets = [target for target in targets if any(matches(name, [target]) for name in names)]
     elif reader.unread:
         targets = names
@@ -340,6 +348,11 @@ def _config(adapter: Adapter, reader: Reader) -> dict[str, Any]:
         "modules_to_save": sorted(raw.get("modules_to_save") or []) or None,
         "bias": raw.get("bias", "none"),
     }
+
+
+def _is_set(key: str, value: Any) -> bool:
+    """Whether a field says something; 0 is the number of a layer."""
+    return bool(value) or (key == "layers_to_transform" and value == 0)
 
 
 def _rescaled(adapter: Adapter, reader: Reader) -> tuple[dict[str, Any], dict[str, Tensor]]:

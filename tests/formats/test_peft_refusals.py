@@ -84,6 +84,25 @@ def test_a_rank_that_the_tensors_do_not_have_takes_no_memory(spoiled, refused, f
     refused(spoiled, "rank|lora_A.weight: |r of embed: ")
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"lora_alpha": -8}, f"{CONFIG}: .*above 0, got lora_alpha=-8"),
+        (
+            {"alpha_pattern": {"embed": 0}},
+            r"adapter.*alpha_pattern\['embed'\] must be above 0, got 0|alpha of embed: 0 in",
+        ),
+        (
+            {"trainable_token_indices": {"embed": [2, 2]}},
+            r"adapter.*trainable_token_indices.* one comes twice|\[2, 2\]",
+        ),
+    ],
+)
+def test_values_that_peft_takes_and_we_do_not_are_named_with_their_file(spoiled, refused, fields, message):
+    edit(spoiled, **fields)
+    refused(spoiled, message)
+
+
 @given(data=st.data())
 def test_cut_or_corrupt_bytes_give_an_error_or_the_tensors(saved, tmp_path_factory, toy, unchanged, data):
     whole = (saved / WEIGHTS).read_bytes()

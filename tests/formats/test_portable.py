@@ -317,6 +317,7 @@ def test_targets_of_the_export(tmp_path):
     assert targets("vllm", target_modules="all-linear") == every
     assert targets("vllm", exclude_modules=["2.q_proj"]) == every
     assert targets("vllm", layers_to_transform=[0, 1], layers_pattern="layers") == every
+    assert targets("vllm", drop=["layers.1."], layers_to_transform=0) == every[: len(every) // 2]
     assert targets("transformers", target_modules=r".*_proj", exclude_modules=["2.q_proj"]) == r".*_proj"
     assert config_of(tmp_path / "output")["exclude_modules"] == ["2.q_proj"]
 
@@ -333,6 +334,15 @@ def test_fields_are_few_and_the_order_of_a_pattern_is_kept(tmp_path):
     assert (config["lora_dropout"], config["base_model_name_or_path"]) == (0.1, "some/model")
     assert all(config[key] == value for key, value in patterns.items())
     assert config.keys() <= peft.LoraConfig().to_dict().keys()
+
+
+def test_the_number_of_the_first_layer_is_kept(tmp_path, tiny):
+    config = peft.LoraConfig(target_modules=["q_proj"], layers_to_transform=0, init_lora_weights=False)
+    peft.get_peft_model(tiny("llama"), config, autocast_adapter_dtype=False).save_pretrained(tmp_path / "source")
+    export(tmp_path / "source", tmp_path / "output", "transformers")
+    assert config_of(tmp_path / "output")["layers_to_transform"] == 0
+    source, output = (load(tiny("llama"), tmp_path / which) for which in ("source", "output"))
+    assert torch.equal(logits(output), logits(source))
 
 
 # ===== files =====

@@ -1,0 +1,57 @@
+"""What to do about keys of a file that fit no place in a model, where PEFT is known to have written them so."""
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from phicore.formats.peft_fields import CONFIG, WEIGHTS
+from phicore.formats.peft_keys import PREFIX
+
+
+def advice(model: nn.Module, raw: dict[str, Any], unexpected: Iterable[str]) -> str:
+    """What to put behind the error: clauses that start with "; ", or nothing.
+
+    Args:
+        model: the model, with or without the adapter.
+        raw: adapter_config.json.
+        unexpected: keys of the file that the model has no place for.
+    """
+    keys = sorted(unexpected)
+    found = []
+    if copies := [key[len(PREFIX) :].rpartition(".")[0] for key in keys if _is_copy(raw, key)]:
+        found.append(
+            f"with ensure_weight_tying PEFT trains {', '.join(copies)} together with what modules_to_save names; here "
+            f"each is a copy of its own: in {CONFIG}, add {', '.join(copies)} to modules_to_save and set "
+            f"ensure_weight_tying to false"
+        )
+    if any(re.search(r"\.experts\.\d+\.", key) for key in keys) and not _numbered_experts(model):
+        found.append(
+            "the file has an adapter for each expert, as before transformers 5, which stacks them: load it once with "
+            "peft on the present transformers (PeftModel.from_pretrained), save it again (save_pretrained), and load "
+            "that"
+        )
+    if dead := sorted({path for key in keys if (path := _within_attention(model, key))}):
+        found.append(
+            f"{', '.join(dead)} stands in an nn.MultiheadAttention, which reads its weight past it, so that the pair "
+            f"has no effect in PEFT either: delete its keys from {WEIGHTS}"
+        )
+    return "".join(f"; {one}" for one in found)
+
+
+def _is_copy(raw: dict[str, Any], key: str) -> bool:
+    tied = raw.get("ensure_weight_tying") and raw.get("modules_to_save")
+    return bool(tied) and key.startswith(PREFIX) and key.endswith(".weight") and ".lora_" not in key
+
+
+def _numbered_experts(model: nn.Module) -> bool:
+    return any(re.search(r"\.experts\.\d+$", path) for path, _ in model.named_modules())
+
+
+def _within_attention(model: nn.Module, key: str) -> str | None:
+    """The name of a layer in an nn.MultiheadAttention whose pair a key is of."""
+    found = re.fullmatch(re.escape(PREFIX) + r"((.+)\.out_proj)\.lora_(A|B)\.weight", key)
+    if found is None or found[2] not in dict(model.named_modules()):
+        return None
+    return found[1] if isinstance(model.get_submodule(found[2]), nn.MultiheadAttention) else None

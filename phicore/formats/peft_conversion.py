@@ -1,0 +1,33 @@
+"""Layers that PEFT takes for a mixture's experts: on models whose experts transformers 5 stacked, it rewrites targets
+of these names to the experts' parameters, wherever they stand, and drops the pairs of dense layers and shared experts.
+
+PEFT does so to any target_modules (names, regular expressions, all-linear), so that no file can hold such pairs for it.
+"""
+
+from collections.abc import Iterable
+
+MODEL_TYPE = "phicore.model_type"
+"""Key of the safetensors metadata under which `save_adapter` leaves the model's type where PEFT misreads it."""
+
+# config.model_type by the family that they are converted as: _MODEL_TO_CONVERSION_PATTERN of conversion_mapping.py in
+# transformers 5.23, with "mixtral", which peft adds.
+_TYPES = {
+    "mixtral": ("mixtral", "minimax", "minimax_m2"),
+    "qwen2_moe": (
+        "afmoe", "beam", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe",
+        "exaone_moe", "flex_olmo", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm_moe_dsa", "hunyuan_v1_moe",
+        "longcat_flash", "mellum", "olmoe", "qwen3_moe", "qwen3_next", "qwen3_omni_moe", "qwen3_omni_moe_text",
+        "qwen3_omni_moe_thinker", "solar_open",
+    ),
+}  # fmt: skip
+# Last names that are converted: _MOE_TARGET_MODULE_MAPPING of utils/transformers_weight_conversion.py in peft 0.21.2.
+_NAMES = {"mixtral": ("gate", "w1", "w2", "w3"), "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj")}
+
+CONVERTED = {model_type: _NAMES[family] for family, types in _TYPES.items() for model_type in types}
+"""config.model_type -> last names of layers that PEFT takes for experts."""
+
+
+def misread(model_type: str | None, layers: Iterable[str]) -> list[str]:
+    """Those of an adapter's layers, by name, that PEFT misreads on a model of this type."""
+    names = CONVERTED.get(model_type or "", ())
+    return [layer for layer in layers if layer.rpartition(".")[2] in names]
