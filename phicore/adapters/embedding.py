@@ -11,6 +11,22 @@ from phicore.adapters.lora import LowRankLayer, add_product
 from phicore.products import matmul
 
 
+def check_lookup(table: nn.Embedding) -> None:
+    """Raises ValueError for an embedding that may do more than look up rows of its table and scale them (by
+    embed_scale, as transformers has it)."""
+    if table.max_norm is not None:
+        raise ValueError(
+            f"an embedding with max_norm={table.max_norm} rewrites its own table in each forward pass and cannot be "
+            f"frozen; set max_norm=None, or leave it out of the adapter"
+        )
+    if type(table).forward is not nn.Embedding.forward and not hasattr(table, "embed_scale"):
+        raise ValueError(
+            f"{type(table).__name__} has a forward of its own, which may do more than look up rows (Inkling's "
+            f"normalises them), so that an adapter of its table would be wrong; leave it out of target_modules and "
+            f"trainable_token_indices, or train it whole (modules_to_save)"
+        )
+
+
 class LowRankEmbedding(LowRankLayer):
     """What LoRA and DoRA share over embeddings.
 
@@ -24,11 +40,6 @@ class LowRankEmbedding(LowRankLayer):
     def __init__(self, base: nn.Module, rank: int = 16, alpha: float = 32.0, dropout: float = 0.0, **options: Any):
         super().__init__(base, rank, alpha, dropout, **options)
         table: Any = self.innermost
-        if table.max_norm is not None:
-            raise ValueError(
-                f"an embedding with max_norm={table.max_norm} rewrites its own table in each forward pass and cannot "
-                f"be frozen; set max_norm=None, or leave it out of target_modules"
-            )
         self.num_embeddings, self.embedding_dim = table.num_embeddings, table.embedding_dim
         self.padding_idx = table.padding_idx
 
@@ -38,6 +49,7 @@ class LowRankEmbedding(LowRankLayer):
 
     @classmethod
     def pair_shapes(cls, base: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        check_lookup(base.innermost if isinstance(base, LowRankEmbedding) else base)
         return (rank, base.num_embeddings), (base.embedding_dim, rank)
 
     def low_rank_lookup(self, y: Tensor, tokens: Tensor) -> Tensor:
@@ -63,7 +75,7 @@ class LoRAEmbedding(LowRankEmbedding):
 
     Raises:
         TypeError: base is no embedding.
-        ValueError: rank, alpha or init out of range, or a base with max_norm.
+        ValueError: rank, alpha or init out of range, or a base with max_norm or a forward of its own.
 
     Example:
         >>> layer = LoRAEmbedding(nn.Embedding(100, 32), rank=4, alpha=8)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from phicore.adapters.attach import AdapterLayer, adapter_layers, merged_layers
@@ -58,6 +59,8 @@ def activate(model: nn.Module, adapters: str | Sequence[str] | Mapping[str, floa
 def mixed(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
     """Within it, each row of a batch is answered by an adapter of its own: one pass through the base for all rows.
 
+    With gradient checkpointing, call backward() within it too: layers that run again behind it know no rows.
+
     Args:
         model: a model with adapters, not merged. Every adapted layer must see the batch as its input's first
             dimension.
@@ -67,6 +70,7 @@ def mixed(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
         ValueError: a name that the model does not have; a merged model; an adapter that holds what would need a pass
             of its own (modules_to_save, target_parameters, and bias="all" of modules without a pair); in the forward
             pass, a layer whose input has another number of rows.
+        RuntimeError: in backward() behind it, for a model of transformers whose gradient checkpointing is on.
     """
     layers = _layers(model, [name for name in names if name is not None])
     for path, layer in layers:
@@ -80,7 +84,10 @@ def mixed(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
     biases: list[tuple[LowRankLayer, nn.Parameter]] = []
     hooks: list[RemovableHandle] = []
     outermost: dict[str, AdapterLayer] = {}
+    left: list[bool] = []
     try:
+        if _recomputes(model):
+            hooks.append(model.register_forward_hook(_needs_backward_within(left)))
         for path, layer in layers:
             mine = [row for row, name in enumerate(names) if name == layer.adapter_name]
             layer.enabled = bool(mine)
@@ -101,6 +108,7 @@ def mixed(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
                 layer.refresh_base_norm()  # its rows go past the adapters under it
         yield model
     finally:
+        left.append(True)
         for hook in hooks:
             hook.remove()
         for biased, bias in biases:
@@ -111,6 +119,32 @@ def mixed(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
             layer.enabled = enabled
             if isinstance(layer, LowRankLayer | TrainedRows):
                 layer.rows = None
+
+
+def _recomputes(model: nn.Module) -> bool:
+    """Whether a module with adapters in it runs again in the backward pass, as far as transformers' models say it."""
+    return any(
+        getattr(module, "gradient_checkpointing", False) and module.training and any(adapter_layers(module))
+        for module in model.modules()
+    )
+
+
+def _needs_backward_within(left: list[bool]) -> Callable[[nn.Module, Any, Any], None]:
+    """A forward hook that has backward() raise once `left` holds something."""
+
+    def check(_gradient: Tensor) -> None:
+        if left:
+            raise RuntimeError(
+                "backward() of a forward pass in mixed() was called behind it, and gradient checkpointing runs layers "
+                "again, which no longer know their rows; call backward() within the `with` block"
+            )
+
+    def watch(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
+                leaf.register_hook(check)
+
+    return watch
 
 
 def _adds_bias(layer: LowRankLayer, rows: Rows) -> Callable[[nn.Module, Any, Tensor], Tensor]:

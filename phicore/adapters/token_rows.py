@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from phicore.adapters import base as base_layer
-from phicore.adapters.embedding import LowRankEmbedding
+from phicore.adapters.embedding import LowRankEmbedding, check_lookup
 from phicore.adapters.lora import LowRankLayer, Rows, updated_rows
 from phicore.adapters.trained import TrainedPart
 from phicore.modules import matches, no_match
@@ -34,7 +34,7 @@ class TrainedRows(TrainedPart):
         owner: whether the values were made here, so that a file holds them under this module's name.
 
     Raises:
-        ValueError: an index beyond the table, or an embedding with max_norm.
+        ValueError: an index beyond the table, or an embedding with max_norm or a forward of its own.
     """
 
     what = "trained in some rows"
@@ -52,11 +52,8 @@ class TrainedRows(TrainedPart):
         table: Tensor = base.weight  # [num, dim]
         if max(token_indices) >= table.shape[0]:
             raise ValueError(f"token index {max(token_indices)} is beyond the {table.shape[0]} rows of the table")
-        if getattr(base, "max_norm", None) is not None:
-            raise ValueError(
-                f"an embedding with max_norm={base.max_norm} rewrites its own table in each forward pass and cannot be "
-                f"frozen; set max_norm=None"
-            )
+        if isinstance(base, nn.Embedding):
+            check_lookup(base)
         self.register_buffer("token_indices", torch.tensor(token_indices, device=table.device))
         self.rows: Rows | None = None
         self.owner = trained is None

@@ -64,17 +64,18 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str 
     data = save(_each_alone(tensors), metadata={"format": "pt"})
     if parts := split_parts(model, name):
         data = with_metadata(data, PARTS, json.dumps(parts, sort_keys=True))
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
     adapted = (path for path, layer in adapter_layers(model, name) if isinstance(layer, LowRankLayer))
-    if found := misread(model_type, adapted):
+    if lost := misread(model_type, adapted):
         data = with_metadata(data, MODEL_TYPE, model_type)
+    atomic.write_bytes(Path(directory) / WEIGHTS, data)
+    atomic.write_text(Path(directory) / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    if lost:
         warnings.warn(
-            f"PEFT will misread this adapter: on {model_type} models it takes {_shown(found)} for experts, which "
+            f"PEFT will misread this adapter: on {model_type} models it takes {_shown(lost)} for experts, which "
             f"transformers stacks, and drops their pairs; phicore reads them. For other readers, merge the adapter",
             stacklevel=2,
         )
-    atomic.write_bytes(Path(directory) / WEIGHTS, data)
-    atomic.write_text(Path(directory) / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _each_alone(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

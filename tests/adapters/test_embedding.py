@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional
 
 import phicore
 from phicore.adapters.embedding import DoRAEmbedding, LoRAEmbedding
@@ -182,3 +183,19 @@ def test_a_tied_head_keeps_the_base_and_merging_unties_it(tiny, randomize):
     assert torch.equal(head, table_before)
     phicore.unmerge(model)
     assert model.model.embed_tokens.base.weight is head
+
+
+class Normalised(nn.Embedding):
+    def forward(self, tokens: Tensor) -> Tensor:
+        return functional.normalize(super().forward(tokens), dim=-1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"target_modules": ["0"]}, {"target_modules": ["0"], "dora": True}, {"trainable_token_indices": {"0": [2]}}],
+)
+def test_an_embedding_with_a_forward_of_its_own_is_refused(unchanged, options):
+    model = nn.Sequential(Normalised(9, 4), nn.Linear(4, 4))
+    with unchanged(model), pytest.raises(ValueError, match="Normalised has a forward of its own"):
+        phicore.attach(model, phicore.LoRAConfig(**{"target_modules": ["1"], **options}))
+    phicore.attach(model, phicore.LoRAConfig(target_modules=["1"], modules_to_save=["0"]))

@@ -332,6 +332,38 @@ def test_checkpoints_of_activations_give_the_same_gradients(randomize, reentrant
         torch.testing.assert_close(parameter.grad, gradient, atol=1e-4, rtol=1e-4)  # sums in another order
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_mixed_rows_with_gradient_checkpointing_need_backward_within(tiny, randomize, reentrant):
+    model, ids = tiny("llama"), torch.arange(1, 13).view(2, 6)
+    for name in ("first", "second"):
+        randomize(phicore.attach(model, phicore.LoRAConfig(rank=2, target_modules=["q_proj", "down_proj"]), name))
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def gradients() -> list[Tensor]:
+        gradients = [p.grad for p in trained]
+        model.zero_grad()
+        return gradients
+
+    with mixed(model.train(), ["first", "second"]):
+        loss = model(ids).logits.square().sum()
+    loss.backward()  # behind it, which is right as long as nothing is computed again
+    expected = gradients()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    with mixed(model, ["first", "second"]):
+        model(ids).logits.square().sum().backward()
+    for gradient, exact in zip(gradients(), expected, strict=True):
+        torch.testing.assert_close(gradient, exact)
+    with mixed(model, ["first", "second"]):
+        loss = model(ids).logits.square().sum()
+    with pytest.raises(RuntimeError, match=r"call backward\(\) within the `with` block"):
+        loss.backward()
+    model(ids).logits.square().sum().backward()  # without mixed rows nothing is watched
+    with mixed(model.eval(), ["first", "second"]):
+        loss = model(ids).logits.square().sum()
+    loss.backward()
+
+
 def test_several_adapters_of_every_kind(randomize, tmp_path):
     """Over NF4 with parts of a fused layer: DoRA under LoRA with tokens, each alone as if it were alone, and merged."""
     ids = torch.randint(0, 12, (3, 5))
