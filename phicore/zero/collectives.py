@@ -91,12 +91,15 @@ def _broadcast_each_shard(full: Tensor, group: dist.ProcessGroup | None) -> Call
 
 
 def _reduce_scatter_shard(full: Tensor, dtype: torch.dtype, group: dist.ProcessGroup | None) -> Callable[[], Tensor]:
-    shard = full.new_empty(full.numel() // dist.get_world_size(group))
-    work = _reduce_scatter(shard, full, group=group, async_op=True)
+    world_size = dist.get_world_size(group)
+    # The backend sums in the gradients' dtype, and float16 ends at 65,504: there it sums their share of the mean.
+    shrink = world_size if full.dtype == torch.float16 else 1
+    shard = full.new_empty(full.numel() // world_size)
+    work = _reduce_scatter(shard, full if shrink == 1 else full / shrink, group=group, async_op=True)
 
     def finish() -> Tensor:
         work.wait()
-        return shard.to(dtype)
+        return shard.to(dtype) if shrink == 1 else shard.to(dtype).mul_(shrink)
 
     return finish
 

@@ -36,7 +36,7 @@ def gather_states(
     sizes = {piece.name: piece.stop - piece.start for bucket in buckets for piece in bucket.pieces}
     # What there is of each parameter: a dtype in place of a tensor of elements, and other values as they are.
     local = {
-        name: {key: value.dtype if is_sliced(value, sizes[name]) else value for key, value in values.items()}
+        name: {key: value.dtype if is_sliced(value, sizes[name]) else _own(value) for key, value in values.items()}
         for name, values in own.items()
     }
     of_ranks: list[States] = [local]
@@ -65,6 +65,11 @@ def gather_states(
                 if key in kinds.get(slot.name, {}):
                     whole[slot.name][key] = value
     return whole if keep else {}
+
+
+def _own(value: Any) -> Any:
+    """A value that later steps do not change, on the CPU."""
+    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
 
 
 def _cut(bucket: Bucket, flat: Tensor) -> Iterator[tuple[Slot, Tensor]]:

@@ -27,6 +27,8 @@ def named_groups(params: list[Any], known: Mapping[str, Any]) -> list[dict[str, 
     names = set(known)
     for index, group in enumerate(groups):
         named: list[Named] = []
+        if "params" not in group:
+            raise TypeError(f'parameter group {index} has no "params", only {", ".join(map(str, group))}')
         for entry in list(group["params"]):
             if not (isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str)):
                 raise TypeError(
@@ -34,6 +36,8 @@ def named_groups(params: list[Any], known: Mapping[str, Any]) -> list[dict[str, 
                     f"of model.parameters(): state is saved by name"
                 )
             name, parameter = entry
+            if not isinstance(parameter, Tensor):
+                raise TypeError(f"{name} is a {type(parameter).__name__}, expected a parameter")
             owner = owners.setdefault(id(parameter), (index, name))
             if owner == (index, name) and name not in names:
                 named.append((name, parameter))
@@ -52,6 +56,8 @@ def _check_parameter(name: str, parameter: Tensor, memory: dict[int, str]) -> No
         raise ValueError(f"{name} is in another ZeroOptimizer (or already in this one); drop that one first")
     if not parameter.requires_grad:
         return
+    if not parameter.is_leaf:
+        raise ValueError(f"{name} was computed from other tensors; only leaves can be optimized")
     if parameter.dtype not in DTYPES:
         raise ValueError(f"{name} is {parameter.dtype}; trained parameters must be {', '.join(map(str, DTYPES))}")
     if parameter.numel() and not parameter.is_meta:
@@ -75,5 +81,11 @@ def describe(groups: Sequence[Mapping[str, Any]], optimizer_class: type, options
 
 
 def shown(options: Mapping[str, Any]) -> str:
-    values = {key: value.tolist() if isinstance(value, Tensor) else value for key, value in options.items()}
-    return ", ".join(f"{key}={value!r}" for key, value in sorted(values.items()))
+    return ", ".join(f"{key}={_shown(value)}" for key, value in sorted(options.items()))
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return repr(value.tolist())
+    text = repr(value)
+    return type(value).__qualname__ if " at 0x" in text else text  # an address is another on each rank

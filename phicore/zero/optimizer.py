@@ -1,5 +1,6 @@
 """ZeroOptimizer: any element-wise optimizer of torch, with its state split over the ranks."""
 
+import copy
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -34,16 +35,21 @@ class ZeroOptimizer(torch.optim.Optimizer):
     - Stage 1: in `p.grad`, Psi elements. A second backward pass adds to them and reduces their sum again; put all but
       the last one within `no_sync()` to reduce once.
     - Stage 2: in the shards, Psi/W elements in float32 beside the few buckets on their way; `p.grad` is None after
-      the pass. With A passes before a step, each is reduced: (A+1) Psi (W-1)/W elements a step. With all but the last
-      within `no_sync()` it sends 2 Psi (W-1)/W again, and holds Psi elements, as stage 1 does.
+      the pass, so `optimizer.zero_grad()` drops gradients and `model.zero_grad()` cannot. With A passes before a step,
+      each is reduced: (A+1) Psi (W-1)/W elements a step. With all but the last within `no_sync()` it sends
+      2 Psi (W-1)/W again, and holds Psi elements, as stage 1 does.
 
     `step` consumes the gradients. Parameters must get their gradients by backward passes in the same number on all
-    ranks; which of them a pass reaches may differ. A parameter that got none on any rank is not updated, as in torch.
-    Frozen parameters may be given: they are optimized from when they are unfrozen. At construction all parameters
-    given are set to rank 0's values. They become views into flat buckets; keep the Parameter objects.
+    ranks. Which of them a pass reaches may differ, but each pass before the last one must reach some on every rank; and
+    where one pass feeds two optimizers of a process group, all ranks must reach parameters in one order. A parameter
+    that got no gradient on any rank is not updated, as in torch. Frozen parameters may be given: they are optimized
+    from when they are unfrozen. At construction all parameters given are set to rank 0's values. They become views
+    into flat buckets; keep the Parameter objects. Buffers, such as a batch norm's running statistics, stay each rank's
+    own.
 
     `param_groups` hold this rank's pieces of the parameters, with settings that schedulers may change as usual.
-    To clip, use this class's `clip_grad_norm_`: torch's sees this rank's gradients, not the reduced ones.
+    To clip, use this class's `clip_grad_norm_`: torch's sees this rank's gradients (none in stage 2), not the reduced
+    ones.
 
     Args:
         params: model.named_parameters(), or dicts of {"params": named parameters, settings ...}.
@@ -127,6 +133,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
             self._inner = self._class([group], **self.defaults)
         else:
             self._inner.add_param_group(group)
+        if self._ready:  # gradients that are there already count, as in torch
+            self._reducer.round_due = self._reducer.changed = True
         self._frozen.update({name: (len(self._names), p) for name, p in frozen})
         self._names.append([name for name, _ in named])
         self._shapes.update({name: p.shape for name, p in named})
@@ -165,7 +173,15 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 f"the gradient of {written} was written to after it had been reduced, which would have no effect; to "
                 f"clip or scale use this optimizer's clip_grad_norm_ and scale_gradients_"
             )
-        if not self._reducer.changed:
+        distributed = dist.is_available() and dist.is_initialized()
+        if distributed and (now := dist.get_world_size(self.process_group)) != self.world_size:
+            raise RuntimeError(
+                f"this optimizer was made for {self.world_size} ranks and there are {now}; make it after "
+                f"init_process_group"
+            )
+        dropped = self._reducer.dropped()
+        unfrozen = any(_trains(parameter) for _, parameter in self._frozen.values())
+        if not (self._reducer.changed or dropped or unfrozen):
             return
         self._reducer.finish()
         if self._exchange_flags():
@@ -180,12 +196,18 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
         """Scales the reduced gradients so that their total norm is at most max_norm, as torch's clip_grad_norm_ does.
 
+        Args:
+            norm_type: above 0, or inf.
+
         Returns:
             The norm before clipping, a scalar, the same on every rank.
 
         Raises:
+            ValueError: a norm_type of 0 or below.
             RuntimeError: the norm is not finite and error_if_nonfinite is set; on every rank, before any scaling.
         """
+        if not (norm_type := float(norm_type)) > 0:
+            raise ValueError(f"norm_type must be above 0 or inf, got {norm_type}")
         self.finish_reduction()
         grads = self._gradients()
         norms = [_norm(grad, norm_type) for grad in grads]
@@ -194,7 +216,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
             total += torch.linalg.vector_norm(torch.stack(norms), norm_type)
         if self.world_size > 1:
             if math.isinf(norm_type):
-                dist.all_reduce(total, op=dist.ReduceOp.MAX, group=self.process_group)
+                # A NaN goes beside the maximum: gloo's passes over it.
+                known = torch.stack([total.where(total.isfinite(), math.inf), total.isnan().to(total.dtype)])
+                dist.all_reduce(known, op=dist.ReduceOp.MAX, group=self.process_group)
+                total = known[0].where(known[1] == 0, math.nan)
             else:
                 total.pow_(norm_type)
                 dist.all_reduce(total, group=self.process_group)
@@ -203,14 +228,18 @@ class ZeroOptimizer(torch.optim.Optimizer):
             total = total.float()
         if error_if_nonfinite and not total.isfinite():
             raise RuntimeError(f"the total norm of the gradients is {total.item()}, so they cannot be clipped")
-        if grads and not math.isinf(max_norm):
-            torch._foreach_mul_(grads, torch.clamp(max_norm / (total + 1e-6), max=1.0))
+        if not math.isinf(max_norm):
+            self._scale(torch.clamp(max_norm / (total + 1e-6), max=1.0))
         return total
 
     @torch.no_grad()
     def scale_gradients_(self, factor: float | Tensor) -> None:
         """Multiplies the reduced gradients, as by 1 / (tokens in all batches of all ranks) with reduction="sum"."""
         self.finish_reduction()
+        self._scale(factor)
+
+    def _scale(self, factor: float | Tensor) -> None:
+        self._reducer.scaled = True  # also where this rank owns nothing that has a gradient: all ranks must know
         if grads := self._gradients():
             torch._foreach_mul_(grads, factor)
 
@@ -305,7 +334,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         return {
             "state": {index[name]: whole[name] for name in order if whole.get(name)},
             "param_groups": [
-                {**state.settings(group), "params": [index[name] for name in names], "param_names": list(names)}
+                {**_own(group), "params": [index[name] for name in names], "param_names": list(names)}
                 for group, names in zip(self.param_groups, self._names, strict=True)
             ],
             **({"masters": masters} if masters else {}),
@@ -334,7 +363,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         pieces = [(bucket, piece) for bucket in self._reducer.buckets for piece in bucket.pieces]
         loaded = [(bucket, piece, state.cut(source, piece.name, piece.start, piece.stop)) for bucket, piece in pieces]
         for group, settings in zip(self.param_groups, source.groups, strict=True):
-            group.update(settings)
+            group.update(_own(settings))
         by_tensor = {id(piece): group for group in self.param_groups for piece in group["params"]}
         self.state.clear()
         for bucket, piece, values in loaded:
@@ -345,6 +374,12 @@ class ZeroOptimizer(torch.optim.Optimizer):
             group = by_tensor[id(piece.tensor)]
             if values:
                 self.state[piece.tensor] = {key: _as_state(v, piece.tensor, group) for key, v in values.items()}
+
+    def __deepcopy__(self, memo: Any) -> "ZeroOptimizer":
+        raise TypeError("a ZeroOptimizer holds its model's memory and cannot be copied; take its full_state_dict")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("a ZeroOptimizer holds its model's memory and cannot be pickled; save its state_dict")
 
     # What a rank holds
 
@@ -372,7 +407,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         try:
             groups = named_groups(params, known={**self._shapes})
             lines = describe(groups, self._class, options)
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # of the caller's objects too; the other ranks are waiting
             problem = error
         if self.world_size > 1:
             check_same(lines, None if problem is None else str(problem), self.process_group)
@@ -385,7 +420,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         there were such."""
         slots = [slot for bucket in self._reducer.buckets for slot in bucket.slots]
         frozen = list(self._frozen.items())
-        flags = [slot.used for slot in slots] + [parameter.requires_grad for _, (_, parameter) in frozen]
+        flags = [slot.used for slot in slots] + [_trains(parameter) for _, (_, parameter) in frozen]
         if self.world_size > 1:
             shared = torch.tensor(flags, dtype=torch.uint8, device=self._device)
             dist.all_reduce(shared, op=dist.ReduceOp.MAX, group=self.process_group)
@@ -417,6 +452,16 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
 def _pieces(buckets: Iterable[Bucket]) -> list[Tensor]:
     return [piece.tensor for bucket in buckets for piece in bucket.pieces]
+
+
+def _own(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A group's settings as they are now; a learning rate may be a tensor, which schedulers write to."""
+    return copy.deepcopy(state.settings(group))
+
+
+def _trains(frozen: Tensor) -> bool:
+    """Whether a parameter that was frozen has been unfrozen, if only for a backward pass."""
+    return frozen.requires_grad or frozen.grad is not None
 
 
 def _norm(grad: Tensor, norm_type: float) -> Tensor:

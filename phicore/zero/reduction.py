@@ -24,15 +24,16 @@ BUCKETS_KEPT = MAX_IN_FLIGHT + 1  # as much memory of them is kept between steps
 
 
 class _Hook:
-    """Tells the reducer of a parameter's gradient. Holds it weakly: a dropped optimizer must not reduce any more."""
+    """Tells the reducer of a parameter's gradient. Holds it weakly, and a bucket by its place there: a dropped
+    optimizer must not reduce any more, and a hook that held its own parameter would keep it alive for ever."""
 
-    def __init__(self, reducer: "GradientReducer", bucket: Bucket, slot: Slot) -> None:
-        self.reducer, self.bucket, self.slot = weakref.ref(reducer), bucket, slot
+    def __init__(self, reducer: "GradientReducer", place: int) -> None:
+        self.reducer, self.place = weakref.ref(reducer), place
 
     def __call__(self, parameter: Tensor) -> None:
         reducer = self.reducer()
         if reducer is not None:
-            reducer.on_gradient(self.bucket, self.slot)
+            reducer.on_gradient(*reducer.watched[self.place])
 
 
 def is_watched(parameter: Tensor) -> bool:
@@ -68,6 +69,8 @@ class GradientReducer:
         self.stage, self.scale, self.alone = stage, scale, alone
         self.collectives, self.scratch = collectives, scratch
         self.own_totals: list[Tensor] = []
+        self.watched: list[tuple[Bucket, Slot]] = []  # what hooks tell of
+        self.scaled = False  # the reduced gradients are no more what p.grad amounts to
         self.buckets: list[Bucket] = []  # in the order in which they are reduced
         self.syncing = True
         self.round_due = True  # this rank may hold gradients that no round has carried
@@ -88,7 +91,8 @@ class GradientReducer:
             self._places[bucket] = (index + 0.5) / len(buckets)
             for slot in bucket.slots:
                 if slot.parameter.requires_grad:  # torch takes no hook for others; they wait for the end of the round
-                    hook = _Hook(self, bucket, slot)
+                    hook = _Hook(self, len(self.watched))
+                    self.watched.append((bucket, slot))
                     self._handles.append(slot.parameter.register_post_accumulate_grad_hook(hook))
         self.buckets = sorted(self._places, key=self._places.__getitem__)
 
@@ -101,6 +105,11 @@ class GradientReducer:
     def on_gradient(self, bucket: Bucket, slot: Slot) -> None:
         """Takes a gradient that the backward pass has just put in place."""
         slot.used = self.changed = True
+        if self.scaled and self.stage == 1 and not self.alone:
+            raise RuntimeError(
+                f"{slot.name} gets another gradient after gradients were clipped or scaled, which stage 1 would undo; "
+                f"clip once, before step, or use stage 2"
+            )
         if not self.syncing:
             return
         if bucket.buffer is None and self._open and self.buckets.index(bucket) < self._next:
@@ -222,6 +231,16 @@ class GradientReducer:
         while self._in_flight:
             self._finish_oldest()
 
+    def dropped(self) -> bool:
+        """Whether gradients that had been reduced were taken away since (stage 1), as by model.zero_grad(); they do not
+        count then."""
+        found = False
+        for bucket in self.buckets:
+            for slot in bucket.slots:
+                if slot.reduced is not None and slot.parameter.grad is None:
+                    slot.used, slot.reduced, found = False, None, True
+        return found
+
     def changed_after_reduction(self) -> str | None:
         """Name of a parameter whose gradient was written to after it had been reduced (stage 1)."""
         for bucket in self.buckets:
@@ -241,6 +260,7 @@ class GradientReducer:
             for slot in bucket.slots:
                 slot.used, slot.reduced, slot.parameter.grad = False, None, None
         self.own_totals.clear()
+        self.scaled = False
         self.round_due = self.changed = True
 
 

@@ -19,7 +19,7 @@ class GradScaler(torch.amp.GradScaler):
         >>> scaler.scale(model(torch.ones(3, 2)).sum()).backward()
         >>> scaler.unscale_(optimizer)  # before clipping; step would do it otherwise
         >>> norm = optimizer.clip_grad_norm_(1.0)
-        >>> scaler.step(optimizer)
+        >>> scaler.step(optimizer)  # drops the gradients, updated or not
         >>> scaler.update()
     """
 
@@ -40,3 +40,10 @@ class GradScaler(torch.amp.GradScaler):
             dist.all_reduce(overflow, op=dist.ReduceOp.MAX, group=optimizer.process_group)
         found.clear()
         found[self._scale.device] = overflow
+
+    def _maybe_opt_step(self, optimizer: Any, optimizer_state: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = super()._maybe_opt_step(optimizer, optimizer_state, *args, **kwargs)
+        # step consumes the gradients, and one that was skipped must not leave the overflow for the next.
+        if any(inf.item() for inf in optimizer_state["found_inf_per_device"].values()):
+            optimizer.zero_grad()
+        return loss

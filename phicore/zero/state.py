@@ -22,6 +22,7 @@ from torch import Tensor
 
 FORMAT = "phicore-zero"
 MASTER = "master"
+SCALARS = ("step", "mu_product", "eta", "mu")  # what torch's optimizers keep for a parameter, and not for its elements
 
 
 @dataclass(slots=True)
@@ -102,7 +103,8 @@ def read_full(state: Mapping[str, Any], shapes: Mapping[str, torch.Size], groups
         own = group.get("param_names") or names
         _check_names({name: shapes.get(name, torch.Size()) for name in own}, {name: shapes[name] for name in names})
         for index, name in zip(group["params"], own, strict=True):
-            values = dict(state["state"].get(index, {}))
+            kept = state["state"].get(index, {})
+            values = {key: _as_written_now(key, value) for key, value in kept.items() if value is not None}
             if name in state.get("masters", {}):
                 values[MASTER] = state["masters"][name]
             for key, value in values.items():
@@ -110,10 +112,17 @@ def read_full(state: Mapping[str, Any], shapes: Mapping[str, torch.Size], groups
                     raise ValueError(
                         f"state {key} of {name} has shape {list(value.shape)}, the parameter {list(shapes[name])}"
                     )
-                if is_sliced(value, shapes[name].numel()):
+                if is_sliced(value, shapes[name].numel()) or (
+                    not shapes[name] and isinstance(value, Tensor) and key not in SCALARS
+                ):
                     values[key] = value.reshape(-1)
             source.slices[name] = [Slice(0, shapes[name].numel(), values)]
     return source
+
+
+def _as_written_now(key: str, value: Any) -> Any:
+    """A state as torch writes it since 1.12: steps are tensors."""
+    return torch.tensor(float(value)) if key == "step" and isinstance(value, int | float) else value
 
 
 def _check_names(saved: Mapping[str, Sequence[int]], shapes: Mapping[str, torch.Size]) -> None:

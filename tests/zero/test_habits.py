@@ -1,0 +1,316 @@
+"""What users of torch.optim are used to: ZeroOptimizer does the same, or says that it does not."""
+
+import copy
+import gc
+import math
+import pickle
+import weakref
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import phicore
+from phicore.zero import groups
+
+STAGES = pytest.mark.parametrize("stage", [1, 2])
+
+
+def parameters(*shapes: tuple[int, ...]) -> dict[str, nn.Parameter]:
+    """Of ones, by the names a, b, c ..."""
+    return {name: nn.Parameter(torch.ones(shape)) for name, shape in zip("abcdef", shapes, strict=False)}
+
+
+def sgd(named: dict[str, nn.Parameter], stage: int = 2, **options) -> phicore.ZeroOptimizer:
+    return phicore.ZeroOptimizer(named.items(), torch.optim.SGD, **{"stage": stage, "lr": 1.0, **options})
+
+
+def values(named: dict[str, nn.Parameter]) -> list[float]:
+    return [float(p.detach().flatten()[0]) for p in named.values()]
+
+
+# ===== clipping =====
+
+
+def norms_of_nan() -> list[tuple[float, bool]]:
+    """The inf-norm where one element, of the first rank's shard or the last one's, is NaN or inf."""
+    found = []
+    for place in (0, -1):
+        for bad in (math.nan, math.inf):
+            named = parameters((600,))
+            optimizer = sgd(named)
+            weight = torch.ones(600)
+            weight[place] = bad
+            (named["a"] * weight).sum().backward()
+            with pytest.raises(RuntimeError, match="so they cannot be clipped"):
+                optimizer.clip_grad_norm_(1.0, math.inf, error_if_nonfinite=True)
+            found.append(float(optimizer.clip_grad_norm_(1.0, "inf")))
+    return found
+
+
+def test_a_nan_reaches_the_largest_element_on_every_rank(each_world):
+    for found in each_world(norms_of_nan):
+        assert [math.isnan(norm) for norm in found] == [True, False, True, False]
+        assert found[1] == found[3] == math.inf
+
+
+@pytest.mark.parametrize("norm_type", [0, -math.inf, math.nan])
+def test_a_norm_type_that_is_none_is_named(norm_type):
+    with pytest.raises(ValueError, match="norm_type must be above 0 or inf, got"):
+        sgd(parameters((2,))).clip_grad_norm_(1.0, norm_type)
+
+
+def scaled_between(stage: int) -> str | float:
+    named = parameters((4,))
+    optimizer = sgd(named, stage)
+    named["a"].sum().backward()
+    optimizer.scale_gradients_(0.5)
+    try:
+        named["a"].sum().backward()
+    except RuntimeError as error:
+        return str(error)
+    optimizer.step()
+    return values(named)[0]
+
+
+def test_a_pass_after_scaling_adds_to_what_was_scaled_or_is_an_error(ranks):
+    assert ranks(2)(scaled_between, 2) == [-0.5] * 2
+    assert all("clip once, before step, or use stage 2" in text for text in ranks(2)(scaled_between, 1))
+
+
+# ===== gradients that come and go =====
+
+
+def dropped_through_the_model(stage: int) -> list[float]:
+    named = parameters((3,), (3,))
+    optimizer = sgd(named, stage)
+    for kind in ("all", "one between passes", "one after clipping"):
+        (named["a"].sum() + named["b"].sum()).backward()
+        if kind == "one after clipping":
+            optimizer.clip_grad_norm_(math.inf)
+        named["b"].grad = None
+        if kind == "all":
+            named["a"].grad = None
+        elif kind == "one between passes":
+            named["a"].sum().backward()
+        optimizer.step()
+    return values(named)
+
+
+def test_gradients_that_are_taken_away_do_not_count(ranks):
+    """In stage 2 they are not there to be taken, which the class says."""
+    expected = [-2.0, 1.0]  # a: nothing, two passes' 2, 1
+    assert ranks(2)(dropped_through_the_model, 1) == [expected] * 2
+    assert dropped_through_the_model(1) == dropped_through_the_model(2) == expected  # alone, in both
+
+
+def group_added_between(stage: int) -> list[float]:
+    named = parameters((3,), (5,))
+    optimizer = sgd({"a": named["a"]}, stage)
+    (named["a"].sum() + named["b"].sum()).backward()
+    optimizer.add_param_group({"params": [("b", named["b"])]})
+    optimizer.step()
+    return values(named)
+
+
+@STAGES
+def test_a_group_that_is_added_between_pass_and_step_counts(each_world, stage):
+    assert each_world(group_added_between, stage) == [[0.0, 0.0]] * each_world.world_size
+    assert group_added_between(stage) == [0.0, 0.0]
+
+
+def unfrozen_for_a_pass(stage: int) -> list[float]:
+    found = []
+    for late in (False, True):
+        named = parameters((3,), (5,))
+        named["b"].requires_grad_(False)
+        optimizer = sgd(named, stage)
+        if late:
+            named["a"].sum().backward()
+            optimizer.clip_grad_norm_(math.inf)
+        named["b"].requires_grad_(True)
+        (named["b"].sum() if late else named["a"].sum() + named["b"].sum()).backward()
+        if not late:
+            named["b"].requires_grad_(False)
+        optimizer.step()
+        found += values(named)
+    return found
+
+
+@STAGES
+def test_a_parameter_that_is_unfrozen_for_one_pass_or_after_clipping(ranks, stage):
+    assert ranks(2)(unfrozen_for_a_pass, stage) == [[0.0] * 4] * 2
+    assert unfrozen_for_a_pass(stage) == [0.0] * 4
+
+
+def overflowed_once() -> tuple[float, float]:
+    named = parameters((4,))
+    optimizer = sgd(named)
+    scaler = phicore.zero.GradScaler(device="cpu", init_scale=8.0, growth_interval=100)
+    for factor in (math.inf if dist.is_initialized() and dist.get_rank() == 1 else 1.0, 1.0):
+        scaler.scale((named["a"] * factor).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    return values(named)[0], scaler.get_scale()
+
+
+def test_an_overflow_does_not_stay_for_the_next_step(ranks):
+    assert ranks(2)(overflowed_once) == [(0.0, 4.0)] * 2
+
+
+# ===== states =====
+
+
+def scalar_parameters(stage: int) -> float:
+    """A parameter of shape [], as CLIP's logit_scale: its state goes to a plain optimizer and back."""
+    named, plain = parameters((), (3,)), parameters((), (3,))
+    reference = torch.optim.NAdam(plain.values(), lr=0.1)
+    optimizer = phicore.ZeroOptimizer(named.items(), torch.optim.NAdam, stage=stage, lr=0.1)
+    for step in range(6):
+        for those, which in ((named, optimizer), (plain, reference)):
+            ((those["a"] * those["b"]).square().sum() * (step + 1)).backward()
+            which.step()
+            which.zero_grad()
+        if step in (1, 3):
+            whole = optimizer.full_state_dict()
+            other = torch.optim.NAdam(plain.values(), lr=0.1)
+            other.load_state_dict(whole)
+            optimizer.load_state_dict(whole if step == 1 else reference.state_dict())
+            reference = other if step == 1 else reference
+    return max(float((p - q).abs().max()) for p, q in zip(named.values(), plain.values(), strict=True))
+
+
+@STAGES
+def test_the_state_of_a_scalar_parameter(ranks, stage):
+    assert max(ranks(2)(scalar_parameters, stage)) < 1e-6
+    assert scalar_parameters(stage) < 1e-6
+
+
+def test_a_whole_state_is_a_snapshot():
+    named = parameters((3,))
+    optimizer = phicore.ZeroOptimizer(named.items(), torch.optim.AdamW, lr=torch.tensor(0.1))
+    for _ in range(3):
+        named["a"].sum().backward()
+        optimizer.step()
+    kept = optimizer.full_state_dict()
+    named["a"].sum().backward()
+    optimizer.step()
+    optimizer.param_groups[0]["lr"].fill_(7.0)
+    assert float(kept["state"][0]["step"]) == 3
+    assert float(kept["param_groups"][0]["lr"]) == pytest.approx(0.1)
+    optimizer.load_state_dict(kept)
+    optimizer.param_groups[0]["lr"].fill_(5.0)
+    assert float(kept["param_groups"][0]["lr"]) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_states_of_older_torch_load(kind):
+    """Momentum that was never made is None there, and steps are numbers."""
+    named, plain = parameters((3,)), parameters((3,))
+    options = {"lr": 0.1, "momentum": 0.9} if kind is torch.optim.SGD else {"lr": 0.1}
+    reference = kind(plain.values(), **options)
+    plain["a"].grad = torch.ones(3)
+    if kind is torch.optim.AdamW:
+        reference.step()
+    state = reference.state_dict()
+    state["state"] = {0: {"momentum_buffer": None}} if kind is torch.optim.SGD else state["state"]
+    if kind is torch.optim.AdamW:
+        state["state"][0]["step"] = 1
+    optimizer = phicore.ZeroOptimizer(named.items(), kind, **options)
+    optimizer.load_state_dict(state)
+    with torch.no_grad():
+        named["a"].copy_(plain["a"])
+    if kind is torch.optim.AdamW:
+        state["state"][0]["step"] = torch.tensor(1.0)
+    reference.load_state_dict(state)
+    named["a"].sum().backward()
+    reference.step()
+    optimizer.step()
+    torch.testing.assert_close(named["a"], plain["a"])
+
+
+def test_copies_are_refused():
+    optimizer = sgd(parameters((3,)))
+    with pytest.raises(TypeError, match="take its full_state_dict"):
+        copy.deepcopy(optimizer)
+    with pytest.raises(TypeError, match="save its state_dict"):
+        pickle.dumps(optimizer)
+
+
+# ===== lives =====
+
+
+@STAGES
+def test_model_and_optimizer_are_freed(stage):
+    model = nn.Linear(4, 4)
+    optimizer = phicore.ZeroOptimizer(model.named_parameters(), torch.optim.AdamW, stage=stage)
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    gone = weakref.ref(model.weight), weakref.ref(optimizer)
+    del model, optimizer
+    gc.collect()
+    assert [ref() for ref in gone] == [None, None]
+
+
+def test_an_optimizer_that_is_older_than_the_process_group_is_named():
+    named = parameters((3,))
+    optimizer = sgd(named)
+    named["a"].sum().backward()
+    with (
+        mock.patch.object(dist, "is_initialized", return_value=True),
+        mock.patch.object(dist, "get_world_size", return_value=2),
+        pytest.raises(RuntimeError, match="made for 1 ranks and there are 2; make it after init_process_group"),
+    ):
+        optimizer.step()
+
+
+# ===== arguments =====
+
+
+def bad_on_one_rank(kind: str) -> str:
+    given: list = list(parameters((3,), (5,)).items())
+    if dist.get_rank() == 1:
+        if kind == "none":
+            given[1] = ("b", None)
+        elif kind == "computed":
+            given[1] = ("b", given[1][1] * 2)
+        elif kind == "group":
+            given = [{"lr": 0.1}]
+    try:
+        phicore.ZeroOptimizer(given, torch.optim.SGD, lr=0.1)
+    except (TypeError, ValueError, RuntimeError) as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [("none", "b is a NoneType"), ("computed", "b was computed"), ("group", 'parameter group 0 has no "params"')],
+)
+def test_an_argument_that_is_bad_on_one_rank_is_named_on_all(ranks, kind, message):
+    assert all(message in text for text in ranks(2)(bad_on_one_rank, kind))
+
+
+def test_a_setting_without_a_text_of_its_own_is_compared_by_its_kind():
+    class Schedule:
+        pass
+
+    assert groups.shown({"schedule": Schedule(), "lr": torch.tensor(0.5)}) == (
+        "lr=0.5, schedule=test_a_setting_without_a_text_of_its_own_is_compared_by_its_kind.<locals>.Schedule"
+    )
+
+
+def float16_sum() -> float:
+    from phicore.zero import collectives
+
+    world = dist.get_world_size()
+    full = torch.full((4 * world,), 40_000.0, dtype=torch.float16)
+    shard: Tensor = collectives._reduce_scatter_shard(full, torch.float32, None)()
+    assert bool((full == 40_000).all())
+    return float(shard[0])
+
+
+def test_float16_gradients_do_not_overflow_in_a_backend_that_sums_in_float16(ranks):
+    assert ranks(2)(float16_sum) == [80_000.0] * 2
