@@ -1,5 +1,6 @@
 """LoRAConfig: which layers are adapted and how."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ import torch
 
 from phicore.adapters.layer_index import as_patterns
 from phicore.modules import check_expression, ends_with
+from phicore.settings import check_types
 
 BIASES = ("none", "all", "lora_only")
 INITS = ("kaiming", "gaussian", "pissa", "olora", "loftq")
@@ -100,14 +102,16 @@ class LoRAConfig:
             ("alpha", self.alpha),
             *((f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern.items()),
         ]:
-            if not alpha > 0:
-                raise ValueError(f"{what} must be above 0, got {alpha!r}")
+            if not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+                raise ValueError(f"{what} must be a number above 0, got {alpha!r}")
         for what, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
             for key in pattern:
                 check_expression(what, key)
                 check_expression(f"{what}, which is put behind a prefix", ends_with(key))
-        if isinstance(self.target_parameters, str):
-            raise ValueError(f"target_parameters must be a list of names, got {self.target_parameters!r}")
+        for what in ("target_parameters", "modules_to_save", "exclude_modules"):
+            names = getattr(self, what)
+            if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+                raise ValueError(f"{what} must be a list of names, got {names!r}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout!r}")
         if self.init not in INITS:
@@ -124,6 +128,7 @@ class LoRAConfig:
             for name in as_patterns(self.layers_pattern):
                 check_expression("layers_pattern", name)
                 check_expression("layers_pattern, which is put behind a prefix", ends_with(name))
+        check_types(self)
         tokens = self.trainable_token_indices
         for what, indices in tokens.items() if isinstance(tokens, Mapping) else [("", tokens)]:
             if indices is not None:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, fields
 from typing import Literal
 
+from phicore.settings import check_types
+
 
 @dataclass(kw_only=True, slots=True)
 class TrainConfig:
@@ -90,6 +92,10 @@ class TrainConfig:
     """Start anew where output holds a run already; its checkpoints and metrics are removed."""
 
     def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)!r}")
         for name in ("steps", "batch_size", "accumulation", "eval_batch_size", "keep_checkpoints", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")

@@ -174,7 +174,7 @@ def test_dropout_and_init(randomize):
         ({"rank": {}}, "some of the parts"),
         ({"alpha": {"q": 2.0}}, "alpha those that rank names"),
         ({"rank": {"q": 0}}, "rank must be a whole number above 0"),
-        ({"rank": 2, "alpha": -1}, "alpha must be above 0"),
+        ({"rank": 2, "alpha": -1}, "alpha must be a number above 0"),
         ({"init": "pissa"}, 'init "pissa" decomposes a whole weight'),
     ],
 )

@@ -90,7 +90,7 @@ def test_a_rank_that_the_tensors_do_not_have_takes_no_memory(spoiled, refused, f
         ({"lora_alpha": -8}, f"{CONFIG}: .*above 0, got lora_alpha=-8"),
         (
             {"alpha_pattern": {"embed": 0}},
-            r"adapter.*alpha_pattern\['embed'\] must be above 0, got 0|alpha of embed: 0 in",
+            r"adapter.*alpha_pattern\['embed'\] must be a number above 0, got 0|alpha of embed: 0 in",
         ),
         (
             {"trainable_token_indices": {"embed": [2, 2]}},

@@ -1,0 +1,58 @@
+"""Settings of a wrong type are named, with what is accepted."""
+
+import math
+
+import numpy
+import pytest
+import torch
+
+import phicore
+from phicore import LoRAConfig, TrainConfig
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 3.5}, "steps must be a whole number, got 3.5"),
+        ({"steps": "3"}, "steps must be a whole number, got '3'"),
+        ({"steps": True}, "steps must be a whole number, got True"),
+        ({"seed": "a"}, "seed must be a whole number, got 'a'"),
+        ({"resume": "no"}, "resume must be True or False, got 'no'"),
+        ({"learning_rate": "1e-4"}, "learning_rate must be a number, got '1e-4'"),
+        ({"zero_stage": 3}, "zero_stage must be one of 1, 2, got 3"),
+        ({"output": 3}, "output must be a text, got 3"),
+    ],
+)
+def test_of_a_run(settings, message):
+    with pytest.raises(TypeError, match=message):
+        TrainConfig(**settings)
+
+
+def test_numbers_of_numpy_and_whole_ones_for_others_are_taken(tmp_path):
+    TrainConfig(steps=numpy.int64(3), learning_rate=1, max_norm=numpy.float32(0.5), output=tmp_path)
+
+
+@pytest.mark.parametrize("beta", [1.0, -0.1, math.nan])
+def test_betas(beta):
+    with pytest.raises(ValueError, match="beta1 must be at least 0 and below 1"):
+        TrainConfig(beta1=beta)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"alpha": "16"}, "alpha must be a number above 0, got '16'"),
+        ({"alpha": math.inf}, "alpha must be a number above 0, got inf"),
+        ({"dora": "yes"}, "dora must be True or False, got 'yes'"),
+        ({"modules_to_save": "head"}, "modules_to_save must be a list of names, got 'head'"),
+        ({"exclude_modules": "head"}, "exclude_modules must be a list of names, got 'head'"),
+    ],
+)
+def test_of_an_adapter(settings, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        LoRAConfig(**settings)
+
+
+def test_what_is_no_configuration_is_named():
+    with pytest.raises(TypeError, match="attach takes a LoRAConfig, got a dict"):
+        phicore.attach(torch.nn.Sequential(torch.nn.Linear(2, 2)), {"rank": 4})
