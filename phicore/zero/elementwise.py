@@ -32,14 +32,16 @@ def check_elementwise(
     if optimizer_class.__module__.startswith("torch.optim") and name in REASONS:
         raise ValueError(f"{name} is not element-wise: {REASONS[name]}. {advice}")
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(96, 100, generator=generator)
+    where: dict[str, Any] = {"generator": generator, "dtype": torch.float32, "device": "cpu"}  # whatever the default
+    start = torch.randn(96, 100, **where)
     whole = nn.Parameter(start.to(device, copy=True))
     pieces = [nn.Parameter(part.to(device, copy=True)) for part in start.flatten().split(SIZES)]
     tried = {**options, **({"lr": 0.01} if "lr" in options else {})}  # a warm-up may start at 0
+    optimizer_class([nn.Parameter(start.to(device, copy=True))], **options)  # what is wrong with the options it says
     try:
         optimizers = optimizer_class([whole], **tried), optimizer_class(pieces, **tried)
         for step in range(STEPS):
-            grad = torch.randn(96, 100, generator=generator).to(device) * 10.0**-step
+            grad = torch.randn(96, 100, **where).to(device) * 10.0**-step
             whole.grad = grad
             for piece, part in zip(pieces, grad.flatten().split(SIZES), strict=True):
                 piece.grad = part.clone()
