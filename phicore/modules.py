@@ -103,11 +103,10 @@ def select(
         ValueError: a target or an exclusion that matches nothing, naming it and what is near; a target that means a
             part of a fused projection, unless it is mapped; a target that is of another kind, or no regular expression.
     """
-    if isinstance(exclude_modules, str) or not target_modules:
-        raise ValueError(
-            f"target_modules must name something and exclude_modules must be a list, got {target_modules!r} and "
-            f"{exclude_modules!r}"
-        )
+    if isinstance(exclude_modules, str):
+        raise ValueError(f"exclude_modules must be a list of names, got {exclude_modules!r}")
+    if not target_modules:
+        raise ValueError(f"target_modules must name something, got {target_modules!r}")
     if isinstance(target_modules, str):
         check_expression("target_modules", target_modules)
     every = dict(model.named_modules(remove_duplicate=False))
@@ -156,7 +155,13 @@ def select(
                     f'target "{shown}" matches {others[0]}, which is a {kind} and cannot be adapted or quantized; '
                     f"layers that can: {accepted}, outside nn.MultiheadAttention"
                 )
-            raise ValueError(no_match(f'target "{shown}"', shown, candidates))
+            message = no_match(f'target "{shown}"', shown, candidates)
+            if isinstance(entry, str) and any(matches(name, [entry]) for name in candidates):
+                message = (
+                    f'target "{entry}", a string, is a regular expression for whole names, and matches none; for names '
+                    f'that end in it give a list: ["{entry}"]'
+                )
+            raise ValueError(message)
         mapped = {whole for wholes in fused.values() for whole in wholes}
         if fused:
             told = _fused_message(type(model).__name__, fused)

@@ -119,7 +119,7 @@ def test_a_list_selects_in_the_models_order(toy):
             r'exclude_modules entry "norm" matches norm, a LayerNorm which .* leave nothing',
         ),
         ("a{99999999999}", [], r"is no regular expression: the repetition number is too large"),
-        (["up_proj"], "head", r"exclude_modules must be a list, got \['up_proj'\] and 'head'"),
+        (["up_proj"], "head", "exclude_modules must be a list of names, got 'head'"),
     ],
 )
 def test_what_matches_nothing_is_named(toy, targets, excluded, message):
@@ -209,3 +209,10 @@ def test_blocks_that_share_weights_are_left_out_with_a_word():
     model["head"].weight = model["embed"].weight
     with pytest.warns(UserWarning, match="leaves out layers that share a weight with each other: a, b$"):
         assert list(select(model, ALL_LINEAR, [], (nn.Linear,))) == ["c"]
+
+
+def test_a_string_that_would_match_as_a_list_says_so():
+    model = nn.Sequential(nn.ModuleDict({"body": nn.Linear(2, 2)}))
+    with pytest.raises(ValueError, match=r'is a regular expression for whole names.*give a list: \["body"\]'):
+        select(model, "body", [], (nn.Linear,))
+    assert list(select(model, ["body"], [], (nn.Linear,))) == ["0.body"]

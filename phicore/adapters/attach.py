@@ -249,8 +249,11 @@ def attach(model: nn.Module, config: LoRAConfig, name: str = "default") -> nn.Mo
     Raises:
         ValueError: a target that matches nothing (with near misses), an adapter of this name that is there already, a
             merged model. The model is then unchanged.
-        TypeError: a target whose weights are not floating-point; the model is then unchanged.
+        TypeError: a target whose weights are not floating-point, a config that is no LoRAConfig; the model is then
+            unchanged.
     """
+    if not isinstance(config, LoRAConfig):
+        raise TypeError(f"attach takes a LoRAConfig, got a {type(config).__name__}")
     if name in {layer.adapter_name for _, layer in adapter_layers(model)}:
         raise ValueError(f'the model has an adapter named "{name}" already; give another name')
     if any(merged_layers(model)):
@@ -403,8 +406,9 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         ValueError: the model has no adapter, or is merged.
     """
     layers = [layer for _, layer in adapter_layers(model)]
-    if not layers or any(merged_layers(model)):
-        raise ValueError("the model has no adapter that could be disabled" + (" (it is merged)" if not layers else ""))
+    merged = any(merged_layers(model))
+    if not layers or merged:
+        raise ValueError("the model has no adapter that could be disabled" + (" (it is merged)" if merged else ""))
     before = [layer.enabled for layer in layers]
     try:
         for layer in layers:
