@@ -6,7 +6,8 @@ The directory's config.json says so in quantization_config, and transformers the
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Set
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -127,10 +128,11 @@ def packed_groups(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     every = {path: m for path, m in model.named_modules(remove_duplicate=False) if isinstance(m, NF4Linear)}
     parts = {f"{path}.{part}" if path else part for path, layer in every.items() for part in layer.nf4.parts()}
     layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, NF4Linear)}
-    seen: set[int] = set()
+    seen: set[Any] = set()
     for key, tensor in model.state_dict().items():
-        if key not in parts and (tensor.data_ptr() not in seen or not tensor.numel()):
-            seen.add(tensor.data_ptr())  # a tied head is written once, as its embedding
+        same = tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+        if key not in parts and (same not in seen or not tensor.numel()):
+            seen.add(same)  # a tied head is written once, as its embedding
             yield {key: tensor.detach().cpu().contiguous()}
     for path, layer in layers.items():
         yield name_parts(f"{path}.weight" if path else "weight", layer.nf4)
@@ -159,7 +161,7 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
         "bnb_4bit_use_double_quant": layers[0].double_quant,
         "bnb_4bit_compute_dtype": str(layers[0].dtype).removeprefix("torch."),
         "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": sorted(dense) or None,
+        "llm_int8_skip_modules": sorted(dense),  # None would mean the output head, to transformers
     }
 
 
@@ -232,6 +234,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, TensorFile], dtype: tor
     ]
     if problems:
         raise ValueError(f"the files do not fit the model; {', '.join(problems)}")
+    kept = dtypes_kept(model, dtype)
     read: dict[str, dict[str, Tensor]] = {owner: {} for owner in layers}
     ready: dict[str, NF4Linear] = {}
     plain: dict[str, Tensor] = {}
@@ -239,7 +242,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, TensorFile], dtype: tor
     for key, file in weights.items():
         tensor = file.read(key)
         if (path := owners.get(key)) is None:
-            plain[key] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+            plain[key] = cast(tensor, kept(key), f"{file.path}: {key}")
             continue
         read[path][key[len(f"{path}.weight.") :]] = tensor  # "" for the codes
         if len(read[path]) == len(layers[path]):
@@ -252,6 +255,36 @@ def load_weights(model: nn.Module, weights: Mapping[str, TensorFile], dtype: tor
     if callable(tie := getattr(model, "tie_weights", None)):
         # Which of two tied weights is there, and whether they are equal where both are, decides what is tied.
         tie(missing_keys=set(expected) - plain_keys, recompute_mapping=False)
+
+
+def dtypes_kept(model: nn.Module, dtype: torch.dtype) -> Callable[[str], torch.dtype]:
+    """The dtype of a model's floating tensor by its name, where transformers loads the model in this dtype: float32
+    for what the model's class keeps so, such as the bias of a router, and its own for what is made in another."""
+    strict, loose = "_keep_in_fp32_modules_strict", "_keep_in_fp32_modules"
+    kinds = {torch.float16: (strict, loose), torch.bfloat16: (strict,)}.get(dtype, ())
+    wide = [name.replace("*", ".*") for kind in kinds for name in getattr(model, kind, None) or ()]
+    made = model.state_dict() if getattr(model, "dtype", None) == dtype else {}
+
+    def kept(key: str) -> torch.dtype:
+        if any(re.search(name, key) for name in wide):
+            return torch.float32
+        return made[key].dtype if key in made and made[key].is_floating_point() else dtype
+
+    return kept
+
+
+def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """A floating tensor in dtype, another as it is.
+
+    Raises:
+        ValueError: a finite value is beyond dtype, naming the tensor.
+    """
+    if not tensor.is_floating_point() or tensor.dtype == dtype:
+        return tensor
+    found = tensor.to(dtype)
+    if dtype == torch.float16 and not torch.equal(found.isfinite(), tensor.isfinite()):
+        raise ValueError(f"{name} holds values up to {tensor.abs().max().item():.4g}, and float16 ends at 65,504")
+    return found
 
 
 def _coded_layers(model: nn.Module, weights: Mapping[str, TensorFile]) -> tuple[dict[str, set[str]], set[str]]:

@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -204,9 +203,9 @@ def _check_size(config: Any, weights: dict[str, TensorFile], path_or_id: str) ->
     if layers > len(weights):
         raise ValueError(f"{path_or_id}: its {CONFIG} describes {layers} layers, its files hold {len(weights)} tensors")
     described = sum(parameter.numel() for parameter in meta_model(config).parameters())
-    stored = sum(math.prod(file.entries[key].shape) for key, file in weights.items())
-    if described > 4 * stored:  # a byte of a coded weight is two weights
-        raise ValueError(f"{path_or_id}: its {CONFIG} describes {described} weights, its files hold {stored} values")
+    stored = sum(file.entries[key].stop - file.entries[key].start for key, file in weights.items())
+    if described > 4 * stored:  # a byte of a coded weight is two weights, whatever dtype it is held as
+        raise ValueError(f"{path_or_id}: its {CONFIG} describes {described} weights, its files hold {stored} bytes")
 
 
 def meta_model(config: Any, dtype: torch.dtype = torch.float32) -> Any:
@@ -318,7 +317,8 @@ def _tied_as_is(model: Any) -> Iterator[None]:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     configs = {id(config): config for config in (model.config, model.config.get_text_config())}.values()
     tied = [config for config in configs if getattr(config, "tie_word_embeddings", False)]
-    if head is None or head.weight is embedding.weight or _same(head.weight, embedding.weight):
+    dense = head is not None and not isinstance(head, NF4Linear)
+    if head is None or (dense and (head.weight is embedding.weight or _same(head.weight, embedding.weight))):
         tied = []
     for config in tied:
         config.tie_word_embeddings = False

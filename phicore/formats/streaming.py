@@ -7,7 +7,7 @@ and one layer's weight beside it.
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from phicore import atomic
-from phicore.formats.bitsandbytes import name_parts, tied_groups, write_config
+from phicore.formats.bitsandbytes import cast, dtypes_kept, name_parts, tied_groups, write_config
 from phicore.formats.hub import snapshot
 from phicore.formats.huggingface import (
     CONFIG,
@@ -95,6 +95,7 @@ def quantize_directory(
     with quiet_transformers(import_transformers(), bars=False):
         model = meta_model(dense_config(source), dtype)
         _check_fit(model, weights, source)
+        kept = dtypes_kept(model, dtype)
         quantize_(model, target_modules, exclude_modules, block_size=block_size, double_quant=double_quant)
         layers = {f"{path}.weight": layer for path, layer in model.named_modules() if isinstance(layer, NF4Linear)}
         shared = set().union(*tied_groups(model)) | (layers.keys() - weights.keys())
@@ -103,7 +104,7 @@ def quantize_directory(
         longest = max(file.path.stat().st_size for file in weights.values())
         with atomic.new_directory(directory, overwrite=overwrite) as temporary:
             written = write_model(
-                _coded(weights, layers, {*layers, *model.state_dict()}, dtype), temporary, min(shard_bytes, longest)
+                _coded(weights, layers, {*layers, *model.state_dict()}, kept), temporary, min(shard_bytes, longest)
             )
             write_config(model, temporary)
             _copy_companions(source, temporary)
@@ -114,14 +115,15 @@ def quantize_directory(
 
 
 def _coded(
-    weights: Mapping[str, TensorFile], layers: Mapping[str, NF4Linear], known: Set[str], dtype: torch.dtype
+    weights: Mapping[str, TensorFile],
+    layers: Mapping[str, NF4Linear],
+    known: Set[str],
+    kept: Callable[[str], torch.dtype],
 ) -> Iterator[dict[str, Tensor]]:
     for key, file in weights.items():
         if key not in known:
             continue
-        tensor = file.read(key)
-        if tensor.is_floating_point():
-            tensor = tensor.to(dtype)
+        tensor = cast(file.read(key), kept(key), f"{file.path}: {key}")
         layer = layers.get(key)
         if layer is None:
             yield {key: tensor}

@@ -304,7 +304,7 @@ def test_a_spoilt_configuration_gives_an_error_or_a_model(
     ("field", "value", "message"),
     [
         ("num_hidden_layers", 10**9, "describes 1000000000 layers, its files hold"),
-        ("intermediate_size", 10**7, "describes .* weights, its files hold .* values"),
+        ("intermediate_size", 10**7, "describes .* weights, its files hold .* bytes"),
         ("hidden_size", 10**12, "."),
         ("num_hidden_layers", "2", "."),
         ("num_attention_heads", 0, "."),

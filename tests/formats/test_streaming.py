@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import phicore
 from phicore.cli import main
 from phicore.formats import streaming
+from phicore.formats.bitsandbytes import packed_groups
 from phicore.formats.huggingface import load_model, save_model
 from phicore.formats.safetensors_files import TensorFile, model_tensors
 from phicore.formats.streaming import NotStreamable, quantize_directory
@@ -311,3 +312,68 @@ def test_names_that_only_transformers_can_map_are_loaded_whole(
     expected = phicore.quantize_(load_model(str(tmp_path / "source"), torch.float32)[0])
     theirs.train()
     torch.testing.assert_close(logits(theirs), logits(expected), atol=1e-5, rtol=1e-5)
+
+
+# ===== dtypes, heads and storage =====
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("setting", ["_keep_in_fp32_modules_strict", "_keep_in_fp32_modules"])
+def test_what_transformers_keeps_in_float32_stays_so(
+    sources: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, setting: str
+) -> None:
+    """As a router's bias: written from disk, written from memory, and loaded again."""
+    monkeypatch.setattr(transformers.LlamaForCausalLM, setting, {"norm"})
+    quantize_directory(sources(), tmp_path / "stream", dtype)
+    model, tokenizer = load_model(str(sources()), dtype)
+    save_model(phicore.quantize_(model), tokenizer, tmp_path / "memory")
+    for directory in (tmp_path / "stream", tmp_path / "memory"):
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).state_dict()
+        ours = load_model(str(directory), dtype)[0].state_dict()
+        for key in ("model.norm.weight", "model.layers.0.input_layernorm.weight", "model.embed_tokens.weight"):
+            known = (theirs[key], contents(directory)[key], model.state_dict()[key])
+            assert {tensor.dtype for tensor in known} == {ours[key].dtype}
+            assert torch.equal(ours[key], theirs[key])
+    strict = setting.endswith("strict") or dtype == torch.float16
+    assert (ours["model.norm.weight"].dtype == torch.float32) == strict
+
+
+def test_a_value_beyond_float16_is_named(source: Path, tmp_path: Path) -> None:
+    reshard(source, lambda t: t["model.norm.weight"].fill_(1e6))
+    with pytest.raises(ValueError, match=r"model\.norm\.weight holds values up to 1e\+06, and float16 ends at 65,504"):
+        quantize_directory(source, tmp_path / "nf4", torch.float16)
+    assert not (tmp_path / "nf4").exists()
+
+
+def test_a_head_may_be_coded(sources: Callable[..., Path], tmp_path: Path) -> None:
+    everything = r".*(proj|lm_head)"
+    quantize_directory(sources(), tmp_path / "stream", torch.float32, everything)
+    model, tokenizer = load_model(str(sources()), torch.float32)
+    save_model(phicore.quantize_(model, everything), tokenizer, tmp_path / "memory")
+    ours, _ = load_model(str(tmp_path / "stream"), torch.float32)
+    save_model(ours, tokenizer, tmp_path / "again")
+    for directory in (tmp_path / "stream", tmp_path / "memory", tmp_path / "again"):
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        assert type(theirs.lm_head).__name__ == "Linear4bit"
+        assert torch.equal(theirs.lm_head.weight.flatten(), ours.lm_head.packed)  # its product wants 32 n rows
+        assert contents(directory).keys() == contents(tmp_path / "stream").keys()
+
+
+def test_codes_that_are_held_as_float32_are_read(sources: Callable[..., Path], tmp_path: Path) -> None:
+    """bnb_4bit_quant_storage: four bytes of codes a value."""
+    quantize_directory(sources(), tmp_path / "nf4", torch.float32)
+    expected = logits(load_model(str(tmp_path / "nf4"), torch.float32)[0])
+
+    def wider(tensors: dict[str, Tensor]) -> None:
+        codes = {key: t for key, t in tensors.items() if t.dtype == torch.uint8 and t.dim() == 2}
+        tensors.update({key: t.view(-1).view(torch.float32).view(-1, 1) for key, t in codes.items()})
+
+    reshard(tmp_path / "nf4", wider)
+    assert torch.equal(logits(load_model(str(tmp_path / "nf4"), torch.float32)[0]), expected)
+
+
+def test_a_view_of_the_start_of_a_tensor_is_written_too(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(8, 4), phicore.NF4Linear.from_linear(nn.Linear(4, 4)))
+    model.register_buffer("first", model[0].weight.detach()[:2])
+    keys = [key for group in packed_groups(model) for key in group]
+    assert {"0.weight", "0.bias", "first"} <= set(keys)
