@@ -33,6 +33,14 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     write_bytes(path, text.encode())
 
 
+def check_apart(output: str | os.PathLike[str], *sources: str | os.PathLike[str]) -> None:
+    """Raises ValueError where an output directory holds what it is made from, which would go with what it replaces."""
+    whole = Path(output).resolve()
+    for source in sources:
+        if whole in Path(source).resolve().parents:
+            raise ValueError(f"{output} holds {source}, and would be replaced with all that is in it; choose another")
+
+
 @contextmanager
 def new_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
     """Yields a temporary directory beside path; when the block ends well, it takes path's place.

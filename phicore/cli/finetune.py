@@ -213,7 +213,10 @@ def finetune(options: FinetuneOptions) -> dict[str, Any]:
 
 def adapt(model: torch.nn.Module, options: FinetuneOptions) -> None:
     """Makes a loaded model what the method trains: in NF4, with adapters, or all of it."""
-    coded = options.method in ("qlora", "qdora")
+    already = any(isinstance(layer, phicore.NF4Linear) for layer in model.modules())
+    if already and options.method == "full":
+        raise ValueError(f"{options.model} is in NF4, which does not train; take --method qlora or qdora")
+    coded = options.method in ("qlora", "qdora") and not already
     if coded and options.adapter.init != "loftq":  # which codes what it adapts when it is attached
         phicore.quantize_(model, block_size=options.block_size, double_quant=options.double_quant)
     torch.manual_seed(options.train.seed)
@@ -230,6 +233,10 @@ def compute_dtype(options: FinetuneOptions, device: torch.device) -> tuple[torch
         return DTYPES[options.dtype], "as asked"
     settings = None if newest is None else read_state(newest)["settings"]
     if settings is not None:  # a measurement may come out otherwise the second time
+        if settings.get("dtype") not in DTYPES:
+            raise ValueError(
+                f"{newest} is of a run that phicore finetune did not make; go on with it where it was made"
+            )
         return DTYPES[settings["dtype"]], "as the run that is resumed"
     if options.method == "full":
         return torch.float32, "all weights train, and AdamW's steps vanish in 16 bits"
@@ -336,6 +343,7 @@ def _held_out(options: FinetuneOptions, trainer: Any, tokenizer: Any, data: Any,
         from phicore.training.generation import generate
 
         pairs = [prompt_and_reference(record, tokenizer) for record in data.records[: options.answers]]
+        bare = [record.messages is None for record in data.records[: options.answers]]  # a chat template writes its own
         with stage(f"answering {len(pairs)} held-out examples {when} training"), _merged(trainer.model):
             rank, ranks = distributed.rank(), distributed.world_size()
             mine = generate(
@@ -344,7 +352,7 @@ def _held_out(options: FinetuneOptions, trainer: Any, tokenizer: Any, data: Any,
                 [prompt for prompt, _ in pairs[rank::ranks]],
                 options.max_new_tokens,
                 batch_size=64,
-                add_special_tokens=data.records[0].messages is None,  # a chat template writes its own
+                add_special_tokens=bare[rank::ranks],
             )
             texts = [""] * len(pairs)
             for other, part in enumerate(distributed.together(lambda: mine)):

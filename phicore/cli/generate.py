@@ -62,7 +62,7 @@ def answers(options: GenerateOptions) -> list[str]:
     dtype = choose_dtype(device)[0] if options.dtype == "auto" else DTYPES[options.dtype]
     model, tokenizer = load_model(options.model, dtype)
     torch.nn.Module.to(model, device)
-    if options.quantize:
+    if options.quantize and not any(isinstance(layer, phicore.NF4Linear) for layer in model.modules()):
         phicore.quantize_(model, block_size=options.block_size, double_quant=options.double_quant)
     if options.adapter is not None:
         phicore.load_adapter(model, options.adapter)

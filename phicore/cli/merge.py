@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import phicore
+from phicore import atomic
 from phicore.cli.console import say, stage
 from phicore.cli.options import parse
 from phicore.training.precision import DTYPES
@@ -40,6 +41,7 @@ def merge(options: MergeOptions) -> None:
     """Loads, merges and writes."""
     from phicore.formats.huggingface import load_model, save_model
 
+    atomic.check_apart(options.output, options.model, options.adapter)
     with stage(f"loading {options.model}"):
         model, tokenizer = load_model(options.model, DTYPES[options.dtype])
     phicore.load_adapter(model, options.adapter)

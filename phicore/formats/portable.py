@@ -306,6 +306,7 @@ def export(
     misfits = _misfits(adapter, target, reader)
     if refused := [finding for finding in misfits.values() if not finding.mended]:
         raise ValueError(f"{directory} cannot be written for {target}. " + ". ".join(map(str, refused)))
+    atomic.check_apart(output, directory)
     if Path(output).resolve() == Path(directory).resolve():
         raise ValueError(f"output is the adapter's own directory, {directory}; choose another")
     config, tensors = _config(adapter, reader), adapter.tensors

@@ -91,6 +91,7 @@ def quantize_directory(
     if gguf_file is not None:
         raise NotStreamable(f"{source} is no directory of safetensors files")
     source = Path(found)
+    atomic.check_apart(directory, source)
     weights = model_tensors(source)
     with quiet_transformers(import_transformers(), bars=False):
         model = meta_model(dense_config(source), dtype)

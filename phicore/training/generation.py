@@ -23,7 +23,7 @@ def generate(
     batch_size: int,
     progress: Callable[[int, int], object] | None = None,
     *,
-    add_special_tokens: bool | None = None,
+    add_special_tokens: bool | Sequence[bool] | None = None,
 ) -> list[str]:
     """Continues each prompt greedily, until its eos or end-of-turn token or for max_new_tokens.
 
@@ -37,8 +37,8 @@ def generate(
         max_new_tokens: at most so many tokens an answer.
         batch_size: prompts at a time.
         progress: called with (prompts done, prompts in all) after each batch.
-        add_special_tokens: whether the tokenizer puts its own before the prompts (bos). None: no if it has a chat
-            template, since that writes them; otherwise yes, but for a prompt that begins with bos.
+        add_special_tokens: whether the tokenizer puts its own before the prompts (bos), or before each of them. None:
+            no if it has a chat template, since that writes them; otherwise yes, but for a prompt that begins with bos.
 
     Returns:
         The new text of each prompt, without special tokens, in the order of the prompts.
@@ -50,7 +50,8 @@ def generate(
     transformers = import_transformers()
     if max_new_tokens < 1 or batch_size < 1:
         raise ValueError(f"max_new_tokens and batch_size must be positive, got {max_new_tokens} and {batch_size}")
-    rows = [_encode(tokenizer, prompt, add_special_tokens) for prompt in prompts]
+    adds = add_special_tokens if isinstance(add_special_tokens, Sequence) else [add_special_tokens] * len(prompts)
+    rows = [_encode(tokenizer, prompt, add) for prompt, add in zip(prompts, adds, strict=True)]
     _check_lengths(model, rows, max_new_tokens)
     stops = stop_ids(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0] if stops else 0

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -236,3 +237,20 @@ def test_what_the_extra_brings_is_what_is_looked_for() -> None:
 
 def test_a_checkout_that_is_not_installed_has_no_version_and_runs() -> None:
     assert version_of("phicore-of-nobody") == "not installed"
+
+
+def test_an_output_that_holds_what_it_is_made_from_is_refused(
+    tiny_model: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--overwrite would take the model, the adapter and all beside them away."""
+    work = tmp_path / "work"
+    base, pair = shutil.copytree(tiny_model, work / "base"), shutil.copytree(adapter, work / "adapter")
+    before = sorted(work.rglob("*"))
+    for arguments in (
+        ["merge", "--model", str(base), "--adapter", str(pair)],
+        ["quantize", "--model", str(base)],
+        ["export", str(pair), "--target", "transformers"],
+    ):
+        assert main([*arguments, "--output", str(work), "--overwrite"]) == 1
+        assert f"{work} holds {work}/" in capsys.readouterr().err
+        assert sorted(work.rglob("*")) == before

@@ -409,3 +409,29 @@ def test_what_is_tied_stays_tied_from_training_to_the_merged_model(
     ids = tokenizer("0 Elm St", return_tensors="pt").input_ids
     torch.testing.assert_close(merged(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
     assert not torch.equal(merged.lm_head.weight, base_table)
+
+
+def test_a_model_that_is_in_nf4_already(
+    tiny_model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """qlora takes it as it is, and method full, which would train what is not coded, is refused."""
+    coded = tmp_path / "nf4"
+    assert main(["quantize", "--model", str(tiny_model), "--output", str(coded), "--dtype", "float32"]) == 0
+    assert run(coded, data, tmp_path / "qlora", "--method", "qlora") == 0
+    assert run(tiny_model, data, tmp_path / "same", "--method", "qlora") == 0
+    assert losses(tmp_path / "qlora") == losses(tmp_path / "same")
+    assert run(coded, data, tmp_path / "full", "--method", "full") == 1
+    assert "is in NF4, which does not train" in capsys.readouterr().err
+
+
+def test_a_run_of_another_program_is_not_gone_on_with(
+    tiny_model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, tokenizer = load_model(str(tiny_model), torch.float32)
+    phicore.attach(model, phicore.LoRAConfig(rank=2))
+    dataset = phicore.training.data.load_dataset(str(data), tokenizer, 64)
+    phicore.Trainer(model, phicore.TrainConfig(output=str(tmp_path), steps=1, batch_size=1), dataset).fit()
+    assert (
+        main(["finetune", "--model", str(tiny_model), "--data", str(data), "--output", str(tmp_path), "--resume"]) == 1
+    )
+    assert "is of a run that phicore finetune did not make" in capsys.readouterr().err

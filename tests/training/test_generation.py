@@ -130,6 +130,14 @@ def test_no_second_bos(model: Any, template: bool, prompt: str, given: bool | No
     assert (seen[0] == tokenizer.bos_token_id).sum() == bos
 
 
+def test_each_prompt_may_say_whether_the_tokenizer_begins_it(model: Any) -> None:
+    tokenizer = chat_tokenizer("phi3", add_bos=True)
+    seen = inputs_of(model)
+    generate(model, tokenizer, ["a", "a", "a"], 2, 1, add_special_tokens=[True, False, True])
+    begun = [int((ids == tokenizer.bos_token_id).sum()) for ids in seen]
+    assert begun.count(1) == 2
+
+
 def test_sampling_settings_are_not_used_and_everything_is_restored(model: Any, tokenizer: Any) -> None:
     plain = generate(model, tokenizer, PROMPTS, 8, 2)
     model.generation_config.update(do_sample=True, temperature=9.0, top_k=7, repetition_penalty=5.0, max_length=3)
