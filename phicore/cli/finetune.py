@@ -158,6 +158,7 @@ def finetune(options: FinetuneOptions) -> dict[str, Any]:
                 model, tokenizer = distributed.everywhere(lambda: load_model(options.model, dtype))
                 torch.nn.Module.to(model, device)
             train_data, eval_data = distributed.everywhere(lambda: _load_data(options, tokenizer))
+            _check_positions(model, train_data, eval_data)
             base_bytes_before = _bytes(model)
             with stage(f"preparing the model for {options.method}"):
                 distributed.everywhere(lambda: adapt(model, options))
@@ -209,6 +210,17 @@ def finetune(options: FinetuneOptions) -> dict[str, Any]:
     what = "model" if options.method == "full" else "adapter"
     say(f"{what}: {output / what}   figures: {output / 'result.json'}   loss: {output / 'loss.png'}")
     return result
+
+
+def _check_positions(model: Any, *data: TokenDataset | None) -> None:
+    """Raises ValueError for examples that are longer than the model has positions."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(min(part.longest, part.sequence_length) for part in data if part is not None)
+    if limit is not None and longest > limit:
+        raise ValueError(
+            f"the examples have up to {longest} tokens and {type(model).__name__} {limit} positions; give "
+            f"--sequence-length {limit}, which cuts them"
+        )
 
 
 def adapt(model: torch.nn.Module, options: FinetuneOptions) -> None:

@@ -11,7 +11,8 @@ from phicore.zero.agreement import copy_from_first_rank
 
 
 class TrainedBuffers:
-    """Buffers that are part of a checkpoint: those that training writes (running means, say), not the frozen base's.
+    """Buffers that are part of a checkpoint: those that training writes (running means, say), not the frozen base's,
+    nor those that torch itself would not save (persistent=False).
 
     The kernel of batch norm writes past the version counter. The start of a PiSSA or OLoRA layer counts too: it belongs
     to the A and B that were trained, and another machine's decomposition could differ.
@@ -33,7 +34,14 @@ class TrainedBuffers:
     def find(self) -> dict[str, Tensor]:
         """They, by name."""
         found: dict[str, Tensor] = {}
+        passing = {  # made anew when it is needed, as a cache is
+            f"{path}.{name}" if path else name
+            for path, module in self.model.named_modules()
+            for name in module._non_persistent_buffers_set
+        }
         for name, buffer in self.model.named_buffers():
+            if name in passing:
+                continue
             at_start, version = self._at_start.get(name, (None, None))
             if at_start is None or at_start() is not buffer or buffer._version != version:
                 found[name] = buffer

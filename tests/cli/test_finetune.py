@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -435,3 +436,13 @@ def test_a_run_of_another_program_is_not_gone_on_with(
         main(["finetune", "--model", str(tiny_model), "--data", str(data), "--output", str(tmp_path), "--resume"]) == 1
     )
     assert "is of a run that phicore finetune did not make" in capsys.readouterr().err
+
+
+def test_examples_longer_than_the_model_has_positions(
+    tiny_model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = Path(shutil.copytree(tiny_model, tmp_path / "short"))
+    config = json.loads((short / "config.json").read_text()) | {"max_position_embeddings": 5}
+    (short / "config.json").write_text(json.dumps(config))
+    assert run(short, data, tmp_path / "run") == 1
+    assert "LlamaForCausalLM 5 positions; give --sequence-length 5" in capsys.readouterr().err

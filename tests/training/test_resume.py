@@ -287,3 +287,27 @@ def test_a_start_that_came_out_otherwise_is_resumed_as_it_was(tmp_path: Path) ->
     assert all(torch.equal(a, b) for a, b in zip(weights(first).values(), weights(resumed).values(), strict=True))
     x = torch.randn(5, 3, dtype=torch.float64)
     assert torch.equal(first.model(x), resumed.model(x))
+
+
+def test_a_cache_that_is_made_in_the_forward_pass_does_not_stop_a_resumption(tmp_path: Path) -> None:
+    class Cached(nn.Module):
+        cache: Tensor | None
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("cache", None, persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.cache is None or len(self.cache) < len(x):
+                self.cache = torch.ones(len(x), 1, dtype=x.dtype)
+            return x * self.cache[: len(x)]
+
+    def build(output: Path) -> Trainer:
+        torch.manual_seed(1)
+        return regression(output, nn.Sequential(Cached(), nn.Linear(3, 2)).double(), resume=True)
+
+    build(tmp_path / "whole").fit()
+    fit_and_stop(build(tmp_path / "stopped"), 4)
+    build(tmp_path / "stopped").fit()
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+    assert "0.cache" not in saved(tmp_path / "whole")
