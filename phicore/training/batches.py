@@ -11,12 +11,13 @@ from torch.utils.data import default_collate
 from phicore.training.data import collate
 
 Batch = Any
+TOKENS = ("input_ids", "labels")
 
 
 def make_batch(examples: list[Any]) -> Batch:
-    """Pads dicts of input_ids and labels; stacks others as torch does."""
+    """Pads dicts of input_ids and labels, and of attention_mask if they have one; stacks others as torch does."""
     first = examples[0]
-    if isinstance(first, Mapping) and first.keys() == {"input_ids", "labels"}:
+    if isinstance(first, Mapping) and {*TOKENS} <= first.keys() <= {*TOKENS, "attention_mask"}:
         return collate(examples, pad_id=0)  # attention_mask and labels hide the padding
     return default_collate(examples)
 

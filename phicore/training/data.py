@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, overload
 
 import torch
+from torch import Tensor
 
 from phicore.training.encoding import IGNORE_INDEX, Encoded, check_sequence_length, encode
 from phicore.training.records import Record, read_records
@@ -118,11 +119,16 @@ def collate(examples: Sequence[Example], pad_id: int) -> Example:
     """A batch of examples, padded on the right to the longest.
 
     Args:
-        examples: B dicts of input_ids and labels, int64 [n] each.
+        examples: B dicts of input_ids and labels, whole numbers [n] each, in tensors, arrays or lists; and of
+            attention_mask, where that is not 1 throughout.
         pad_id: the token that fills input_ids.
 
     Returns:
         input_ids, attention_mask (1 on tokens, 0 on padding) and labels (IGNORE_INDEX on padding), int64 [B, T] each.
+
+    Raises:
+        TypeError: what should be whole numbers is something else, naming it.
+        ValueError: an example's parts are of different lengths.
     """
     shape = (len(examples), max((len(example["input_ids"]) for example in examples), default=0))
     batch = {
@@ -132,10 +138,19 @@ def collate(examples: Sequence[Example], pad_id: int) -> Example:
     }
     for row, example in enumerate(examples):
         n = len(example["input_ids"])
-        batch["input_ids"][row, :n] = example["input_ids"]
         batch["attention_mask"][row, :n] = 1
-        batch["labels"][row, :n] = example["labels"]
+        for key in example.keys() & batch.keys():
+            batch[key][row, :n] = _whole_numbers(example[key], key, n)
     return batch
+
+
+def _whole_numbers(values: Any, key: str, n: int) -> Tensor:
+    numbers = torch.as_tensor(values)
+    if numbers.numel() and (numbers.is_floating_point() or numbers.is_complex()):
+        raise TypeError(f"{key} of an example must be whole numbers, got {numbers.dtype}")
+    if numbers.shape != (n,):
+        raise ValueError(f"{key} of an example has shape {list(numbers.shape)}, and its input_ids length {n}")
+    return numbers
 
 
 def order(n: int, seed: int, epoch: int, lengths: Sequence[int] | None = None, global_batch: int = 1) -> list[int]:

@@ -301,3 +301,10 @@ def test_what_is_not_linear_is_refused(unchanged, make):
         ),
     ):
         make(base)
+
+
+def test_half_a_linear_layer_is_none():
+    layer = nn.Identity()
+    layer.in_features = 4
+    with pytest.raises(TypeError, match=r"LoRALinear adapts nn\.Linear, .*, got Identity"):
+        phicore.LoRALinear(layer)

@@ -5,12 +5,15 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import numpy
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from phicore.training.batches import make_batch
 from phicore.training.data import collate, load_dataset, order, step_indices
 from phicore.training.encoding import IGNORE_INDEX, encode
 from phicore.training.records import read_records
@@ -178,3 +181,40 @@ def test_order_refuses_what_it_cannot_do() -> None:
     for n, step, global_batch in ((0, 0, 1), (3, -1, 1), (3, 0, 0)):
         with pytest.raises(ValueError, match="n and global_batch must be above 0 and step at least 0"):
             step_indices(n, 0, step, global_batch)
+
+
+def test_examples_may_be_lists_and_have_a_mask() -> None:
+    """As datasets gives them."""
+    lists = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8], "labels": [8]}]
+    tensors = [{key: torch.tensor(values) for key, values in example.items()} for example in lists]
+    arrays = [{key: numpy.array(values) for key, values in example.items()} for example in lists]
+    masked = [example | {"attention_mask": [1] * len(example["labels"])} for example in lists]
+    expected = make_batch(tensors)
+    for examples in (lists, arrays, masked):
+        found = make_batch(examples)
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+        assert {t.dtype for t in found.values()} == {torch.int64}
+    hidden = make_batch(
+        [{"input_ids": [5, 6], "labels": [5, 6], "attention_mask": [0, 1]}, lists[1] | {"attention_mask": [1]}]
+    )
+    assert hidden["attention_mask"].tolist() == [[0, 1], [1, 0]]
+
+
+@pytest.mark.parametrize(
+    ("example", "error", "message"),
+    [
+        (
+            {"input_ids": [1.5, 2.0], "labels": [1, 2]},
+            TypeError,
+            "input_ids of an example must be whole numbers, got torch.float32",
+        ),
+        (
+            {"input_ids": [1, 2], "labels": [1]},
+            ValueError,
+            r"labels of an example has shape \[1\], and its input_ids length 2",
+        ),
+    ],
+)
+def test_examples_that_are_no_tokens_are_named(example: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make_batch([example])
