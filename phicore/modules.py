@@ -4,10 +4,13 @@ import difflib
 import re
 import warnings
 from collections.abc import Container, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 from torch import nn
 
 ALL_LINEAR = "all-linear"
+
+Model = TypeVar("Model", bound=nn.Module)  # what a function takes and gives back, of the caller's own class
 
 # Models that fuse projections: what people write -> what is there, and the reverse.
 FUSED = {

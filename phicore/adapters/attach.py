@@ -33,7 +33,7 @@ from phicore.adapters.tied import (
 )
 from phicore.adapters.token_rows import token_rows
 from phicore.adapters.trained import TrainedBias, TrainedPart, biases_beside, has_bias, new_bias, trains_bias
-from phicore.modules import has_own_forward, matches, no_match, replace, select
+from phicore.modules import Model, has_own_forward, matches, no_match, replace, select
 from phicore.nf4.linear import NF4Linear
 
 
@@ -230,7 +230,7 @@ def _opened(model: nn.Module, targets: dict[str, nn.Module]) -> tuple[dict[str, 
     return found, opened
 
 
-def attach(model: nn.Module, config: LoRAConfig, name: str = "default") -> nn.Module:
+def attach(model: Model, config: LoRAConfig, name: str = "default") -> Model:
     """Freezes a model and puts adapter layers in it, in place.
 
     Over a model that has adapters already, the new one adapts their sum, and it alone trains. With init "loftq" the
@@ -399,7 +399,7 @@ def merged_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, AdapterLay
 
 
 @contextmanager
-def disabled(model: nn.Module) -> Iterator[nn.Module]:
+def disabled(model: Model) -> Iterator[Model]:
     """Within it, the base model alone answers: adapters are passed by.
 
     Raises:

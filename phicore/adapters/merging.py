@@ -13,7 +13,7 @@ from phicore.adapters.experts import LoRAExperts
 from phicore.adapters.lora import LowRankLayer
 from phicore.adapters.tied import same_table, shared_pair
 from phicore.adapters.trained import TrainedPart
-from phicore.modules import replace
+from phicore.modules import Model, replace
 from phicore.nf4.linear import NF4Linear
 from phicore.nf4.tensor import quantize
 
@@ -111,7 +111,7 @@ def _with_bias(merged: nn.Module, layer: LowRankLayer) -> nn.Module:
     return merged
 
 
-def unmerge(model: nn.Module) -> nn.Module:
+def unmerge(model: Model) -> Model:
     """Puts the adapter layers back that `merge` took out. The base is restored bit for bit: it was never touched.
 
     Raises:

@@ -16,9 +16,10 @@ from phicore.adapters.experts import LoRAExperts
 from phicore.adapters.lora import LowRankLayer, Rows
 from phicore.adapters.token_rows import TrainedRows
 from phicore.adapters.trained import TrainedBias, TrainedPart
+from phicore.modules import Model
 
 
-def activate(model: nn.Module, adapters: str | Sequence[str] | Mapping[str, float]) -> nn.Module:
+def activate(model: Model, adapters: str | Sequence[str] | Mapping[str, float]) -> Model:
     """Lets these adapters answer, and no others; which of them train stays as it is.
 
     Several LoRA adapters add up: W + sum of strength * scaling * B A. A DoRA adapter stands over what those attached
@@ -56,7 +57,7 @@ def activate(model: nn.Module, adapters: str | Sequence[str] | Mapping[str, floa
 
 
 @contextmanager
-def mixed(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
+def mixed(model: Model, names: Sequence[str | None]) -> Iterator[Model]:
     """Within it, each row of a batch is answered by an adapter of its own: one pass through the base for all rows.
 
     With gradient checkpointing, call backward() within it too: layers that run again behind it know no rows.

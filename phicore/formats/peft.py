@@ -38,6 +38,7 @@ from phicore.formats.peft_keys import (
 )
 from phicore.formats.peft_parts import PARTS, check_parts, read_parts, split_parts, with_metadata
 from phicore.formats.safetensors_files import NO_PICKLE, TensorFile
+from phicore.modules import Model
 
 __all__ = [
     "CONFIG", "PREFIX", "WEIGHTS", "adapter_config", "adapter_tensors", "load_adapter", "read_raw_config",
@@ -88,7 +89,7 @@ def _each_alone(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return alone
 
 
-def load_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str = "default") -> nn.Module:
+def load_adapter(model: Model, directory: str | os.PathLike[str], name: str = "default") -> Model:
     """Reads an adapter in PEFT's format into a model, in place; attaches it first if the model has none of this name.
 
     A, B and magnitude keep the dtype that they have in the file.

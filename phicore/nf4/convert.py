@@ -9,20 +9,20 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from phicore.modules import ALL_LINEAR, has_own_forward, replace, select
+from phicore.modules import ALL_LINEAR, Model, has_own_forward, replace, select
 from phicore.nf4.linear import NF4Linear
 from phicore.nf4.tensor import check_block_size
 
 
 def quantize_(
-    model: nn.Module,
+    model: Model,
     target_modules: str | Sequence[str] = ALL_LINEAR,
     exclude_modules: Sequence[str] = (),
     *,
     block_size: int = 64,
     double_quant: bool = True,
     progress: Callable[[str], object] | None = None,
-) -> nn.Module:
+) -> Model:
     """Replaces nn.Linear layers by NF4Linear, in place.
 
     Args:
