@@ -32,6 +32,18 @@ def test_numbers_of_numpy_and_whole_ones_for_others_are_taken(tmp_path):
     TrainConfig(steps=numpy.int64(3), learning_rate=1, max_norm=numpy.float32(0.5), output=tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"learning_rate": math.inf}, "learning_rate must be finite, got inf"),
+        ({"seed": 2**64}, "seed must fit into 64 bits"),
+    ],
+)
+def test_of_a_run_out_of_range(settings, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**settings)
+
+
 @pytest.mark.parametrize("beta", [1.0, -0.1, math.nan])
 def test_betas(beta):
     with pytest.raises(ValueError, match="beta1 must be at least 0 and below 1"):

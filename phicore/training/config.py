@@ -1,5 +1,6 @@
 """TrainConfig: what the training loop needs to know."""
 
+import math
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -105,6 +106,11 @@ class TrainConfig:
         for name in ("learning_rate", "lora_plus_ratio", "first_step_timeout", "step_timeout"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)!r}")
+        for name in ("learning_rate", "lora_plus_ratio", "min_learning_rate", "weight_decay"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} must be finite, got {getattr(self, name)!r}")
+        if not -(2**63) <= self.seed < 2**64:
+            raise ValueError(f"seed must fit into 64 bits, got {self.seed}")
         if self.zero_stage not in (1, 2):
             raise ValueError(f"zero_stage must be 1 or 2, got {self.zero_stage!r}")
         if self.resume and self.overwrite:
