@@ -143,7 +143,10 @@ def leave() -> None:
 
 
 def _leave_at_exit() -> None:
-    if getattr(sys, "last_value", None) is None:  # after an error the others may never come; they see the exit instead
+    # After an error of this rank alone the others may never come; they see the exit instead. Of one that all have been
+    # told of, each leaves: a group that is still there as a process ends can abort it.
+    error = getattr(sys, "last_value", None)
+    if error is None or hasattr(error, "told_by"):
         leave()
 
 
