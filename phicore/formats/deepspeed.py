@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
+from phicore.formats.deepspeed_checks import check_model_state, check_rank_state
+
 MODEL_FILE = "mp_rank_00_model_states.pt"
 OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
 # Files of what is not read: other ranks of tensor parallelism, stages of a pipeline, experts, ZeRO-3.
@@ -108,7 +110,9 @@ def read_checkpoint(
             f"zero_to_fp32 first"
         )
     state = _load(folder / MODEL_FILE)
-    ranks = _rank_states(folder)
+    files = _optimizer_files(folder)
+    check_model_state(state, folder / MODEL_FILE)
+    ranks = _rank_states(folder, files, state["param_shapes"])
     shapes = [{name: torch.Size(shape) for name, shape in group.items()} for group in state["param_shapes"]]
     model = dict(state["module"])
     groups: list[dict[str, Any]] = []
@@ -122,7 +126,12 @@ def read_checkpoint(
         inner = [b["state"].get(settings["params"][0], {}) for b, settings in zip(base, own, strict=True)]
         weights = _Flat([rank["single_partition_of_fp32_groups"][index] for rank in ranks])
         keys = sorted(inner[0])
-        split = {key: _Flat([part[key] for part in inner]) for key in keys if _is_split(inner[0][key], weights)}
+        if any(sorted(part) != keys for part in inner):
+            raise ValueError(f"{folder}: its optimizer files differ in what they hold of group {index}")
+        parts = {key: [part[key] for part in inner] for key in keys if _is_split(inner[0][key], weights)}
+        if any(not isinstance(part, Tensor) or part.dim() != 1 for every in parts.values() for part in every):
+            raise ValueError(f"{folder}: its optimizer files differ in the kinds of what they hold of group {index}")
+        split = {key: _Flat(every) for key, every in parts.items()}
         for (name, shape), start in zip(group.items(), _starts(group, paddings), strict=True):
             where = f"{folder}: {name}"
             master = weights.cut(start, shape, where)
@@ -159,24 +168,23 @@ def _checkpoint_folder(directory: Path) -> Path:
     return folder
 
 
-def _rank_states(folder: Path) -> list[dict[str, Any]]:
-    """The "optimizer_state_dict" of each rank, in order."""
+def _optimizer_files(folder: Path) -> dict[int, Path]:
+    """The file of each rank."""
     found = {int(match[1]): path for path in folder.iterdir() if (match := OPTIMIZER_FILE.fullmatch(path.name))}
     if not found:
         raise ValueError(f"{folder} has no optimizer files of ZeRO (zero_pp_rank_0_mp_rank_00_optim_states.pt)")
+    return found
+
+
+def _rank_states(folder: Path, found: Mapping[int, Path], groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The "optimizer_state_dict" of each rank, in order."""
     states = {}
     for rank, path in sorted(found.items()):
         states[rank] = state = _load(path)["optimizer_state_dict"]
-        if int(state.get("zero_stage", 1)) not in (1, 2):
-            raise ValueError(f"{path} is of ZeRO stage {int(state['zero_stage'])}; stages 1 and 2 are read")
-        if not isinstance(state["base_optimizer_state"], Mapping):
-            raise ValueError(
-                f"{path} was saved with zero_optimization.elastic_checkpoint, which leaves out the settings of the "
-                f"parameter groups; load it with DeepSpeed and save it without"
-            )
+        check_rank_state(state, path, groups)
     count = states[min(states)]["partition_count"]
     count = max(count) if isinstance(count, list) else count
-    missing = [rank for rank in range(count) if rank not in states]
+    missing = [rank for rank in range(min(count, len(states) + 1)) if rank not in states]
     if missing or len(states) != count:
         raise FileNotFoundError(
             f"{folder} is of {count} ranks and has optimizer files of ranks {sorted(states)}"

@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import phicore
 from phicore.formats.deepspeed import read_checkpoint
 from tests.formats.deepspeed_runs import RUNS, WORLD_SIZE, Net, batch, groups, loss_of
+from tests.spoilt import VALUES
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it looks for accelerators and warns
 FLOAT32 = ["stage 1", "stage 2", "round robin", "aligned"]
@@ -266,3 +269,86 @@ def test_it_needs_no_deepspeed(runs, monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     assert read_checkpoint(runs / "float16").steps == 3
+
+
+# ===== what a pickle can hold in place of a checkpoint =====
+
+SMALL = {"w": torch.arange(4.0).view(2, 2), "b": torch.arange(4.0, 6)}
+MODEL, RANK = "mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+
+
+def small(folder: Path, spoil: Callable[[dict[str, Any], dict[str, Any]], Any]) -> Path:
+    """A checkpoint of one group on two ranks, whose model file and first optimizer file are spoilt."""
+    folder.mkdir()
+    shapes = {name: tensor.shape for name, tensor in SMALL.items()}
+    model = {"module": dict(SMALL), "param_shapes": [shapes], "global_steps": 1, "buffer_names": []}
+    ranks = []
+    for part in torch.cat([tensor.view(-1) for tensor in SMALL.values()]).chunk(2):
+        inner = {"step": 1, "exp_avg": 2 * part, "exp_avg_sq": 3 * part}
+        base = {"state": {0: inner}, "param_groups": [{"lr": 0.1, "params": [0]}]}
+        state = {"zero_stage": 1, "partition_count": 2, "base_optimizer_state": base, "loss_scaler": None}
+        state |= {"single_partition_of_fp32_groups": [part.clone()], "param_slice_mappings": None}
+        ranks.append(state | {"param_alignment_paddings": [[0, 0]]})
+    spoil(model, ranks[0])
+    torch.save(model, folder / MODEL)
+    for rank, state in enumerate(ranks):
+        torch.save({"optimizer_state_dict": state}, folder / RANK.replace("rank_0_", f"rank_{rank}_", 1))
+    return folder
+
+
+def test_a_small_checkpoint_is_read(tmp_path):
+    found = read_checkpoint(small(tmp_path / "x", lambda model, rank: None))
+    assert found.optimizer["param_groups"][0]["param_names"] == ["w", "b"]
+    for number, tensor in enumerate(SMALL.values()):
+        assert torch.equal(found.optimizer["state"][number]["exp_avg"], 2 * tensor)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda m, r: m.update(param_shapes=None), f'{MODEL} is damaged: its "param_shapes" must be a list .* None'),
+        (lambda m, r: m["param_shapes"][0].update(w=(-2, -2)), rf'{MODEL} .*"param_shapes of w" .* \[-2, -2\]'),
+        (lambda m, r: m["param_shapes"].append({}), f'{RANK} .*"single_partition_of_fp32_groups" must be a list of 2'),
+        (lambda m, r: m.update(module=[1]), f'{MODEL} is damaged: its "module" must be tensors by name, and is list'),
+        (lambda m, r: m["module"].update(w=5), f'{MODEL} is damaged: its "module w" must be a dense tensor, and is 5'),
+        (lambda m, r: m.update(global_steps="x"), f"{MODEL} .*\"global_steps\" must be a count, and is 'x'"),
+        (lambda m, r: m.update(buffer_names=[[]]), f'{MODEL} .*"buffer_names" must be a list of names'),
+        (lambda m, r: r.update(partition_count="2"), f"{RANK} .*\"partition_count\" must be a count, .* is '2'"),
+        (lambda m, r: r.update(partition_count=10**12), "is of 10{12} ranks .*; that of rank 2 is missing"),
+        (lambda m, r: r.update(single_partition_of_fp32_groups=[]), f"{RANK} .* must be a list of 1 .* is list of 0"),
+        (lambda m, r: r.update(base_optimizer_state={}), f'{RANK} .*"param_groups" must be a list of 1 .*is None'),
+        (lambda m, r: r.update(param_alignment_paddings=[[0]]), f'{RANK} .*"param_alignment_paddings" .* 2 of them'),
+        (lambda m, r: r["base_optimizer_state"]["state"][0].pop("exp_avg"), "differ in what they hold of group 0"),
+        (lambda m, r: r["base_optimizer_state"]["state"][0].update(step="1"), f'{RANK} .*"state 0 step" must be a'),
+    ],
+)  # fmt: skip
+def test_what_loads_but_is_no_checkpoint_is_refused_by_file_and_part(tmp_path, spoil, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        read_checkpoint(small(tmp_path / "x", spoil))
+
+
+ODD = VALUES | st.sampled_from(
+    [torch.ones(3, dtype=torch.int64), torch.ones(()), torch.ones(2, 2).to_sparse(), 10**400]
+)
+
+
+@given(data=st.data(), value=ODD | st.lists(ODD, max_size=2))
+def test_any_value_in_any_place_gives_an_error_that_names_the_checkpoint_or_is_read(tmp_path_factory, data, value):
+    def spoil(model: dict[str, Any], rank: dict[str, Any]) -> None:
+        place: Any = data.draw(st.sampled_from([model, rank]))
+        while True:
+            key = data.draw(st.sampled_from(list(place) if isinstance(place, dict) else range(len(place))))
+            inner = place[key]
+            if not isinstance(inner, dict | list) or not inner or data.draw(st.booleans()):
+                place[key] = value
+                return
+            place = inner
+
+    folder = small(tmp_path_factory.mktemp("spoilt") / "x", spoil)
+    try:
+        read_checkpoint(folder)
+    except (ValueError, FileNotFoundError) as error:
+        message = str(error)
+    else:
+        return
+    assert str(folder) in message
