@@ -35,7 +35,8 @@ DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,
     "U32": torch.uint32, "I32": torch.int32, "U64": torch.uint64, "I64": torch.int64,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F32": torch.float32, "F64": torch.float64,
+    "F32": torch.float32, "F64": torch.float64, "C64": torch.complex64,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
 
 
@@ -60,7 +61,7 @@ class TensorFile:
 
     Attributes:
         entries: what the header says of each tensor.
-        metadata: the header's own texts; those that are not texts are passed over.
+        metadata: the header's own texts.
 
     Raises:
         FileNotFoundError: no such file.
@@ -109,8 +110,10 @@ def _read_header(file: BinaryIO) -> tuple[dict[str, Entry], dict[str, str]]:
     if length > TEXT_LIMIT:
         raise ValueError(f"its header of {length} bytes is longer than {TEXT_LIMIT}")
     header = parse_json(file.read(length))
-    given = header.pop("__metadata__", None)
-    metadata = {k: v for k, v in given.items() if isinstance(v, str)} if isinstance(given, dict) else {}
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) and _is_unicode(v) for v in metadata.values()):
+        raise ValueError(f"its __metadata__ must be texts by name, got {_shown(metadata)}")
     entries = {name: _entry(name, described, 8 + length) for name, described in header.items()}
     end, previous = 8 + length, "the header"
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
@@ -166,7 +169,8 @@ def parse_json(text: bytes) -> dict[str, Any]:
     """A JSON object.
 
     Raises:
-        ValueError: not UTF-8, not JSON, nested too deep, not an object, or a name that stands twice in one.
+        ValueError: not UTF-8, not JSON, nested too deep, not an object, or a name that stands twice in one or is half
+            of a character.
     """
     try:
         found = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
@@ -184,10 +188,17 @@ def parse_json(text: bytes) -> dict[str, Any]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in pairs:
+        if not _is_unicode(name):
+            raise ValueError(f"its name {name!r} is not Unicode")
         if name in found:
             raise ValueError(f"{name} stands twice in it")
         found[name] = value
     return found
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it has no surrogate without its other half, as JSON can have by an escape."""
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -206,6 +206,42 @@ def test_spoilt_bytes_give_an_error_or_what_safetensors_reads(
             assert torch.equal(bits(other), bits(tensor))
 
 
+HALF = "\ud800"  # of a character; in JSON an escape
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ({HALF: entry(0, 8)}, r"its name '\\ud800' is not Unicode"),
+        ({"__metadata__": {HALF: "x"}, "a": entry(0, 8)}, r"its name '\\ud800' is not Unicode"),
+        ({"__metadata__": {"x": HALF}, "a": entry(0, 8)}, "its __metadata__ must be texts by name"),
+        ({"__metadata__": {"x": 1}, "a": entry(0, 8)}, r"its __metadata__ must be texts by name, got {'x': 1}"),
+        ({"__metadata__": {"x": None}, "a": entry(0, 8)}, "its __metadata__ must be texts by name"),
+        ({"__metadata__": "x", "a": entry(0, 8)}, "its __metadata__ must be texts by name, got 'x'"),
+        ({"__metadata__": [], "a": entry(0, 8)}, r"its __metadata__ must be texts by name, got \[\]"),
+        ({"__metadata__": None, "a": entry(0, 8)}, None),
+        ({"__metadata__": {}, "😀": entry(0, 8)}, None),
+        ({"a": entry(0, 8, (1,), "C64")}, None),
+        ({"a": entry(0, 8, (2, 4), "F8_E4M3FNUZ")}, None),
+        ({"a": entry(0, 8, (2, 4), "F8_E5M2FNUZ")}, None),
+        ({"a": entry(0, 8, (2, 4), "F8_E8M0")}, None),
+        ({"a": entry(0, 8, (1,), "C32")}, "tensor a has dtype 'C32'"),
+    ],
+)
+def test_headers_are_taken_as_safetensors_takes_them(tmp_path: Path, header: Any, message: str | None) -> None:
+    path = write(tmp_path / "some.safetensors", header, bytes(range(8)))
+    if message is not None:
+        with pytest.raises(ValueError, match=message):
+            TensorFile(path)
+        with pytest.raises(SafetensorError):
+            load_file(path)
+        return
+    file = TensorFile(path)
+    for name, tensor in load_file(path).items():
+        assert (file.read(name).dtype, file.read(name).shape) == (tensor.dtype, tensor.shape)
+        assert torch.equal(bits(file.read(name)), bits(tensor))
+
+
 def test_what_is_refused_here_and_not_by_safetensors_is_a_tensor_of_two_types(tmp_path: Path) -> None:
     twice = GOOD[:-1] + b"," + json.dumps({"a": entry(0, 8, (2,), "I32")}).encode()[1:]
     path = write(tmp_path / "some.safetensors", twice, bytes(8))
