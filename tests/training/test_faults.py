@@ -72,7 +72,7 @@ def goes_on(output: Path, newest: int, undisturbed: Path) -> None:
 
 def test_a_stalled_rank_is_named_within_the_time_out(undisturbed, tmp_path):
     output = tmp_path / "run"
-    ranks = start(2, output, ("stalled", 1, 6), **{**SETTINGS, "step_timeout": 2.0})
+    ranks = start(2, output, ("stalled", 1, 6), **{**SETTINGS, "step_timeout": 6.0})
     ranks[0].join(PATIENCE)
     assert ranks[0].exitcode == 1
     assert_told(
