@@ -46,20 +46,16 @@ def new_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
     """Yields a temporary directory beside path; when the block ends well, it takes path's place.
 
     Args:
-        path: where the directory shall stand. Of a symbolic link, where it leads: the link stays.
+        path: where the directory shall stand.
         overwrite: whether one that is there and not empty may be replaced. It is renamed aside first and removed
             last, so that a kill in between loses neither.
 
     Raises:
         FileExistsError: path is not empty and overwrite is False, or it is a file.
-        FileNotFoundError: path is a link into a directory that is not there (of a disk that is not mounted, say), or
-            one that leads to itself.
     """
-    given, path = Path(path), Path(os.path.realpath(path))
-    if given.is_symlink() and (path.is_symlink() or not path.parent.is_dir()):
-        raise FileNotFoundError(f"{given} is a link to {given.readlink()}, which cannot be made; choose another path")
+    path = Path(path)
     if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not overwrite)):
-        raise FileExistsError(f"{given} exists and is not an empty directory; choose another, or remove it first")
+        raise FileExistsError(f"{path} exists and is not an empty directory; choose another, or remove it first")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     aside: Path | None = None

@@ -138,41 +138,6 @@ def test_a_file_is_not_taken_for_a_directory(tmp_path, overwrite):
     assert read(tmp_path) == {"file": "text"}
 
 
-@pytest.mark.parametrize("kind", ["missing", "empty", "full"])
-@pytest.mark.parametrize("place", ["link", "folder/new"])
-def test_a_link_stays_and_what_it_leads_to_is_made(tmp_path, kind, place):
-    """The data lies where the link leads, on another disk say, from the first byte on."""
-    disk = tmp_path / "disk"
-    target = disk / "new"
-    disk.mkdir()
-    if kind != "missing":
-        target.mkdir()
-    if kind == "full":
-        write(target, x="old")
-    (tmp_path / "link").symlink_to("disk/new")
-    (tmp_path / "folder").symlink_to("disk")
-    if kind == "full":
-        with pytest.raises(FileExistsError, match=place), atomic.new_directory(tmp_path / place):
-            pytest.fail("the block must not run")
-    with atomic.new_directory(tmp_path / place, overwrite=kind == "full") as temporary:
-        assert temporary.parent == disk
-        write(temporary, y="new")
-    assert read(target) == {"y": "new"}
-    assert names(disk) == ["new"]
-    assert names(tmp_path) == ["disk", "folder", "link"]
-    assert (tmp_path / "link").readlink() == Path("disk/new")
-    assert not target.is_symlink()
-
-
-@pytest.mark.parametrize("target", ["nowhere/new", "link"])
-def test_a_link_that_leads_nowhere_is_refused_before_the_work(tmp_path, target):
-    (tmp_path / "link").symlink_to(target)
-    message = f"link is a link to {target}, which cannot be made"
-    with pytest.raises(FileNotFoundError, match=message), atomic.new_directory(tmp_path / "link"):
-        pytest.fail("the block must not run")
-    assert names(tmp_path) == ["link"]
-
-
 @pytest.mark.parametrize("failing", [1, 2])
 def test_a_failing_rename_keeps_the_old_directory_in_its_place(tmp_path, failing):
     path = tmp_path / "dir"
