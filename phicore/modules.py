@@ -120,7 +120,8 @@ def select(
     if target_modules == ALL_LINEAR:
         heads = output_heads(model)
         chosen = {n: m for n, m in candidates.items() if m not in heads and isinstance(m, all_linear or kinds)}
-        blocks = {m for together in sharing(model) if all(isinstance(m, kinds) for m in together) for m in together}
+        linear = all_linear or kinds  # an embedding is none: a head that is tied to one needs no word
+        blocks = {m for together in sharing(model) if all(isinstance(m, linear) for m in together) for m in together}
         if shared := [name for name, module in candidates.items() if module in blocks]:
             warnings.warn(
                 f"all-linear leaves out layers that share a weight with each other: {', '.join(shared)}", stacklevel=3

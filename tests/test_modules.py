@@ -1,6 +1,7 @@
 """Naming modules: what a target means, and what an error says instead."""
 
 import re
+import warnings
 
 import pytest
 import torch
@@ -209,6 +210,10 @@ def test_blocks_that_share_weights_are_left_out_with_a_word():
     model["head"].weight = model["embed"].weight
     with pytest.warns(UserWarning, match="leaves out layers that share a weight with each other: a, b$"):
         assert list(select(model, ALL_LINEAR, [], (nn.Linear,))) == ["c"]
+    model["b"].weight = nn.Parameter(torch.zeros(4, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        select(model, ALL_LINEAR, [], (nn.Linear, nn.Embedding), all_linear=(nn.Linear,))
 
 
 def test_a_string_that_would_match_as_a_list_says_so():
