@@ -179,9 +179,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 f"this optimizer was made for {self.world_size} ranks and there are {now}; make it after "
                 f"init_process_group"
             )
-        dropped = self._reducer.dropped()
-        unfrozen = any(_trains(parameter) for _, parameter in self._frozen.values())
-        if not (self._reducer.changed or dropped or unfrozen):
+        if not (self._has_changed() or self._reducer.changed):
             return
         self._reducer.finish()
         if self._exchange_flags():
@@ -191,6 +189,16 @@ class ZeroOptimizer(torch.optim.Optimizer):
             for piece in bucket.pieces:
                 piece.tensor.grad = gradients.get(piece.name)
         self._reducer.changed = False
+
+    def _has_changed(self) -> bool:
+        """Whether, on any rank, gradients that had been reduced were taken away since, or frozen parameters train now.
+        Ranks agree by a byte, where nothing else that all of them know says that there is something new."""
+        here = self._reducer.dropped() or any(_trains(parameter) for _, parameter in self._frozen.values())
+        if self.world_size == 1 or self._reducer.changed or not (self._reducer.stage == 1 or self._frozen):
+            return here
+        anywhere = torch.tensor([here], dtype=torch.uint8, device=self._device)
+        dist.all_reduce(anywhere, op=dist.ReduceOp.MAX, group=self.process_group)
+        return bool(anywhere)
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:

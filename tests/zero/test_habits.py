@@ -145,6 +145,26 @@ def test_a_parameter_that_is_unfrozen_for_one_pass_or_after_clipping(ranks, stag
     assert unfrozen_for_a_pass(stage) == [0.0] * 4
 
 
+def unfrozen_on_one_rank_after_clipping(stage: int) -> list[float]:
+    named = parameters((3,), (5,))
+    named["b"].requires_grad_(False)
+    optimizer = sgd(named, stage)
+    named["a"].sum().backward()
+    optimizer.clip_grad_norm_(math.inf)
+    if dist.get_rank() == 1:
+        named["b"].requires_grad_(True)
+    optimizer.step()
+    (named["a"].sum() + named["b"].sum()).backward()
+    optimizer.step()
+    return values(named)
+
+
+@STAGES
+def test_a_parameter_that_one_rank_unfreezes_after_clipping_stops_nobody(ranks, stage):
+    """Its gradient there counts: the mean over two ranks, of which one has it."""
+    assert ranks(2)(unfrozen_on_one_rank_after_clipping, stage) == [[-1.0, 0.5]] * 2
+
+
 def overflowed_once() -> tuple[float, float]:
     named = parameters((4,))
     optimizer = sgd(named)
