@@ -30,7 +30,7 @@ def _alternatives(hint: Any) -> tuple[Any, ...]:
 
 def _is(value: Any, kind: Any) -> bool:
     if get_origin(kind) is Literal:
-        return value in get_args(kind)
+        return any(value == choice and type(value) is type(choice) for choice in get_args(kind))
     if isinstance(value, bool):
         return kind is bool
     return isinstance(value, ACCEPTED.get(kind, kind))

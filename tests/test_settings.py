@@ -20,6 +20,7 @@ from phicore import LoRAConfig, TrainConfig
         ({"resume": "no"}, "resume must be True or False, got 'no'"),
         ({"learning_rate": "1e-4"}, "learning_rate must be a number, got '1e-4'"),
         ({"zero_stage": 3}, "zero_stage must be one of 1, 2, got 3"),
+        ({"zero_stage": True}, "zero_stage must be one of 1, 2, got True"),
         ({"output": 3}, "output must be a text, got 3"),
     ],
 )
@@ -55,6 +56,7 @@ def test_betas(beta):
     [
         ({"alpha": "16"}, "alpha must be a number above 0, got '16'"),
         ({"alpha": math.inf}, "alpha must be a number above 0, got inf"),
+        ({"trainable_token_indices": 3}, "trainable_token_indices must be a list of whole numbers, got 3"),
         ({"dora": "yes"}, "dora must be True or False, got 'yes'"),
         ({"modules_to_save": "head"}, "modules_to_save must be a list of names, got 'head'"),
         ({"exclude_modules": "head"}, "exclude_modules must be a list of names, got 'head'"),

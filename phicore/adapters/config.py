@@ -130,6 +130,8 @@ class LoRAConfig:
                 check_expression("layers_pattern, which is put behind a prefix", ends_with(name))
         check_types(self)
         tokens = self.trainable_token_indices
+        if isinstance(tokens, int):
+            raise ValueError(f"trainable_token_indices must be a list of whole numbers, got {tokens!r}")
         for what, indices in tokens.items() if isinstance(tokens, Mapping) else [("", tokens)]:
             if indices is not None:
                 _check_indices("trainable_token_indices" + (f"[{what!r}]" if what else ""), indices)

@@ -1,5 +1,6 @@
 """Which adapters of a model answer, how strongly, and for which rows of a batch."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -34,11 +35,15 @@ def activate(model: Model, adapters: str | Sequence[str] | Mapping[str, float]) 
         The model.
 
     Raises:
-        ValueError: a name that the model does not have, a merged model, or a strength other than 1 for an adapter that
-            holds more than low-rank pairs (modules_to_save, trained biases or tokens). The model is then unchanged.
+        ValueError: a name that the model does not have, a merged model, a strength that is no finite number, or one
+            other than 1 for an adapter that holds more than low-rank pairs (modules_to_save, trained biases or
+            tokens). The model is then unchanged.
     """
     named = [adapters] if isinstance(adapters, str) else adapters
     strengths = dict(named) if isinstance(named, Mapping) else dict.fromkeys(named, 1.0)
+    for name, strength in strengths.items():
+        if not isinstance(strength, int | float) or not math.isfinite(strength):
+            raise ValueError(f'the strength of "{name}" must be a finite number, got {strength!r}')
     layers = _layers(model, list(strengths))
     for path, layer in layers:
         strength = strengths.get(layer.adapter_name, 1.0)

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from phicore import atomic
 from phicore.cli.console import gigabytes, say, stage
 from phicore.cli.options import parse
 from phicore.training.precision import DTYPES
@@ -42,6 +43,7 @@ def main(arguments: Sequence[str]) -> None:
     from phicore.training.adopt import adopt
     from phicore.training.metrics import Progress
 
+    atomic.check_apart(options.output, options.checkpoint)
     progress = Progress(0, 0, what="parameter")
     with stage(f"reading {options.checkpoint}"):
         found = read_checkpoint(

@@ -410,3 +410,10 @@ def test_a_model_made_on_the_meta_device_takes_a_state_strictly(randomize):
     empty.load_state_dict(model.state_dict(), strict=True, assign=True)
     ids = torch.randint(0, 12, (3, 5))
     torch.testing.assert_close(empty(ids), model(ids))
+
+
+@pytest.mark.parametrize("strength", [float("nan"), float("inf"), "1"])
+def test_a_strength_that_is_no_number_is_named(toy, unchanged, strength):
+    model = phicore.attach(toy(), phicore.LoRAConfig(rank=2))
+    with unchanged(model), pytest.raises(ValueError, match='strength of "default" must be a finite number'):
+        phicore.adapters.activate(model, {"default": strength})

@@ -250,6 +250,7 @@ def test_an_output_that_holds_what_it_is_made_from_is_refused(
         ["merge", "--model", str(base), "--adapter", str(pair)],
         ["quantize", "--model", str(base)],
         ["export", str(pair), "--target", "transformers"],
+        ["convert-deepspeed", str(base)],
     ):
         assert main([*arguments, "--output", str(work), "--overwrite"]) == 1
         assert f"{work} holds {work}/" in capsys.readouterr().err
