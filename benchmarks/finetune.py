@@ -242,7 +242,10 @@ def measure(method: str, options: argparse.Namespace) -> list[Figure]:
         raise SystemExit(f"{method}: the sides saw other batches: tokens {theirs['tokens']} and {mine['tokens']}")
     pair = ratio(turns[1:])
     tokens = mine["tokens"][1:]
-    speed = [statistics.median(n / t[i] for n, t in zip(tokens, turns[1:], strict=True)) for i in (1, 0)]
+    speed = [  # the peer's of both its turns, as the ratio is
+        statistics.median(n / seconds(turn) for n, turn in zip(tokens, turns[1:], strict=True))
+        for seconds in (lambda turn: turn[1], lambda turn: (turn[0] + turn[2]) / 2)
+    ]
     peer = peer_name(method)
     print(
         f"{method:6} {speed[0]:6.0f} tokens/s, / peft {1 / pair.ratio:.3f} (self-pair {1 / pair.self_pair:.3f}); peak "
