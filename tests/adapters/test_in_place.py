@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import phicore
 from phicore.adapters import DoRAExperts, FusedDoRALinear, FusedLoRALinear
 from phicore.adapters.convolution import DoRAConvolution, LoRAConvolution
+from tests.adapters.toys import Experts
 
 
 def linear() -> nn.Module:
@@ -81,14 +82,6 @@ def test_convolutions(kind):
 
 
 def test_experts():
-    class Experts(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.up = nn.Parameter(torch.randn(3, 5, 8))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.einsum("...i,eoi->...eo", x, self.up)
-
     torch.manual_seed(0)
     layer = DoRAExperts(Experts(), {"up": 2})
     nn.init.normal_(layer.pairs["up"].lora_B)

@@ -13,6 +13,7 @@ from phicore.adapters import DoRAExperts, FusedDoRALinear, FusedLoRALinear, LoRA
 from phicore.adapters.convolution import DoRAConvolution, LoRAConvolution
 from phicore.adapters.dora import DoRALayer
 from phicore.adapters.embedding import DoRAEmbedding, LoRAEmbedding
+from tests.adapters.toys import Experts
 
 Parameters = dict[str, Tensor]
 DTYPE = torch.float64
@@ -184,17 +185,6 @@ class Attending(nn.Module):
 def attending(dora: bool) -> nn.Module:
     config = phicore.LoRAConfig(rank=2, dora=dora, target_modules=["attention", "last"])
     return phicore.attach(Attending(), config)
-
-
-class Experts(nn.Module):
-    """Their weights are one parameter, all on all tokens: [..., 8] -> [..., 3, 5]."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Parameter(torch.randn(3, 5, 8))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.einsum("...i,eoi->...eo", x, self.up)
 
 
 def experts(dora: bool) -> nn.Module:

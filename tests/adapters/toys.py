@@ -1,4 +1,4 @@
-"""What the tests of attaching and of merging share: the toy model of conftest, dense or NF4, with an adapter."""
+"""What tests of this room share: the toy model of conftest, dense or NF4, with an adapter; and stacked experts."""
 
 import pytest
 import torch
@@ -9,6 +9,17 @@ import phicore
 NF4 = pytest.mark.parametrize("nf4", [False, True], ids=["dense", "nf4"])
 DORA = pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 CONFIG = {"rank": 3, "alpha": 7.0}
+
+
+class Experts(nn.Module):
+    """Their weights are one parameter, all on all tokens: [..., 8] -> [..., 3, 5]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(3, 5, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("...i,eoi->...eo", x, self.up)
 
 
 def adapted(model: nn.Module, randomize, name: str = "default", seed: int = 1, **options) -> nn.Module:

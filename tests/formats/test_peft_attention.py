@@ -62,8 +62,8 @@ def test_attention(tmp_path, randomize, options):
     torch.testing.assert_close(logits(phicore.load_adapter(again, tmp_path / "ours")), logits(model))
 
 
-def test_attention_that_peft_wrote(tmp_path, randomize):
-    config = peft.LoraConfig(r=4, lora_alpha=7, target_modules=["attention", "head"], rank_pattern={"attention": 2})
+def there_and_back(tmp_path, randomize, config: peft.LoraConfig) -> nn.Module:
+    """What we read of an adapter that PEFT wrote; it is the same model, and writes the same tensors."""
     other = randomize(peft.get_peft_model(attending(), config, autocast_adapter_dtype=False).eval())
     other.save_pretrained(tmp_path / "theirs")
     model = phicore.load_adapter(attending(), tmp_path / "theirs")
@@ -72,20 +72,23 @@ def test_attention_that_peft_wrote(tmp_path, randomize):
     stored, read = load_file(tmp_path / "ours" / WEIGHTS), load_file(tmp_path / "theirs" / WEIGHTS)
     assert stored.keys() == read.keys()
     assert all(torch.equal(tensor, read[key]) for key, tensor in stored.items())
+    return model
+
+
+def test_attention_that_peft_wrote(tmp_path, randomize):
+    pattern = {"attention": 2}
+    there_and_back(
+        tmp_path,
+        randomize,
+        peft.LoraConfig(r=4, lora_alpha=7, target_modules=["attention", "head"], rank_pattern=pattern),
+    )
 
 
 @pytest.mark.filterwarnings('ignore:bias="lora_only" leaves attention.in_proj.bias frozen, as PEFT does')
 @pytest.mark.parametrize("targets", [["attention", "head"], ["attention"]])
 def test_biases_of_an_attention_and_other_layers(tmp_path, randomize, targets):
     config = peft.LoraConfig(r=4, lora_alpha=7, target_modules=targets, bias="lora_only")
-    other = randomize(peft.get_peft_model(attending(), config, autocast_adapter_dtype=False).eval())
-    other.save_pretrained(tmp_path / "theirs")
-    model = phicore.load_adapter(attending(), tmp_path / "theirs")
-    torch.testing.assert_close(logits(model), logits(other))
-    phicore.save_adapter(model, tmp_path / "ours")
-    stored, read = load_file(tmp_path / "ours" / WEIGHTS), load_file(tmp_path / "theirs" / WEIGHTS)
-    assert stored.keys() == read.keys()
-    assert all(torch.equal(tensor, read[key]) for key, tensor in stored.items())
+    model = there_and_back(tmp_path, randomize, config)
     fresh = phicore.LoRAConfig(rank=4, alpha=7, target_modules=targets, bias="lora_only")
     again = randomize(phicore.attach(attending(), fresh), seed=8)
     assert any(name.startswith("attention.out_proj.trained_bias") for name, p in again.named_parameters())

@@ -94,13 +94,26 @@ def test_a_rank_that_the_tensors_do_not_have_takes_no_memory(spoiled, refused, f
         ),
         (
             {"trainable_token_indices": {"embed": [2, 2]}},
-            r"adapter.*trainable_token_indices.* one comes twice|\[2, 2\]",
+            r"adapter.*trainable_token_indices.* one comes twice|token_indices.*\[2, 2\]\}? in the file",
         ),
     ],
 )
 def test_values_that_peft_takes_and_we_do_not_are_named_with_their_file(spoiled, refused, fields, message):
     edit(spoiled, **fields)
     refused(spoiled, message)
+
+
+def loads(model, directory: Path, unchanged) -> bool:
+    """Whether an adapter loads; where it does not, a ValueError says so and the model is unchanged."""
+    try:
+        with unchanged(model):
+            try:
+                phicore.load_adapter(model, directory)
+            except ValueError:
+                return False
+            raise StopIteration  # past the comparison
+    except StopIteration:
+        return True
 
 
 @given(data=st.data())
@@ -117,14 +130,7 @@ def test_cut_or_corrupt_bytes_give_an_error_or_the_tensors(saved, tmp_path_facto
     shutil.copy(saved / CONFIG, directory)
     (directory / WEIGHTS).write_bytes(spoilt)
     model = toy(seed=4)
-    try:
-        with unchanged(model):
-            try:
-                phicore.load_adapter(model, directory)
-            except ValueError:
-                return
-            raise StopIteration
-    except StopIteration:  # it was loaded: then by the right keys and shapes
+    if loads(model, directory, unchanged):  # then by the right keys and shapes
         stored = load_file(directory / WEIGHTS)
         assert stored.keys() == load_file(saved / WEIGHTS).keys()
         for path, layer in adapter_layers(model):
@@ -154,14 +160,7 @@ def test_a_spoilt_configuration_gives_an_error_or_an_adapter(saved, tmp_path_fac
         text = text[:at] + data.draw(st.binary(max_size=2)) + text[at + 1 :]
     (directory / CONFIG).write_bytes(text)
     model = toy(seed=4)
-    try:
-        with unchanged(model):
-            try:
-                phicore.load_adapter(model, directory)
-            except ValueError:
-                return
-            raise StopIteration
-    except StopIteration:
+    if loads(model, directory, unchanged):
         assert list(adapter_layers(model))
 
 
