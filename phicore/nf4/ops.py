@@ -1,7 +1,8 @@
 """The NF4 operators, registered with torch.library so that torch.compile and the dispatcher see single opaque calls.
 
 An NF4 weight enters as its parts (packed, absmax, nested_absmax, offset) and its [out, in] shape. The implementations
-here are the torch reference and serve every device; phicore.nf4.kernels overrides them on GPUs.
+here are the torch reference and serve every device; phicore.nf4.kernels overrides them on GPUs, and CPUs decode as
+machine code in time (phicore.nf4.compiled), to the same bits.
 """
 
 from math import gcd, prod
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 from phicore import products
-from phicore.nf4.codec import decode_absmax, decode_blocks
+from phicore.nf4.codec import decode_absmax
+from phicore.nf4.compiled import decode_blocks
 
 PARTS = "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? offset"
 

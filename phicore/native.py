@@ -1,0 +1,208 @@
+"""Formulas of torch operators as machine code for this CPU, which torch's own compiler (AOTInductor) writes.
+
+Compiling takes a C++ compiler and some 20 s, so it is left to a process of its own, which starts in the background once
+a formula has been worked out for so long that it pays. What it writes is kept in the user's cache directory, where
+processes that come later find it: they load it in milliseconds and import no compiler. Until then, and wherever
+anything is amiss, callers go on with torch's operators; a formula gives the same bits, so nobody sees the change.
+PHICORE_KERNELS=0 turns it off.
+"""
+
+import functools
+import hashlib
+import importlib
+import logging
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import threading
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from phicore import atomic
+
+logger = logging.getLogger(__name__)
+
+COMMAND = "import sys; from phicore.native import main; main(*sys.argv[1:])"
+
+
+class Formula:
+    """A function of tensors that may be run as machine code.
+
+    Args:
+        name: where it is found, "module:attribute".
+        function: of tensors on a CPU; it writes its result to the last and returns nothing.
+        examples: arguments to compile for.
+        dynamic: for each argument the sizes that may differ from the examples', {dimension: name}; sizes of one name
+            are equal.
+        check: takes what was compiled and returns whether it gives the right bits.
+        pays: after how much work, in the caller's units, compiling has been worth its time.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        function: Callable[..., None],
+        examples: Callable[[], tuple[Tensor, ...]],
+        dynamic: tuple[dict[int, str], ...],
+        check: Callable[[Callable[..., None]], bool],
+        pays: int,
+    ) -> None:
+        self.name, self.function, self.examples, self.dynamic = name, function, examples, dynamic
+        self.check, self.pays = check, pays
+        self.work = 0
+        self._run: Callable[..., None] | None = None
+        self._given_up = self._looked = False
+        self._child: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+
+    def ready(self, work: int) -> Callable[..., None] | None:
+        """The machine code, or None where the caller is to do this much work without; compiling starts when it pays.
+
+        Never waits, but for another thread that loads it.
+        """
+        if os.environ.get("PHICORE_KERNELS") == "0" or self._given_up:
+            return None
+        if self._run is None:
+            self.work += work
+            if not self._looked or self.work >= self.pays:
+                with self._lock:
+                    self._look()
+        return self._run
+
+    def compile(self) -> bool:
+        """Compiles and loads it, or loads it, and waits for that. False where that fails; the log says why."""
+        with self._lock:
+            self.work, self._given_up = self.pays, False
+            self._look()
+            if self._child is not None:
+                self._child.wait()
+                self._look()
+        return self._run is not None
+
+    def _look(self) -> None:
+        """Loads what lies in the cache, or compiles it if that pays by now."""
+        self._looked = True
+        if self._run is not None or self._given_up:
+            return
+        try:
+            directory = cache()
+            path = directory / f"{self.name.rpartition('.')[2].replace(':', '-').lower()}-{self.key()}.so"
+            if path.exists():
+                self._run = self._load(path)
+            elif self.work >= self.pays:
+                directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+                self._build(path)
+        except Exception as error:  # whatever it is, torch's operators give the same result
+            self._give_up(str(error))
+
+    def _load(self, path: Path) -> Callable[..., None]:
+        # Not through torch._inductor, which takes a second and 150 MB to import.
+        runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1)
+
+        def run(*tensors: Tensor) -> None:
+            runner.run(list(tensors))
+
+        if not self.check(run):
+            path.unlink(missing_ok=True)
+            raise RuntimeError(f"{path} gave other bits than torch's operators")
+        return run
+
+    def _build(self, path: Path) -> None:
+        """Starts the compiler, unless another process compiles the same; or finds that it has failed."""
+        log = path.with_suffix(".log")
+        if self._child is not None:
+            if self._child.poll() is not None:
+                raise RuntimeError(f"torch's compiler failed; {log} says how")
+            return
+        import fcntl  # not on Windows
+
+        lock = os.open(path.with_suffix(".lock"), os.O_CREAT | os.O_RDWR, 0o600)
+        try:
+            # The lock goes to the child with the descriptor, and ends with it however it ends.
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists():  # since
+                return
+            logger.info("compiling %s in the background; it is kept in %s", self.name, path.parent)
+            places = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+            one_thread = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+            with open(log, "wb") as output:
+                self._child = subprocess.Popen(
+                    [sys.executable, "-c", COMMAND, self.name, str(path)],
+                    env={**os.environ, **one_thread, "PYTHONPATH": os.pathsep.join(filter(None, places))},
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    pass_fds=(lock,),
+                    start_new_session=True,  # Ctrl-C is not for it: what it writes serves the next run
+                )
+        except BlockingIOError:
+            return
+        finally:
+            os.close(lock)
+
+    def _give_up(self, reason: str) -> None:
+        self._given_up = True
+        logger.info("%s is worked out by torch's operators, without machine code of its own: %s", self.name, reason)
+
+    def key(self) -> str:
+        """What the machine code depends on: torch, this CPU, the formula and this file."""
+        sources = [Path(__file__), Path(sys.modules[self.name.partition(":")[0]].__file__ or "")]
+        parts = [torch.__version__, str(torch.version.git_version), cpu(), *(s.read_text() for s in sources)]
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+    def write(self, path: Path) -> None:
+        """Compiles it, in this process, to a library at path."""
+        from torch import _inductor, export
+
+        function = self.function
+
+        class Module(nn.Module):
+            def forward(self, *tensors: Tensor) -> tuple[()]:
+                function(*tensors)
+                return ()
+
+        sizes = {name: export.Dim(name, min=1) for sizes in self.dynamic for name in sizes.values()}
+        shapes = tuple({dim: sizes[name] for dim, name in of_one.items()} for of_one in self.dynamic)
+        program = export.export(Module(), self.examples(), dynamic_shapes=(shapes,))
+        with tempfile.TemporaryDirectory() as directory:
+            package = Path(directory, "package.pt2")
+            # As many threads as torch has when it runs, not as many as it has here.
+            configs = {"cpp.dynamic_threads": True}
+            _inductor.aoti_compile_and_package(program, package_path=str(package), inductor_configs=configs)
+            with zipfile.ZipFile(package) as archive:
+                (library,) = (name for name in archive.namelist() if name.endswith(".so"))
+                atomic.write_bytes(path, archive.read(library))
+
+
+def cache() -> Path:
+    """The directory that machine code is kept in, if there is any: of this user, and for nobody else to write to."""
+    if os.name != "posix":
+        raise OSError("machine code is made on Linux and macOS only")
+    directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "phicore"
+    if directory.exists() and (directory.stat().st_uid != os.getuid() or directory.stat().st_mode & 0o022):
+        raise PermissionError(f"{directory} belongs to, or can be written to by, another user")
+    return directory
+
+
+@functools.cache
+def cpu() -> str:
+    """What tells this CPU's instructions from another's."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().lower().splitlines() if info.exists() else []
+    features = next((line for line in lines if line.startswith(("flags", "features", "isa"))), "")
+    return " ".join([platform.machine(), torch.backends.cpu.get_cpu_capability(), features])
+
+
+def main(name: str, path: str) -> None:
+    """Compiles the formula "module:attribute" to a file: what the process in the background does."""
+    os.nice(10)
+    module, _, attribute = name.partition(":")
+    formula: Any = getattr(importlib.import_module(module), attribute)
+    formula.write(Path(path))

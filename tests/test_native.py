@@ -1,0 +1,197 @@
+"""Machine code of formulas: when it is compiled, where it is kept, and what happens where that fails. That it gives the
+right bits is for the tests of each formula."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from phicore import native
+from phicore.nf4 import compiled
+
+# Counts how often it was compiled, in a file; `sleep` makes compiling take longer than what the test does meanwhile.
+MODULE = """
+import os, time
+import torch
+from phicore.native import Formula
+
+def double(x, out):
+    out.copy_(x * 2)
+
+def check(run):
+    x, out = torch.arange(5.0), torch.empty(5)
+    run(x, out)
+    return torch.equal(out, x * 2)
+
+class Counted(Formula):
+    def write(self, path):
+        with open(os.environ["COUNT"], "a") as file:
+            file.write("x")
+        time.sleep(float(os.environ.get("SLEEP", "0")))
+        super().write(path)
+
+DOUBLE = Counted("doubling:DOUBLE", double, lambda: (torch.ones(8), torch.empty(8)), ({0: "n"}, {0: "n"}), check, 100)
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with the module `doubling`, and where machine code is kept."""
+    (tmp_path / "doubling.py").write_text(MODULE)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("COUNT", str(tmp_path / "count"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.getcwd(), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "doubling", raising=False)
+    return tmp_path
+
+
+def script(code: str) -> subprocess.Popen[str]:
+    code = "from doubling import DOUBLE\nimport json, sys, time\n" + textwrap.dedent(code)
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def answer(process: subprocess.Popen[str]) -> object:
+    out, error = process.communicate(timeout=200)
+    assert process.returncode == 0, error
+    return json.loads(out)
+
+
+def formula(check: object = None) -> native.Formula:
+    """One that nothing was looked for of yet, of NF4's, which every test may share the code of."""
+    found = compiled.formulas()[torch.bfloat16]
+    if check is not None:
+        found.check = check  # type: ignore[assignment]
+    return found
+
+
+def test_compiled_in_the_background_once_it_pays_and_found_by_the_next_process(place: Path):
+    # Two at once, as ranks would, each with work that pays at its third call. None waits.
+    until_there = """
+        tried = []
+        while (run := DOUBLE.ready(40)) is None:
+            tried.append(DOUBLE._child is not None)
+            time.sleep(0.05)
+            if len(tried) > 3600:
+                sys.exit("it never came")
+        print(json.dumps([len(tried), tried[:3], "torch._inductor" in sys.modules]))
+    """
+    both = [answer(process) for process in [script(until_there) for _ in range(2)]]
+    assert all(calls > 3 and not imported for calls, _, imported in both), both
+    assert all(tried[:2] == [False, False] for _, tried, _ in both), both
+    assert (place / "count").read_text() == "x"
+    assert sorted(any(tried) for _, tried, _ in both)[-1], both
+    later = """
+        import torch
+        out = torch.empty(3)
+        DOUBLE.ready(1)(torch.tensor([1.0, 2.0, 1e-40]), out)
+        print(json.dumps([out.tolist(), "torch._inductor" in sys.modules]))
+    """
+    doubled, imported = answer(script(later))
+    assert doubled == torch.tensor([2.0, 4.0, 2 * torch.tensor(1e-40)]).tolist()
+    assert not imported
+    assert (place / "count").read_text() == "x"
+    assert (place / "phicore").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_compiler_that_fails_is_told_of_once(place: Path, monkeypatch: pytest.MonkeyPatch, caplog):
+    import doubling
+
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    with caplog.at_level(logging.INFO, logger="phicore.native"):
+        assert not doubling.DOUBLE.compile()
+        assert doubling.DOUBLE.ready(1000) is None
+    (_, failed) = [record.getMessage() for record in caplog.records]
+    assert "doubling:DOUBLE is worked out by torch's operators" in failed
+    assert "torch's compiler failed" in failed
+    (log,) = (place / "phicore").glob("*.log")
+    assert str(log) in failed
+    assert "/no/such/compiler" in log.read_text()
+    assert not list((place / "phicore").glob("*.so"))
+
+
+def test_a_compiler_that_is_killed_holds_nobody_up__code_of_other_bits_is_thrown_away(
+    place: Path, monkeypatch: pytest.MonkeyPatch, caplog
+):
+    import doubling
+
+    monkeypatch.setenv("SLEEP", "100")
+    assert doubling.DOUBLE.ready(1000) is None
+    child = doubling.DOUBLE._child
+    while not (place / "count").exists():
+        assert child.poll() is None
+        time.sleep(0.05)
+    child.kill()
+    child.wait()
+    assert doubling.DOUBLE.ready(1000) is None
+    assert doubling.DOUBLE._given_up
+    monkeypatch.setenv("SLEEP", "0")
+    assert answer(script("print(json.dumps(DOUBLE.compile()))"))  # the lock went with the process that was killed
+    assert (place / "count").read_text() == "xx"
+
+    (library,) = (place / "phicore").glob("*.so")
+    other = doubling.Counted("doubling:DOUBLE", doubling.double, doubling.DOUBLE.examples, (), lambda run: False, 100)
+    with caplog.at_level(logging.INFO, logger="phicore.native"):
+        assert other.ready(1) is None
+    assert "gave other bits" in caplog.text
+    assert not library.exists()
+
+
+def test_what_is_no_library_is_told_of(place: Path, caplog):
+    made = formula()
+    (place / "phicore").mkdir(mode=0o700)
+    (place / "phicore" / f"compiled-bfloat16-{made.key()}.so").write_bytes(b"\x7fELF and no more")
+    with caplog.at_level(logging.INFO, logger="phicore.native"):
+        assert made.ready(1) is None
+    assert "worked out by torch's operators" in caplog.text
+    packed, absmax = torch.zeros(32, dtype=torch.uint8), torch.ones(1)
+    assert compiled.decode_blocks(packed, absmax, 64, 64, torch.bfloat16).eq(-1).all()
+
+
+def test_a_directory_that_others_write_to_is_not_trusted(place: Path, caplog):
+    (place / "phicore").mkdir()
+    (place / "phicore").chmod(0o777)
+    with caplog.at_level(logging.INFO, logger="phicore.native"):
+        assert formula().ready(1) is None
+        assert not formula().compile()
+    assert "can be written to by, another user" in caplog.text
+    assert not list((place / "phicore").iterdir())
+
+
+def test_kernels_can_be_turned_off(place: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PHICORE_KERNELS", "0")
+    made = formula(check=lambda run: pytest.fail("looked for"))
+    for _ in range(3):
+        assert made.ready(compiled.PAYS) is None
+    assert not (place / "phicore").exists()
+
+
+def test_nothing_is_written_before_it_pays(place: Path):
+    made = formula()
+    for _ in range(3):
+        assert made.ready(compiled.PAYS // 4) is None
+    assert not (place / "phicore").exists()
+
+
+def test_the_key_tells_torch_cpu_and_source_apart(place: Path, monkeypatch: pytest.MonkeyPatch):
+    import doubling
+
+    keys = {doubling.DOUBLE.key()}
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "__version__", "9.9.9")
+        keys.add(doubling.DOUBLE.key())
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "cpu", lambda: "another")
+        keys.add(doubling.DOUBLE.key())
+    (place / "doubling.py").write_text(MODULE + "\n")
+    keys.add(doubling.DOUBLE.key())
+    assert len(keys) == 4
+    if sys.platform == "linux":
+        assert len(native.cpu().split()) > 10  # what the CPU can do, one by one
