@@ -45,6 +45,17 @@ def machine() -> dict[str, Any]:
     }
 
 
+def compile_decoding() -> str:
+    """Has NF4's decoding compiled for this CPU, as it is in time where one decodes for long; says and returns which
+    code decodes."""
+    from phicore.nf4 import compiled
+
+    done = [formula.compile() for formula in compiled.FORMULAS.values()]
+    code = "machine code" if all(done) else "torch's operators"
+    print(f"NF4 decoding on this CPU: {code}", flush=True)
+    return code
+
+
 def commit() -> str | None:
     """The commit of the working tree, with a plus sign where tracked files differ from it."""
     try:
