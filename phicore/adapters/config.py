@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from typing import Literal, TypeAlias, TypeVar, get_args
 
 import torch
 
@@ -13,7 +13,8 @@ from phicore.modules import check_expression, ends_with
 from phicore.settings import check_types
 
 BIASES = ("none", "all", "lora_only")
-INITS = ("kaiming", "gaussian", "pissa", "olora", "loftq")
+Init: TypeAlias = Literal["kaiming", "gaussian", "pissa", "olora", "loftq"]
+INITS = get_args(Init)
 FUSED_TARGETS = ("raise", "map", "split")
 
 T = TypeVar("T")
@@ -55,7 +56,7 @@ class LoRAConfig:
     rslora: bool = False
     """Rank-stabilised scaling, alpha / sqrt(rank)."""
 
-    init: str = "kaiming"
+    init: Init = "kaiming"
     """Start of A and B. "kaiming" (A uniform, a = sqrt(5)) and "gaussian" (A normal, std 1 / rank) have B at zero. Over
     linear layers also "pissa" (the largest singular vectors of W) and "olora" (the first of its QR decomposition),
     whose product is taken off again so that the model starts as its base, and "loftq", which codes dense layers to NF4

@@ -1,14 +1,17 @@
 """LoRA and DoRA over an embedding, seen as a linear layer of one-hot rows: W [out, in] is the table transposed."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from phicore.adapters import base as base_layer
 from phicore.adapters.dora import DoRALayer, scaled_rows
-from phicore.adapters.lora import LowRankLayer, add_product
+from phicore.adapters.lora import LowRankLayer, Options, add_product
 from phicore.products import matmul
+
+if TYPE_CHECKING:
+    from typing import Unpack  # new in Python 3.11
 
 
 def check_lookup(table: nn.Embedding) -> None:
@@ -37,7 +40,14 @@ class LowRankEmbedding(LowRankLayer):
 
     accepts = "nn.Embedding or another adapter of one"
 
-    def __init__(self, base: nn.Module, rank: int = 16, alpha: float = 32.0, dropout: float = 0.0, **options: Any):
+    def __init__(
+        self,
+        base: nn.Module,
+        rank: int = 16,
+        alpha: float = 32.0,
+        dropout: float = 0.0,
+        **options: "Unpack[Options]",
+    ) -> None:
         super().__init__(base, rank, alpha, dropout, **options)
         table: Any = self.innermost
         self.num_embeddings, self.embedding_dim = table.num_embeddings, table.embedding_dim
@@ -83,7 +93,14 @@ class LoRAEmbedding(LowRankEmbedding):
         torch.Size([2, 32])
     """
 
-    def __init__(self, base: nn.Module, rank: int = 16, alpha: float = 32.0, dropout: float = 0.0, **options: Any):
+    def __init__(
+        self,
+        base: nn.Module,
+        rank: int = 16,
+        alpha: float = 32.0,
+        dropout: float = 0.0,
+        **options: "Unpack[Options]",
+    ) -> None:
         super().__init__(base, rank, alpha, dropout, **options)
         self.reset_parameters()
 

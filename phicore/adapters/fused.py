@@ -7,17 +7,20 @@ such an adapter as a plain one.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from phicore.adapters import base as base_layer
 from phicore.adapters.attention import SEPARATE, layer_setting
-from phicore.adapters.config import LoRAConfig, pattern_value, scaling
+from phicore.adapters.config import Init, LoRAConfig, pattern_value, scaling
 from phicore.adapters.dora import DoRALinear
-from phicore.adapters.lora import LoRALinear, LowRankLinear, start_pair
+from phicore.adapters.lora import LoRALinear, LowRankLinear, Options, start_pair
 from phicore.modules import matches, parts_meant, parts_of
+
+if TYPE_CHECKING:
+    from typing import Unpack  # new in Python 3.11
 
 
 class Pair(nn.Module):
@@ -51,7 +54,7 @@ class FusedLinear(LowRankLinear):
         *,
         parts: Mapping[str, int],
         rslora: bool = False,
-        init: str = "kaiming",
+        init: Init = "kaiming",
         **options: Any,
     ) -> None:
         ranks = dict(rank) if isinstance(rank, Mapping) else dict.fromkeys(parts, rank)
@@ -167,9 +170,9 @@ class _TakesParts(LowRankLinear):
         rank: int | Mapping[str, int] = 16,
         alpha: float | Mapping[str, float] = 32.0,
         dropout: float = 0.0,
-        **options: Any,
+        **options: "Unpack[Options]",
     ) -> None:
-        super().__init__(base, rank, alpha, dropout, parts=parts, **options)  # type: ignore[arg-type]
+        super().__init__(base, rank, alpha, dropout, parts=parts, **options)  # type: ignore[arg-type, call-arg]
 
 
 class FusedLoRALinear(_TakesParts, LoRALinear, FusedLinear):

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +12,16 @@ from torch.func import functional_call
 from phicore import products
 from phicore.adapters import base as base_layer
 from phicore.adapters.base import transposed_kinds
-from phicore.adapters.config import LoRAConfig, scaling
+from phicore.adapters.config import Init, LoRAConfig, scaling
 from phicore.adapters.dropout import dropped_projection
 from phicore.adapters.step import low_rank_step
 from phicore.lazy import lazy_weight
 from phicore.nf4.linear import autocast
 from phicore.nf4.ops import flat
 from phicore.transforms import transformed
+
+if TYPE_CHECKING:
+    from typing import Unpack  # new in Python 3.11
 
 
 def low_rank_update(
@@ -160,6 +163,14 @@ def updated_rows(rows: Rows, y: Tensor, x: Tensor, update: Callable[[Tensor, Ten
     return y.index_copy(0, rows.index, update(y.index_select(0, rows.index), x.index_select(0, rows.index)))
 
 
+class Options(TypedDict, total=False):
+    """The keywords of every adapter layer beside its base, rank, alpha and dropout."""
+
+    rslora: bool
+    init: Init
+    dtype: torch.dtype | None
+
+
 class LowRankLayer(nn.Module):
     """What all adapter layers share: a frozen base and a low-rank pair A, B beside it.
 
@@ -189,9 +200,12 @@ class LowRankLayer(nn.Module):
         dropout: float = 0.0,
         *,
         rslora: bool = False,
-        init: str = "kaiming",
+        init: Init = "kaiming",
         dtype: torch.dtype | None = None,
+        **unknown: NoReturn,
     ) -> None:
+        for name in unknown:  # Python's own error would name this class
+            raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {name!r}")
         super().__init__()
         if not self.fits(base):
             raise TypeError(f"{type(self).__name__} adapts {self.accepts}, got {type(base).__name__}")
@@ -339,7 +353,14 @@ class LowRankLinear(LowRankLayer):
 
     accepts = "nn.Linear, NF4Linear, transformers' Conv1D or another adapter of these"
 
-    def __init__(self, base: nn.Module, rank: int = 16, alpha: float = 32.0, dropout: float = 0.0, **options: Any):
+    def __init__(
+        self,
+        base: nn.Module,
+        rank: int = 16,
+        alpha: float = 32.0,
+        dropout: float = 0.0,
+        **options: "Unpack[Options]",
+    ) -> None:
         super().__init__(base, rank, alpha, dropout, **options)
         self.in_features, self.out_features = base_layer.features(base)
         self.start_A: Tensor | None
@@ -462,7 +483,14 @@ class LoRALinear(LowRankLinear):
         torch.Size([2, 32])
     """
 
-    def __init__(self, base: nn.Module, rank: int = 16, alpha: float = 32.0, dropout: float = 0.0, **options: Any):
+    def __init__(
+        self,
+        base: nn.Module,
+        rank: int = 16,
+        alpha: float = 32.0,
+        dropout: float = 0.0,
+        **options: "Unpack[Options]",
+    ) -> None:
         super().__init__(base, rank, alpha, dropout, **options)
         self.reset_parameters()
 

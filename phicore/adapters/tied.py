@@ -6,7 +6,7 @@ has one norm and one magnitude for each row of the table, for both.
 """
 
 from collections.abc import Collection, Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,11 @@ from torch.nn import functional
 from phicore.adapters import base as base_layer
 from phicore.adapters.dora import DoRALayer, DoRALinear, row_scale
 from phicore.adapters.embedding import LowRankEmbedding
-from phicore.adapters.lora import LoRALinear, LowRankLayer, LowRankLinear
+from phicore.adapters.lora import LoRALinear, LowRankLayer, LowRankLinear, Options
 from phicore.modules import matches
+
+if TYPE_CHECKING:
+    from typing import Unpack  # new in Python 3.11
 
 
 class TiedHead(LowRankLinear):
@@ -33,7 +36,7 @@ class TiedHead(LowRankLinear):
 
     def __init__(self, base: nn.Module, embedding: LowRankEmbedding, dropout: float = 0.0) -> None:
         self._shared = (embedding,)  # for _make_pair; in a tuple, which nn.Module does not register
-        options = {"rslora": embedding.rslora, "init": embedding.init}
+        options: Options = {"rslora": embedding.rslora, "init": embedding.init}
         super().__init__(base, embedding.rank, embedding.alpha, dropout, **options)
         del self._shared
         self.adapter_name = embedding.adapter_name
@@ -92,7 +95,14 @@ class TiedDoRAEmbedding(DoRALayer, LowRankEmbedding):
         magnitude: m, [num_embeddings]; starts at ||W||.
     """
 
-    def __init__(self, base: nn.Module, rank: int = 16, alpha: float = 32.0, dropout: float = 0.0, **options: Any):
+    def __init__(
+        self,
+        base: nn.Module,
+        rank: int = 16,
+        alpha: float = 32.0,
+        dropout: float = 0.0,
+        **options: "Unpack[Options]",
+    ) -> None:
         super().__init__(base, rank, alpha, dropout, **options)
         self.base_norm_squared = None  # type: ignore[assignment]  # which nothing reads
 
@@ -134,7 +144,7 @@ def tied_head(base: nn.Module, embedding: LowRankEmbedding, dropout: float) -> T
 
 def tied_embedding(base: nn.Module, owner: LowRankEmbedding) -> LowRankEmbedding:
     """The adapter of another embedding with the table of an adapted one."""
-    options: dict[str, Any] = {"rslora": owner.rslora, "init": owner.init}
+    options: Options = {"rslora": owner.rslora, "init": owner.init}
     layer = type(owner)(base, owner.rank, owner.alpha, owner.dropout, **options)
     layer.lora_A, layer.lora_B, layer.adapter_name = owner.lora_A, owner.lora_B, owner.adapter_name
     if isinstance(layer, TiedDoRAEmbedding):

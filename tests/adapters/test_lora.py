@@ -1,6 +1,7 @@
 """LoRALinear over every kind of base, against the dense formula y = x (W + s B A)^T + b in float64."""
 
 import copy
+import functools
 import math
 
 import pytest
@@ -8,6 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import phicore
+from phicore.adapters.convolution import LoRAConvolution
+from phicore.adapters.embedding import LoRAEmbedding
+from phicore.adapters.fused import FusedLoRALinear
 from tests.adapters.cases import dense_cases, leaf
 
 KINDS = ("linear", "nf4", "lora+linear", "dora+nf4", "lora+lora+nf4")
@@ -288,6 +292,22 @@ def test_values_out_of_range_are_refused_and_the_base_stays(unchanged, make, opt
     base = nn.Linear(3, 4)
     with unchanged(base), pytest.raises(ValueError, match=message):
         make(base, **options)
+
+
+@pytest.mark.parametrize(
+    ("make", "base"),
+    [
+        (phicore.LoRALinear, nn.Linear(3, 4)),
+        (phicore.DoRALinear, nn.Linear(3, 4)),
+        (LoRAConvolution, nn.Conv1d(3, 4, 1)),
+        (LoRAEmbedding, nn.Embedding(3, 4)),
+        (functools.partial(FusedLoRALinear, parts={"q": 4}), nn.Linear(3, 4)),
+    ],
+)
+def test_a_keyword_that_is_not_known_is_refused_in_the_name_of_the_class_called(make, base):
+    name = getattr(make, "func", make).__name__
+    with pytest.raises(TypeError, match=rf"^{name}\(\) got an unexpected keyword argument 'ranks'$"):
+        make(base, ranks=3)
 
 
 @pytest.mark.parametrize("make", [phicore.LoRALinear, phicore.DoRALinear])
