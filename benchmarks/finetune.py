@@ -30,7 +30,7 @@ import torch
 from benchmarks import figures
 from benchmarks.figures import Figure
 from benchmarks.layers import METHODS, peer_name
-from benchmarks.machine import ROOT, compile_decoding
+from benchmarks.machine import ROOT, compile_formulas
 from benchmarks.pairs import ratio
 
 MODEL, TRAIN, EVAL = (ROOT / ".cache/addresses" / n for n in ("SmolLM2-135M-Instruct", "train.jsonl", "eval.jsonl"))
@@ -285,17 +285,17 @@ def main() -> None:
     dtype, why = figures.dtype(options.dtype)
     options.dtype = str(dtype).removeprefix("torch.")
     print(f"{options.dtype}: {why}; {options.steps} steps of {options.batch_size} examples, rank {RANK}", flush=True)
-    decoding = compile_decoding()
+    formulas = compile_formulas()
     found = [figure for method in options.methods for figure in measure(method, options)]
     if options.json:
         told = {
-            "NF4 decoding": decoding,
+            "formulas": formulas,
             "model": "SmolLM2-135M-Instruct",
             "dtype": f"{options.dtype} ({why})",
             "rank": RANK,
         }
         told |= {"steps": options.steps, "examples a step": options.batch_size, "held out": options.eval_examples}
-        told |= {"NF4 decoding": decoding}
+        told |= {"formulas": formulas}
         told |= {"padding": "in every batch; phicore leaves it out of its steps, PEFT computes it"}
         figures.write(options.json, told, found)
 

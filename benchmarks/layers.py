@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import phicore
 from benchmarks import figures
 from benchmarks.figures import Figure
-from benchmarks.machine import compile_decoding
+from benchmarks.machine import compile_formulas
 from benchmarks.pairs import ratio, rounds
 
 METHODS = ("lora", "dora", "qlora", "qdora")
@@ -177,7 +177,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     dtype, why = figures.dtype(options.dtype)
-    decoding = compile_decoding()
+    formulas = compile_formulas()
     print(f"{', '.join(map(str, options.tokens))} tokens, {dtype}: {why}", flush=True)
     found = [
         figure
@@ -191,7 +191,7 @@ def main() -> None:
         settings = {
             "dtype": f"{str(dtype).removeprefix('torch.')} ({why})",
             "tokens": ", ".join(map(str, options.tokens)),
-            "NF4 decoding": decoding,
+            "formulas": formulas,
         }
         figures.write(options.json, settings | {"turns": options.turns}, found)
 

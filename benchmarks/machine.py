@@ -45,14 +45,17 @@ def machine() -> dict[str, Any]:
     }
 
 
-def compile_decoding() -> str:
-    """Has NF4's decoding compiled for this CPU, as it is in time where one decodes for long; says and returns which
-    code decodes."""
+def compile_formulas() -> str:
+    """Has phicore's formulas compiled for this CPU, as they are in time where a process works for long; says and
+    returns what runs them."""
+    from phicore.adapters import scaled_rows
     from phicore.nf4 import compiled
 
-    done = [formula.compile() for formula in compiled.FORMULAS.values()]
+    decoding = (compiled.BFLOAT16, compiled.FLOAT32)
+    scaling = (scaled_rows.SCALE, scaled_rows.SCALE_AND_SHIFT, scaled_rows.GRADIENTS)
+    done = [formula.compile() for formula in (*decoding, *scaling)]
     code = "machine code" if all(done) else "torch's operators"
-    print(f"NF4 decoding on this CPU: {code}", flush=True)
+    print(f"NF4's decoding and DoRA's scaling run as {code}", flush=True)
     return code
 
 

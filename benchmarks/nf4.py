@@ -28,7 +28,7 @@ import torch
 
 from benchmarks import figures, quantize_memory
 from benchmarks.figures import Figure
-from benchmarks.machine import compile_decoding
+from benchmarks.machine import compile_formulas
 from benchmarks.pairs import compare
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -217,13 +217,13 @@ def main() -> None:
         options.rows, options.columns, options.dtypes, options.turns = 1024, 1024, ["bfloat16"], 5
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    decoding = compile_decoding()
+    formulas = compile_formulas()
     found = [*timed(options), *errors(options), *whole_model(options)]
     if not options.quick:
         found += small_weights(options) + memory(options)
     if options.json:
         weights = f"{options.rows * options.columns / 1e6:.1f}M"
-        settings = {"weights": weights, "block size": BLOCK_SIZE, "decoding": decoding, "turns": options.turns}
+        settings = {"weights": weights, "block size": BLOCK_SIZE, "formulas": formulas, "turns": options.turns}
         figures.write(options.json, settings, found)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -64,6 +65,31 @@ def deepspeed_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
             done.touch()
     return directory
+
+
+@pytest.fixture(scope="session")
+def machine_code(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., contextlib.AbstractContextManager[None]]:
+    """A context in which a module's formulas run as machine code: with machine_code(module, "NAME", ...). Compiling
+    takes some 10 s each, so pytest's workers share what they compile."""
+    from phicore.native import Formula
+
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    @contextlib.contextmanager
+    def within(module: Any, *names: str) -> Iterator[None]:
+        directory = shared / f"machine-code-{module.__name__}"
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(mock.patch.dict(os.environ, XDG_CACHE_HOME=str(directory)))
+            for name in names:
+                old = getattr(module, name)
+                formula = Formula(old.name, old.function, old.examples, old.dynamic, old.pays)
+                with FileLock(f"{directory}.lock"):
+                    assert formula.compile(), [log.read_text() for log in directory.rglob("*.log")]
+                stack.enter_context(mock.patch.object(module, name, formula))
+            yield
+
+    return within
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from phicore import native
-from phicore.nf4 import compiled
 
 # Counts how often it was compiled, in a file; `sleep` makes compiling take longer than what the test does meanwhile.
 MODULE = """
@@ -25,11 +24,6 @@ from phicore.native import Formula
 def double(x, out):
     out.copy_(x * 2)
 
-def check(run):
-    x, out = torch.arange(5.0), torch.empty(5)
-    run(x, out)
-    return torch.equal(out, x * 2)
-
 class Counted(Formula):
     def write(self, path):
         with open(os.environ["COUNT"], "a") as file:
@@ -37,7 +31,7 @@ class Counted(Formula):
         time.sleep(float(os.environ.get("SLEEP", "0")))
         super().write(path)
 
-DOUBLE = Counted("doubling:DOUBLE", double, lambda: (torch.ones(8), torch.empty(8)), ({0: "n"}, {0: "n"}), check, 100)
+DOUBLE = Counted("doubling:DOUBLE", double, lambda: (torch.arange(8.0), torch.empty(8)), ({0: "n"}, {0: "n"}), 100)
 """
 
 
@@ -64,12 +58,12 @@ def answer(process: subprocess.Popen[str]) -> object:
     return json.loads(out)
 
 
-def formula(check: object = None) -> native.Formula:
-    """One that nothing was looked for of yet, of NF4's, which every test may share the code of."""
-    found = compiled.formulas()[torch.bfloat16]
-    if check is not None:
-        found.check = check  # type: ignore[assignment]
-    return found
+def formula(pays: int = 100) -> native.Formula:
+    """One that nothing was looked for of yet."""
+    import doubling
+
+    made = doubling.DOUBLE
+    return native.Formula(made.name, made.function, made.examples, made.dynamic, pays)
 
 
 def test_compiled_in_the_background_once_it_pays_and_found_by_the_next_process(place: Path):
@@ -137,7 +131,8 @@ def test_a_compiler_that_is_killed_holds_nobody_up__code_of_other_bits_is_thrown
     assert (place / "count").read_text() == "xx"
 
     (library,) = (place / "phicore").glob("*.so")
-    other = doubling.Counted("doubling:DOUBLE", doubling.double, doubling.DOUBLE.examples, (), lambda run: False, 100)
+    other = formula()
+    other.function = lambda x, out: out.copy_(x * 3)
     with caplog.at_level(logging.INFO, logger="phicore.native"):
         assert other.ready(1) is None
     assert "gave other bits" in caplog.text
@@ -147,12 +142,10 @@ def test_a_compiler_that_is_killed_holds_nobody_up__code_of_other_bits_is_thrown
 def test_what_is_no_library_is_told_of(place: Path, caplog):
     made = formula()
     (place / "phicore").mkdir(mode=0o700)
-    (place / "phicore" / f"compiled-bfloat16-{made.key()}.so").write_bytes(b"\x7fELF and no more")
+    (place / "phicore" / f"doubling-double-{made.key()}.so").write_bytes(b"\x7fELF and no more")
     with caplog.at_level(logging.INFO, logger="phicore.native"):
         assert made.ready(1) is None
     assert "worked out by torch's operators" in caplog.text
-    packed, absmax = torch.zeros(32, dtype=torch.uint8), torch.ones(1)
-    assert compiled.decode_blocks(packed, absmax, 64, 64, torch.bfloat16).eq(-1).all()
 
 
 def test_a_directory_that_others_write_to_is_not_trusted(place: Path, caplog):
@@ -167,16 +160,16 @@ def test_a_directory_that_others_write_to_is_not_trusted(place: Path, caplog):
 
 def test_kernels_can_be_turned_off(place: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PHICORE_KERNELS", "0")
-    made = formula(check=lambda run: pytest.fail("looked for"))
+    made = formula()
     for _ in range(3):
-        assert made.ready(compiled.PAYS) is None
+        assert made.ready(1000) is None
     assert not (place / "phicore").exists()
 
 
 def test_nothing_is_written_before_it_pays(place: Path):
     made = formula()
     for _ in range(3):
-        assert made.ready(compiled.PAYS // 4) is None
+        assert made.ready(30) is None
     assert not (place / "phicore").exists()
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from phicore.adapters import base as base_layer
 from phicore.adapters.dora_scale import fuses_scaling, scale_columns
 from phicore.adapters.lora import LowRankLayer, LowRankLinear, Options, dense_product, low_rank_update
+from phicore.adapters.scaled_rows import scaled_rows
 from phicore.adapters.step import low_rank_step
 from phicore.nf4.linear import autocast
 from phicore.nf4.ops import flat
@@ -49,63 +50,6 @@ def row_scale(magnitude: Tensor, norm: Tensor, positive: bool = False) -> Tensor
     if positive:
         return magnitude / norm
     return torch.where(norm > 0, magnitude / norm.where(norm > 0, 1), 0)
-
-
-SCALED = 1 << 18  # elements of v that are scaled at once, so that float32 copies of them stay in a CPU's cache
-
-
-class _ScaledRows(torch.autograd.Function):
-    """v * scale + bias; the backward pass makes one tensor of v's size. In 16 bits v is widened some rows at a time."""
-
-    @staticmethod
-    def forward(ctx: Any, v: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(v, scale)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        bias = None if bias is None else bias.to(scale.dtype)
-        if v.dtype == scale.dtype:
-            return v * scale if bias is None else torch.addcmul(bias, v, scale)
-        out = torch.empty_like(v, memory_format=torch.contiguous_format)
-        for part, result in zip(_pieces(v), _pieces(out), strict=True):
-            wide = part.to(scale.dtype)
-            result.copy_(wide.mul_(scale) if bias is None else torch.addcmul(bias, wide, scale))
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        v, scale = ctx.saved_tensors
-        grad_bias = None
-        if ctx.needs_input_grad[2]:
-            grad_bias = flat(grad).sum(0).to(ctx.bias_dtype)
-        if torch.is_grad_enabled():  # the backward pass is itself differentiated
-            return (grad * scale).to(v.dtype), flat(grad * v.to(scale.dtype)).sum(0), grad_bias
-        if v.dtype == scale.dtype:
-            product = flat(grad) * flat(v)
-            grad_scale = product.sum(0)
-            return torch.mul(flat(grad), scale, out=product).view(grad.shape), grad_scale, grad_bias
-        grad_v, grad_scale = torch.empty_like(grad, memory_format=torch.contiguous_format), torch.zeros_like(scale)
-        for part, g, result in zip(_pieces(v), _pieces(grad), _pieces(grad_v), strict=True):
-            wide = g.to(scale.dtype)
-            grad_scale += (wide * part).sum(0)
-            result.copy_(wide.mul_(scale))
-        return grad_v, grad_scale, grad_bias
-
-
-def _pieces(v: Tensor) -> tuple[Tensor, ...]:
-    """v [..., out] as [some rows, out]."""
-    elements = SCALED if v.device.type == "cpu" else 64 * SCALED
-    if v.numel() <= elements:
-        return (flat(v),)
-    return flat(v).split(max(1, elements // max(1, v.shape[-1])))
-
-
-def scaled_rows(v: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """v * scale + bias in scale's dtype, rounded once to v's: [..., out] * [out] + [out] -> [..., out]. Keeps v and
-    scale for the backward pass."""
-    plain = v.dtype == scale.dtype and not (v.requires_grad and scale.requires_grad)
-    if torch.compiler.is_compiling() or transformed() or plain:
-        y = v * scale
-        return (y if bias is None else y + bias).to(v.dtype)
-    return _ScaledRows.apply(v, scale, bias)
 
 
 # The factored norm subtracts numbers of the size of ||W||^2, so its relative error grows as (||W|| / ||V'||)^2. Rows

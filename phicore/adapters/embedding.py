@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from phicore.adapters import base as base_layer
-from phicore.adapters.dora import DoRALayer, scaled_rows
+from phicore.adapters.dora import DoRALayer
 from phicore.adapters.lora import LowRankLayer, Options, add_product
+from phicore.adapters.scaled_rows import scaled_rows
 from phicore.products import matmul
 
 if TYPE_CHECKING:

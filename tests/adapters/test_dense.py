@@ -241,9 +241,9 @@ def test_no_temporary_of_the_size_of_the_weight(randomize):
 def test_scaling_makes_no_float32_copy_of_the_output(randomize, make, dropout):
     layer = build(make, randomize, "linear", 64, 48, dropout=dropout)
     x = torch.randn(50, 48).bfloat16().requires_grad_()
-    from phicore.adapters import dora
+    from phicore.adapters import scaled_rows
 
-    with mock.patch.object(dora, "SCALED", 640):
+    with mock.patch.object(scaled_rows, "SCALED", 640):
         y = layer(x)
         with Floats() as floats:
             (layer(x) - y).sum().backward()
