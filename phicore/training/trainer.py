@@ -290,9 +290,9 @@ class Trainer:
             tokens += count_tokens(batch, float(n))
         self.optimizer.finish_reduction()
         # ===== Phase 2: from sums to the mean over all tokens of the step =====
-        peak = peak_memory_bytes(self.device)
-        own = [loss_sum, count, tokens, waited, self.stop_requested, peak, self._writer.failed]
-        losses, counts, all_tokens, waits, stops, peaks, failures = zip(*gather_rows(own, self.device), strict=True)
+        memory = peak_memory_bytes(self.device)
+        own = [loss_sum, count, tokens, waited, self.stop_requested, memory, self._writer.failed]
+        losses, counts, all_tokens, waits, stops, memories, failures = zip(*gather_rows(own, self.device), strict=True)
         if any(failures):
             self._writer.wait()  # raises the same on all ranks
         mean = masked_mean(sum(losses), sum(counts), f"step {self.step + 1}")
@@ -318,7 +318,7 @@ class Trainer:
             "learning_rate": rate,
             "tokens": self.tokens,
             "data_wait_percent": 100 * sum(waits) / (world_size() * elapsed),
-            "peak_memory_bytes": int(max(peaks)),  # of the rank that holds the most
+            "peak_memory_bytes": int(max(memories)),  # of the rank that holds the most
         }
 
     def _not_finite(self, mean: float, norm: float, indices: list[int], finite: bool) -> str:
