@@ -169,7 +169,17 @@ def _tokenize(tokenizer: Any, text: str, add_special_tokens: bool) -> tuple[list
     n = len(ids)
     while n and added[n - 1]:
         n -= 1
-    return ids[:n], offsets[:n]
+    return ids[:n], _with_whitespace(offsets[:n], text)
+
+
+def _with_whitespace(offsets: list[tuple[int, int]], text: str) -> list[tuple[int, int]]:
+    """The offsets, where a token of nothing but whitespace covers it. Tokenizers that trim offsets (trim_offsets of
+    ByteLevel) say that it covers nothing, and stands behind it."""
+    ends = [0, *(b for _, b in offsets)]
+    return [
+        (before, b) if a == b and text[before:b].isspace() else (a, b)
+        for before, (a, b) in zip(ends, offsets, strict=False)
+    ]
 
 
 def _append_eos(tokenizer: Any, ids: list[int], labels: list[int]) -> None:
