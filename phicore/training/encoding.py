@@ -126,6 +126,8 @@ def _turn_span(tokenizer: Any, messages: list[dict[str, str]], i: int, text: str
     if not text.startswith(prefix):
         raise ValueError(_unstable(f"the text before messages[{i}] is not how the whole conversation begins"))
     closed = _render(tokenizer, messages[: i + 1], add_generation_prompt=False)
+    if not text.startswith(closed) and (goes_on := _before_generation_prompt(tokenizer, messages, i)) is not None:
+        closed = goes_on if text.startswith(goes_on) else closed  # GPT-OSS: <|return|> after the last, else <|end|>
     eos = getattr(tokenizer, "eos_token", None)
     if eos and not text.startswith(closed):  # Phi-3's template: eos comes only after the last turn
         closed = closed.removesuffix(eos)
@@ -135,6 +137,22 @@ def _turn_span(tokenizer: Any, messages: list[dict[str, str]], i: int, text: str
     if messages[i]["content"].strip() not in text[len(prefix) : end]:
         raise ValueError(_unstable(f"messages[{i}] is rendered otherwise once more turns follow it"))
     return len(prefix), end
+
+
+def _before_generation_prompt(tokenizer: Any, messages: list[dict[str, str]], i: int) -> str | None:
+    """The conversation through the assistant's turn i, closed as it is where another turn follows. None where the
+    template does not let its generation prompt be taken off exactly."""
+    asked = next((k for k in range(i, 0, -1) if messages[k - 1]["role"] != "assistant"), None)
+    if asked is None:
+        return None
+    question = _render(tokenizer, messages[:asked], add_generation_prompt=False)
+    prompted = _render(tokenizer, messages[:asked], add_generation_prompt=True)
+    generation_prompt = prompted.removeprefix(question)
+    try:
+        goes_on = _render(tokenizer, messages[: i + 1], add_generation_prompt=True)
+    except ValueError:  # a template may refuse to let the assistant speak twice
+        return None
+    return goes_on.removesuffix(generation_prompt) if prompted.startswith(question) else None
 
 
 def _render(tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:

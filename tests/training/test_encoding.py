@@ -136,6 +136,26 @@ def test_whitespace_carries_loss_where_offsets_are_trimmed(pairs: list[tuple[str
         assert encode(record, trimming, LONG) == encode(record, exact, LONG)
 
 
+@pytest.mark.parametrize("eos", ["<|im_end|>", "<|endoftext|>"])
+def test_template_that_ends_the_last_turn_otherwise(eos: str) -> None:
+    """GPT-OSS: <|return|> ends the last turn, and <|end|> all others; the next turn's first token is not learnt."""
+    tokenizer = chat_tokenizer("smollm2")
+    tokenizer.eos_token = eos
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"
+        "{% if loop.last and m['role'] == 'assistant' and not add_generation_prompt %}{{ '<|endoftext|>' }}"
+        "{% else %}{{ '<|im_end|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    again = [*CONVERSATION, {"role": "assistant", "content": "Bye."}]
+    first, second, third = (m["content"] for m in again if m["role"] == "assistant")
+    runs = learnt(encode(Record(1, messages=again), tokenizer, LONG), tokenizer)
+    assert runs == [f"{first}<|im_end|>", f"{second}<|im_end|>", f"{third}<|endoftext|>"]
+    asked_last = [*CONVERSATION, ASK]
+    runs = learnt(encode(Record(1, messages=asked_last), tokenizer, LONG), tokenizer)
+    assert runs == [f"{first}<|im_end|>", f"{second}<|im_end|>"]
+
+
 def test_phi3_template_on_a_tokenizer_that_does_not_know_its_tags() -> None:
     """eos and the next role tag begin alike ("<|"), and here these are tokens of their own."""
     tokenizer = chat_tokenizer("smollm2")
