@@ -178,6 +178,27 @@ def test_usage_and_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "none.toml" in message.err
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("c.yaml", "steps: 3\n# warm\nseed: 1\nsteps: 4\n", '"steps" stands on line 1 and again on line 4'),
+        ("c.yml", "rank_pattern:\n  q: 1\n  k: 2\n  q: 3\n", '"q" stands on line 2 and again on line 4'),
+        ("c.yaml", "rank_pattern: {q: 1, q: 3}\n", '"q" stands on line 1 and again on line 1'),
+        ("c.yaml", "learning_rate: 1\nlearning-rate: 2\n", "learning_rate and learning-rate are the same option"),
+        ("c.toml", "learning_rate = 1\nlearning-rate = 2\n", "learning_rate and learning-rate are the same option"),
+    ],
+)
+def test_an_option_that_a_file_gives_twice_is_refused(
+    name: str, text: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / name
+    file.write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        main(["finetune", "--config", str(file)])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"phicore finetune: {file}: {told}; keep one of them\n"
+
+
 def test_runs_as_a_module() -> None:
     run = subprocess.run([sys.executable, "-m", "phicore", "--version"], capture_output=True, text=True, check=True)
     assert run.stdout.strip()
