@@ -18,7 +18,17 @@ from torch import Tensor, nn
 from phicore.adapters.lora_plus import lora_plus_groups
 from phicore.training import checkpoint, distributed
 from phicore.training.background import BackgroundWriter
-from phicore.training.batches import Batch, chunks, count_tokens, cut, length_of, lengths_of, make_batch, to_device
+from phicore.training.batches import (
+    Batch,
+    check_indexed,
+    chunks,
+    count_tokens,
+    cut,
+    length_of,
+    lengths_of,
+    make_batch,
+    to_device,
+)
 from phicore.training.buffers import TrainedBuffers
 from phicore.training.config import TrainConfig, fixed_settings
 from phicore.training.data import step_indices
@@ -99,6 +109,7 @@ class Trainer:
             the data only its number of examples is compared without it.
 
     Raises:
+        TypeError: data that does not give its examples by index (an IterableDataset, a generator).
         ValueError: no parameter requires a gradient, or there is no data (for eval_every, no eval_data), or
             group_by_length is set and the examples have no input_ids; the environment's variables are incomplete; ranks
             were given different settings, models or frozen weights.
@@ -164,6 +175,9 @@ class Trainer:
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not parameters:
             raise ValueError(f"no parameter of {type(model).__name__} requires a gradient; attach an adapter first")
+        check_indexed("train_data", self.train_data)
+        if self.eval_data is not None:
+            check_indexed("eval_data", self.eval_data)
         if not len(self.train_data):
             raise ValueError("train_data is empty")
         if config.eval_every and self.eval_data is None:
@@ -206,7 +220,9 @@ class Trainer:
         Raises:
             FileExistsError: the output holds a run, and neither resume nor overwrite is set; or a run is at work there.
             OSError: the output cannot be written.
-            ValueError: resuming with other settings (each change is listed), or a step without a labelled token.
+            TypeError: the model returns no logits, see `causal_lm_loss`.
+            ValueError: resuming with other settings (each change is listed), or a step without a labelled token;
+                examples that cannot be made a batch, or have no labels.
             FloatingPointError: a loss or gradient norm that is not finite, naming the step and the rank where it arose;
                 the step is not taken, on any rank.
             LostRankError: another rank ended, failed or did not answer within the time-out, naming it and its step.
@@ -343,9 +359,12 @@ class Trainer:
         The model's modes and the random states of torch, Python and NumPy are afterwards what they were.
 
         Raises:
+            TypeError: the data does not give its examples by index.
             ValueError: there is no data, or none of it carries loss.
         """
         data = self.eval_data if data is None else data
+        if data is not None:
+            check_indexed("the data to evaluate on", data)
         if data is None or not len(data):
             raise ValueError("there is nothing to evaluate on: give the Trainer eval_data")
         with self._watch.during(f"the evaluation after step {self.step}"):
