@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -217,6 +218,22 @@ def test_what_a_user_can_mend_is_told_in_a_line(
     monkeypatch.setenv("PHICORE_TRACEBACK", "1")
     with pytest.raises(kind):
         main(["check"])
+
+
+def test_ctrl_c_ends_a_command_in_a_line() -> None:
+    program = (
+        "import sys, time, phicore.cli.check as command; from phicore.cli import main;"
+        "command.main = lambda _: (print('at work', flush=True), time.sleep(60));"
+        "sys.exit(main(['check']))"
+    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", program], text=True, **pipes) as run:
+        assert run.stdout is not None
+        assert run.stdout.readline() == "at work\n"
+        run.send_signal(signal.SIGINT)
+        _, told = run.communicate(timeout=60)
+    assert told == "phicore check: interrupted; nothing is left half written\n"
+    assert run.returncode == 130
 
 
 def test_a_mistake_of_phicores_own_has_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
