@@ -144,6 +144,7 @@ class Trainer:
         self.checkpoints = self.output / "checkpoints"
         self.step = 0  # optimizer steps done
         self.tokens = 0
+        self._has_begun = False  # a run in the output, or gone on with the one there
         self.stop_requested = False  # of this process
         self._stop_agreed = False  # of any, as all know
         self._watch = Watch(self.output)
@@ -230,7 +231,7 @@ class Trainer:
         """
         config = self.config
         with self._watch.during("the start"):
-            release = distributed.everywhere(lambda: hold_output(self.output) if rank() == 0 else _nothing)
+            release = self._hold()
             try:
                 self._start()
                 log = distributed.everywhere(self._open_log)
@@ -281,6 +282,10 @@ class Trainer:
         return TrainResult(
             self.step, loss, self.tokens, seconds, done / seconds if seconds else 0.0, peak_memory_bytes(self.device)
         )
+
+    def _hold(self) -> Callable[[], None]:
+        """Takes the output on rank 0, see `hold_output`."""
+        return distributed.everywhere(lambda: hold_output(self.output) if rank() == 0 else _nothing)
 
     def _open_log(self) -> MetricsLog | None:
         return MetricsLog(self.output / "metrics.jsonl", self.step) if rank() == 0 else None
@@ -386,6 +391,8 @@ class Trainer:
     def save(self) -> Path:
         """Writes a checkpoint of this moment; see `phicore.training.checkpoint`.
 
+        Before the first `fit` it takes the output as `fit` would: with config.resume it loads what is there first.
+
         With config.async_save it is written in the background, once the one before is. What goes wrong there is raised
         on all ranks by the next step or save, or by the end of `fit`, which waits for the last.
 
@@ -393,9 +400,16 @@ class Trainer:
             Where it stands, or will.
 
         Raises:
+            FileExistsError, ValueError: before the first `fit`, what `fit` would refuse.
             OSError: a rank could not write its part, naming it, on every rank; `latest` names what it named before.
         """
         with self._watch.during(f"the checkpoint of step {self.step}"):
+            if not self._has_begun:
+                release = self._hold()
+                try:
+                    self._start()
+                finally:
+                    release()
             return self._save()
 
     def _save(self) -> Path:
@@ -429,13 +443,14 @@ class Trainer:
         """Resumes, or makes room for a new run."""
         if self.step:
             return
-        newest, state = on_first_rank(self._find)
+        newest, state = (None, None) if self._has_begun else on_first_rank(self._find)
         if newest is None or state is None:
             seed_everything(self.config.seed, rank=rank())
-            return
-        buffers = dict(self.model.named_buffers())
-        load_checkpoint(newest, state, self.optimizer, self.parameters, buffers, self.config.seed)
-        self.step, self.tokens = state["step"], state["tokens"]
+        else:
+            buffers = dict(self.model.named_buffers())
+            load_checkpoint(newest, state, self.optimizer, self.parameters, buffers, self.config.seed)
+            self.step, self.tokens = state["step"], state["tokens"]
+        self._has_begun = True
 
     def _find(self) -> tuple[Path | None, dict[str, Any] | None]:
         """The checkpoint to go on from and its state, or room for a new run."""
