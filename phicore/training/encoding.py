@@ -126,8 +126,10 @@ def _turn_span(tokenizer: Any, messages: list[dict[str, str]], i: int, text: str
     if not text.startswith(prefix):
         raise ValueError(_unstable(f"the text before messages[{i}] is not how the whole conversation begins"))
     closed = _render(tokenizer, messages[: i + 1], add_generation_prompt=False)
-    if not text.startswith(closed) and (goes_on := _before_generation_prompt(tokenizer, messages, i)) is not None:
-        closed = goes_on if text.startswith(goes_on) else closed  # GPT-OSS: <|return|> after the last, else <|end|>
+    if not text.startswith(closed):  # GPT-OSS's template: <|return|> ends the last turn, <|end|> the others
+        goes_on = _before_generation_prompt(tokenizer, messages, i)
+        if goes_on is not None and text.startswith(goes_on) and len(goes_on) > len(prefix):
+            closed = goes_on
     eos = getattr(tokenizer, "eos_token", None)
     if eos and not text.startswith(closed):  # Phi-3's template: eos comes only after the last turn
         closed = closed.removesuffix(eos)
@@ -145,14 +147,15 @@ def _before_generation_prompt(tokenizer: Any, messages: list[dict[str, str]], i:
     asked = next((k for k in range(i, 0, -1) if messages[k - 1]["role"] != "assistant"), None)
     if asked is None:
         return None
-    question = _render(tokenizer, messages[:asked], add_generation_prompt=False)
-    prompted = _render(tokenizer, messages[:asked], add_generation_prompt=True)
-    generation_prompt = prompted.removeprefix(question)
     try:
+        question = _render(tokenizer, messages[:asked], add_generation_prompt=False)
+        prompted = _render(tokenizer, messages[:asked], add_generation_prompt=True)
         goes_on = _render(tokenizer, messages[: i + 1], add_generation_prompt=True)
-    except ValueError:  # a template may refuse to let the assistant speak twice
+    except ValueError:  # a template may refuse a conversation that ends so
         return None
-    return goes_on.removesuffix(generation_prompt) if prompted.startswith(question) else None
+    generation_prompt = prompted.removeprefix(question)
+    exact = prompted.startswith(question) and goes_on.endswith(generation_prompt)
+    return goes_on.removesuffix(generation_prompt) if exact else None
 
 
 def _render(tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:

@@ -156,6 +156,20 @@ def test_template_that_ends_the_last_turn_otherwise(eos: str) -> None:
     assert runs == [f"{first}<|im_end|>", f"{second}<|im_end|>"]
 
 
+def test_template_that_does_not_say_how_a_turn_ends_that_is_not_the_last() -> None:
+    tokenizer = chat_tokenizer("smollm2")
+    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"
+        "{% if loop.last and m['role'] == 'assistant' %}"
+        "{% if add_generation_prompt %}{{ raise_exception('not twice') }}{% endif %}{{ '<|endoftext|>' }}"
+        "{% else %}{{ '<|im_end|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    runs = learnt(encode(Record(1, messages=CONVERSATION), tokenizer, LONG), tokenizer)
+    assert runs == ["Là-bas 🙂 日", "Là-bas 🙂 日\n\nThat is all.<|endoftext|>"]
+
+
 def test_phi3_template_on_a_tokenizer_that_does_not_know_its_tags() -> None:
     """eos and the next role tag begin alike ("<|"), and here these are tokens of their own."""
     tokenizer = chat_tokenizer("smollm2")
