@@ -36,7 +36,7 @@ def needs(package: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit status: 0, 1 for what the command refused, 2 for arguments it does not take,
-    141 where nobody reads its output any more (phicore --help | head -1).
+    130 after Ctrl-C, 141 where nobody reads its output any more (phicore --help | head -1).
 
     What a user can mend is told in one line; PHICORE_TRACEBACK=1 shows where it was raised.
     """
@@ -65,6 +65,11 @@ def _run(arguments: list[str]) -> int:
         importlib.import_module(f"phicore.cli.{command.replace('-', '_')}").main(rest)
     except BrokenPipeError:
         raise
+    except KeyboardInterrupt as stop:
+        if os.environ.get("PHICORE_TRACEBACK"):
+            raise
+        print(f"phicore {command}: interrupted; {str(stop) or 'nothing is left half written'}", file=sys.stderr)
+        return 130  # as of a program that SIGINT ends
     except Exception as error:
         _tell(command, error)
         return 1

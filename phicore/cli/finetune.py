@@ -115,7 +115,25 @@ class FinetuneOptions:
 def main(arguments: Sequence[str]) -> None:
     """Parses and runs."""
     what = "Fine-tune a causal language model."
-    finetune(parse_everywhere(FinetuneOptions, arguments, "finetune", what, _join))
+    options = parse_everywhere(FinetuneOptions, arguments, "finetune", what, _join)
+    try:
+        finetune(options)
+    except KeyboardInterrupt as stop:
+        if distributed.rank() > 0:  # rank 0 tells
+            raise SystemExit(130) from stop
+        raise KeyboardInterrupt(_kept(options.train)) from stop
+
+
+def _kept(train: TrainConfig) -> str:
+    """What there is of a run that Ctrl-C ended."""
+    try:
+        newest = latest_checkpoint(Path(train.output) / "checkpoints")
+    except (OSError, ValueError):  # --resume tells what is wrong there
+        newest = None
+    later = ", or one that is still being written" if train.async_save else ""
+    if newest is None:
+        return f"{train.output} holds no checkpoint yet{later}"
+    return f"the newest checkpoint is {newest}{later}, and --resume goes on from it"
 
 
 def _join(options: FinetuneOptions | None) -> None:

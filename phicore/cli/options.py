@@ -98,7 +98,7 @@ def file_arguments(path: str) -> list[str]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: not a flat TOML or YAML mapping, naming the file.
+        ValueError: not a flat TOML or YAML mapping, or one that gives an option twice, naming the file.
     """
     file = Path(path)
     if not file.is_file():
@@ -108,9 +108,7 @@ def file_arguments(path: str) -> list[str]:
         if file.suffix == ".toml":
             entries = _toml(text)
         elif file.suffix in (".yaml", ".yml"):
-            import yaml
-
-            entries = yaml.safe_load(text) or {}
+            entries = _yaml(text) or {}
         else:
             raise ValueError("a config file's name must end in .toml, .yaml or .yml")
     except ImportError:  # says nothing of the file
@@ -119,6 +117,10 @@ def file_arguments(path: str) -> list[str]:
         raise ValueError(f"{path}: {error}") from error
     if not isinstance(entries, dict):
         raise ValueError(f"{path}: must be a mapping of option names to values, is a {type(entries).__name__}")
+    spelled: dict[str, str] = {}
+    for key in map(str, entries):
+        if (before := spelled.setdefault(key.replace("_", "-"), key)) != key:
+            raise ValueError(f"{path}: {before} and {key} are the same option; keep one of them")
     return [argument for key, value in entries.items() for argument in _argument(path, str(key), value)]
 
 
@@ -143,3 +145,19 @@ def _toml(text: str) -> dict[str, Any]:
     else:
         import tomli as tomllib
     return tomllib.loads(text)
+
+
+def _yaml(text: str) -> Any:
+    """As safe_load reads it, which by itself takes the last of two equal keys; TOML refuses them."""
+    import yaml
+
+    options: Any = yaml.compose(text, Loader=yaml.SafeLoader)
+    parts = [value for _, value in options.value] if isinstance(options, yaml.MappingNode) else []
+    for node in (options, *parts):  # options are flat: a mapping below these is refused anyway
+        lines: dict[str, int] = {}
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else []:
+            name, line = str(key.value), key.start_mark.line + 1
+            if name in lines:
+                raise ValueError(f'"{name}" stands on line {lines[name]} and again on line {line}; keep one of them')
+            lines[name] = line
+    return yaml.safe_load(text)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate
+from torch.utils.data import IterableDataset, default_collate
 
 from phicore.training.data import collate
 
@@ -19,7 +19,35 @@ def make_batch(examples: list[Any]) -> Batch:
     first = examples[0]
     if isinstance(first, Mapping) and {*TOKENS} <= first.keys() <= {*TOKENS, "attention_mask"}:
         return collate(examples, pad_id=0)  # attention_mask and labels hide the padding
-    return default_collate(examples)
+    try:
+        return default_collate(examples)
+    except (RuntimeError, TypeError, KeyError) as error:  # of unequal shapes, of a type that it does not know, of keys
+        raise ValueError(
+            f"examples like {kind_of(first)} cannot be stacked to a batch: {error}. Only dicts of input_ids and "
+            f"labels (and attention_mask, if they have one) are padded; give such, or examples of one shape, or the "
+            f"Trainer a collate_fn"
+        ) from error
+
+
+def kind_of(given: Any) -> str:
+    """An example's or a batch's type, and the keys of one that has keys."""
+    kind = type(given).__name__
+    return f"{kind} with {', '.join(map(str, given)) or 'no key'}" if isinstance(given, Mapping) else kind
+
+
+def check_indexed(name: str, data: Any) -> None:
+    """Refuses data that does not give its examples by index.
+
+    Raises:
+        TypeError: it has no length or takes no index (an IterableDataset, a generator), or is a dict.
+    """
+    streams = isinstance(data, IterableDataset | Mapping)  # torch gives the first an index that raises
+    if streams or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+        raise TypeError(
+            f"{name} is of type {type(data).__name__}; examples are taken by number, so that a run can be resumed: "
+            f"give a list, or a dataset that has a length and takes an index (of a stream, list(stream); of a "
+            f"DataLoader, its dataset; of a dict of splits, one of them)"
+        )
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

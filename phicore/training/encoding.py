@@ -126,6 +126,10 @@ def _turn_span(tokenizer: Any, messages: list[dict[str, str]], i: int, text: str
     if not text.startswith(prefix):
         raise ValueError(_unstable(f"the text before messages[{i}] is not how the whole conversation begins"))
     closed = _render(tokenizer, messages[: i + 1], add_generation_prompt=False)
+    if not text.startswith(closed):  # GPT-OSS's template: <|return|> ends the last turn, <|end|> the others
+        goes_on = _before_generation_prompt(tokenizer, messages, i)
+        if goes_on is not None and text.startswith(goes_on) and len(goes_on) > len(prefix):
+            closed = goes_on
     eos = getattr(tokenizer, "eos_token", None)
     if eos and not text.startswith(closed):  # Phi-3's template: eos comes only after the last turn
         closed = closed.removesuffix(eos)
@@ -135,6 +139,23 @@ def _turn_span(tokenizer: Any, messages: list[dict[str, str]], i: int, text: str
     if messages[i]["content"].strip() not in text[len(prefix) : end]:
         raise ValueError(_unstable(f"messages[{i}] is rendered otherwise once more turns follow it"))
     return len(prefix), end
+
+
+def _before_generation_prompt(tokenizer: Any, messages: list[dict[str, str]], i: int) -> str | None:
+    """The conversation through the assistant's turn i, closed as it is where another turn follows. None where the
+    template does not let its generation prompt be taken off exactly."""
+    asked = next((k for k in range(i, 0, -1) if messages[k - 1]["role"] != "assistant"), None)
+    if asked is None:
+        return None
+    try:
+        question = _render(tokenizer, messages[:asked], add_generation_prompt=False)
+        prompted = _render(tokenizer, messages[:asked], add_generation_prompt=True)
+        goes_on = _render(tokenizer, messages[: i + 1], add_generation_prompt=True)
+    except ValueError:  # a template may refuse a conversation that ends so
+        return None
+    generation_prompt = prompted.removeprefix(question)
+    exact = prompted.startswith(question) and goes_on.endswith(generation_prompt)
+    return goes_on.removesuffix(generation_prompt) if exact else None
 
 
 def _render(tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
@@ -169,7 +190,17 @@ def _tokenize(tokenizer: Any, text: str, add_special_tokens: bool) -> tuple[list
     n = len(ids)
     while n and added[n - 1]:
         n -= 1
-    return ids[:n], offsets[:n]
+    return ids[:n], _with_whitespace(offsets[:n], text)
+
+
+def _with_whitespace(offsets: list[tuple[int, int]], text: str) -> list[tuple[int, int]]:
+    """The offsets, where a token of nothing but whitespace covers it. Tokenizers that trim offsets (trim_offsets of
+    ByteLevel) say that it covers nothing, and stands behind it."""
+    ends = [0, *(b for _, b in offsets)]
+    return [
+        (before, b) if a == b and text[before:b].isspace() else (a, b)
+        for before, (a, b) in zip(ends, offsets, strict=False)
+    ]
 
 
 def _append_eos(tokenizer: Any, ids: list[int], labels: list[int]) -> None:

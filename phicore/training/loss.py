@@ -11,6 +11,7 @@ from torch.nn.modules import module as hooks
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
+from phicore.training.batches import TOKENS, kind_of
 from phicore.training.cross_entropy import chunk_elements, linear_cross_entropy
 from phicore.training.encoding import IGNORE_INDEX
 from phicore.training.packing import NotSeparable, keep_padding, without_padding
@@ -31,7 +32,16 @@ def causal_lm_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tenso
 
     Returns:
         The summed loss, float32 [], and the number of labelled tokens, int64 [].
+
+    Raises:
+        TypeError: the model returns something else.
+        ValueError: the batch lacks input_ids or labels.
     """
+    if not isinstance(batch, Mapping) or not {*TOKENS} <= batch.keys():
+        raise ValueError(
+            f"causal_lm_loss needs a batch with input_ids and labels, got {kind_of(batch)}; give examples both "
+            f"(labels are a copy of input_ids, with {IGNORE_INDEX} where no loss is wanted), or the Trainer a loss_fn"
+        )
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     accepted = inspect.signature(inner.forward).parameters
     ids, labels = batch["input_ids"], batch["labels"][:, 1:]  # position t predicts the label at t + 1: [B, T - 1]
@@ -55,7 +65,14 @@ def causal_lm_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tenso
             output = model(input_ids=ids, **inputs)
         else:
             output = model(ids, **inputs)
-        return output if isinstance(output, Tensor) else output.logits
+        logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+        if not isinstance(logits, Tensor):
+            raise TypeError(
+                f"{type(inner).__name__} returns {kind_of(output)}; causal_lm_loss takes logits as a tensor or as an "
+                f"object with .logits. Have its forward return these (transformers: config.return_dict = True), or "
+                f"give the Trainer a loss_fn"
+            )
+        return logits
 
     def of_hidden(head: nn.Linear, hidden: Tensor) -> Tensor | None:
         """The loss from the head's input, or None where that is not the input that the targets belong to."""

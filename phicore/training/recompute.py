@@ -1,10 +1,12 @@
 """Gradient checkpointing (Chen et al. 2016) of a model's repeated blocks."""
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
 
@@ -32,16 +34,41 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 def checkpointed_blocks(model: nn.Module) -> Iterator[None]:
     """Within it, each block keeps only its inputs and computes its activations again in the backward pass.
 
-    The non-reentrant form is used, which also trains adapters inside blocks whose inputs carry no gradient.
+    The non-reentrant form is used, which also trains adapters inside blocks whose inputs carry no gradient. Norms that
+    keep running means move them in the first run alone, as they do without checkpointing.
     """
     wrapped = blocks(model)
     before = [block.__dict__.get("forward") for block in wrapped]  # others hook in at the same place (accelerate, say)
     try:
         for block in wrapped:
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+            block.forward = _recomputed(block)
         yield
     finally:
         for block, forward in zip(wrapped, before, strict=True):
             block.__dict__.pop("forward", None)
             if forward is not None:
                 block.__dict__["forward"] = forward
+
+
+def _recomputed(block: nn.Module) -> Callable[..., Any]:
+    norms = [module for module in block.modules() if isinstance(module, _NormBase)]
+    if not norms:
+        return functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), _own_buffers(norms)
+
+    return functools.partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
+
+
+@contextmanager
+def _own_buffers(norms: list[_NormBase]) -> Iterator[None]:
+    """Within it, what norms write to their buffers (running means, the count of batches) goes to copies."""
+    before = [dict(norm._buffers) for norm in norms]
+    try:
+        for norm, buffers in zip(norms, before, strict=True):
+            norm._buffers.update({name: None if b is None else b.clone() for name, b in buffers.items()})
+        yield
+    finally:
+        for norm, buffers in zip(norms, before, strict=True):
+            norm._buffers.update(buffers)

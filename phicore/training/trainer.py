@@ -18,7 +18,17 @@ from torch import Tensor, nn
 from phicore.adapters.lora_plus import lora_plus_groups
 from phicore.training import checkpoint, distributed
 from phicore.training.background import BackgroundWriter
-from phicore.training.batches import Batch, chunks, count_tokens, cut, length_of, lengths_of, make_batch, to_device
+from phicore.training.batches import (
+    Batch,
+    check_indexed,
+    chunks,
+    count_tokens,
+    cut,
+    length_of,
+    lengths_of,
+    make_batch,
+    to_device,
+)
 from phicore.training.buffers import TrainedBuffers
 from phicore.training.config import TrainConfig, fixed_settings
 from phicore.training.data import step_indices
@@ -99,6 +109,7 @@ class Trainer:
             the data only its number of examples is compared without it.
 
     Raises:
+        TypeError: data that does not give its examples by index (an IterableDataset, a generator).
         ValueError: no parameter requires a gradient, or there is no data (for eval_every, no eval_data), or
             group_by_length is set and the examples have no input_ids; the environment's variables are incomplete; ranks
             were given different settings, models or frozen weights.
@@ -133,6 +144,7 @@ class Trainer:
         self.checkpoints = self.output / "checkpoints"
         self.step = 0  # optimizer steps done
         self.tokens = 0
+        self._has_begun = False  # a run in the output, or gone on with the one there
         self.stop_requested = False  # of this process
         self._stop_agreed = False  # of any, as all know
         self._watch = Watch(self.output)
@@ -164,6 +176,9 @@ class Trainer:
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not parameters:
             raise ValueError(f"no parameter of {type(model).__name__} requires a gradient; attach an adapter first")
+        check_indexed("train_data", self.train_data)
+        if self.eval_data is not None:
+            check_indexed("eval_data", self.eval_data)
         if not len(self.train_data):
             raise ValueError("train_data is empty")
         if config.eval_every and self.eval_data is None:
@@ -206,7 +221,9 @@ class Trainer:
         Raises:
             FileExistsError: the output holds a run, and neither resume nor overwrite is set; or a run is at work there.
             OSError: the output cannot be written.
-            ValueError: resuming with other settings (each change is listed), or a step without a labelled token.
+            TypeError: the model returns no logits, see `causal_lm_loss`.
+            ValueError: resuming with other settings (each change is listed), or a step without a labelled token;
+                examples that cannot be made a batch, or have no labels.
             FloatingPointError: a loss or gradient norm that is not finite, naming the step and the rank where it arose;
                 the step is not taken, on any rank.
             LostRankError: another rank ended, failed or did not answer within the time-out, naming it and its step.
@@ -214,7 +231,7 @@ class Trainer:
         """
         config = self.config
         with self._watch.during("the start"):
-            release = distributed.everywhere(lambda: hold_output(self.output) if rank() == 0 else _nothing)
+            release = self._hold()
             try:
                 self._start()
                 log = distributed.everywhere(self._open_log)
@@ -266,6 +283,10 @@ class Trainer:
             self.step, loss, self.tokens, seconds, done / seconds if seconds else 0.0, peak_memory_bytes(self.device)
         )
 
+    def _hold(self) -> Callable[[], None]:
+        """Takes the output on rank 0, see `hold_output`."""
+        return distributed.everywhere(lambda: hold_output(self.output) if rank() == 0 else _nothing)
+
     def _open_log(self) -> MetricsLog | None:
         return MetricsLog(self.output / "metrics.jsonl", self.step) if rank() == 0 else None
 
@@ -290,9 +311,9 @@ class Trainer:
             tokens += count_tokens(batch, float(n))
         self.optimizer.finish_reduction()
         # ===== Phase 2: from sums to the mean over all tokens of the step =====
-        peak = peak_memory_bytes(self.device)
-        own = [loss_sum, count, tokens, waited, self.stop_requested, peak, self._writer.failed]
-        losses, counts, all_tokens, waits, stops, peaks, failures = zip(*gather_rows(own, self.device), strict=True)
+        memory = peak_memory_bytes(self.device)
+        own = [loss_sum, count, tokens, waited, self.stop_requested, memory, self._writer.failed]
+        losses, counts, all_tokens, waits, stops, memories, failures = zip(*gather_rows(own, self.device), strict=True)
         if any(failures):
             self._writer.wait()  # raises the same on all ranks
         mean = masked_mean(sum(losses), sum(counts), f"step {self.step + 1}")
@@ -318,7 +339,7 @@ class Trainer:
             "learning_rate": rate,
             "tokens": self.tokens,
             "data_wait_percent": 100 * sum(waits) / (world_size() * elapsed),
-            "peak_memory_bytes": int(max(peaks)),  # of the rank that holds the most
+            "peak_memory_bytes": int(max(memories)),  # of the rank that holds the most
         }
 
     def _not_finite(self, mean: float, norm: float, indices: list[int], finite: bool) -> str:
@@ -343,9 +364,12 @@ class Trainer:
         The model's modes and the random states of torch, Python and NumPy are afterwards what they were.
 
         Raises:
+            TypeError: the data does not give its examples by index.
             ValueError: there is no data, or none of it carries loss.
         """
         data = self.eval_data if data is None else data
+        if data is not None:
+            check_indexed("the data to evaluate on", data)
         if data is None or not len(data):
             raise ValueError("there is nothing to evaluate on: give the Trainer eval_data")
         with self._watch.during(f"the evaluation after step {self.step}"):
@@ -367,6 +391,8 @@ class Trainer:
     def save(self) -> Path:
         """Writes a checkpoint of this moment; see `phicore.training.checkpoint`.
 
+        Before the first `fit` it takes the output as `fit` would: with config.resume it loads what is there first.
+
         With config.async_save it is written in the background, once the one before is. What goes wrong there is raised
         on all ranks by the next step or save, or by the end of `fit`, which waits for the last.
 
@@ -374,9 +400,16 @@ class Trainer:
             Where it stands, or will.
 
         Raises:
+            FileExistsError, ValueError: before the first `fit`, what `fit` would refuse.
             OSError: a rank could not write its part, naming it, on every rank; `latest` names what it named before.
         """
         with self._watch.during(f"the checkpoint of step {self.step}"):
+            if not self._has_begun:
+                release = self._hold()
+                try:
+                    self._start()
+                finally:
+                    release()
             return self._save()
 
     def _save(self) -> Path:
@@ -410,13 +443,14 @@ class Trainer:
         """Resumes, or makes room for a new run."""
         if self.step:
             return
-        newest, state = on_first_rank(self._find)
+        newest, state = (None, None) if self._has_begun else on_first_rank(self._find)
         if newest is None or state is None:
             seed_everything(self.config.seed, rank=rank())
-            return
-        buffers = dict(self.model.named_buffers())
-        load_checkpoint(newest, state, self.optimizer, self.parameters, buffers, self.config.seed)
-        self.step, self.tokens = state["step"], state["tokens"]
+        else:
+            buffers = dict(self.model.named_buffers())
+            load_checkpoint(newest, state, self.optimizer, self.parameters, buffers, self.config.seed)
+            self.step, self.tokens = state["step"], state["tokens"]
+        self._has_begun = True
 
     def _find(self) -> tuple[Path | None, dict[str, Any] | None]:
         """The checkpoint to go on from and its state, or room for a new run."""

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -178,6 +179,27 @@ def test_usage_and_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "none.toml" in message.err
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("c.yaml", "steps: 3\n# warm\nseed: 1\nsteps: 4\n", '"steps" stands on line 1 and again on line 4'),
+        ("c.yml", "rank_pattern:\n  q: 1\n  k: 2\n  q: 3\n", '"q" stands on line 2 and again on line 4'),
+        ("c.yaml", "rank_pattern: {q: 1, q: 3}\n", '"q" stands on line 1 and again on line 1'),
+        ("c.yaml", "learning_rate: 1\nlearning-rate: 2\n", "learning_rate and learning-rate are the same option"),
+        ("c.toml", "learning_rate = 1\nlearning-rate = 2\n", "learning_rate and learning-rate are the same option"),
+    ],
+)
+def test_an_option_that_a_file_gives_twice_is_refused(
+    name: str, text: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / name
+    file.write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        main(["finetune", "--config", str(file)])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"phicore finetune: {file}: {told}; keep one of them\n"
+
+
 def test_runs_as_a_module() -> None:
     run = subprocess.run([sys.executable, "-m", "phicore", "--version"], capture_output=True, text=True, check=True)
     assert run.stdout.strip()
@@ -196,6 +218,22 @@ def test_what_a_user_can_mend_is_told_in_a_line(
     monkeypatch.setenv("PHICORE_TRACEBACK", "1")
     with pytest.raises(kind):
         main(["check"])
+
+
+def test_ctrl_c_ends_a_command_in_a_line() -> None:
+    program = (
+        "import sys, time, phicore.cli.check as command; from phicore.cli import main;"
+        "command.main = lambda _: (print('at work', flush=True), time.sleep(60));"
+        "sys.exit(main(['check']))"
+    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", program], text=True, **pipes) as run:
+        assert run.stdout is not None
+        assert run.stdout.readline() == "at work\n"
+        run.send_signal(signal.SIGINT)
+        _, told = run.communicate(timeout=60)
+    assert told == "phicore check: interrupted; nothing is left half written\n"
+    assert run.returncode == 130
 
 
 def test_a_mistake_of_phicores_own_has_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

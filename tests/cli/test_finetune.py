@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -121,6 +122,27 @@ HELD_OUT = ["--eval-limit", "6", "--answers", "3", "--max-new-tokens", "4"]
 def figures(output: Path, when: str) -> dict[str, float]:
     result = json.loads((output / "result.json").read_text())
     return {name: result[f"{name}_{when}"] for name in ("eval_loss", "span_f1", "exact_match")}
+
+
+@pytest.mark.parametrize(("step", "kept"), [(0, "{} holds no checkpoint yet"), (3, "{}/checkpoints/step-00000002")])
+def test_a_run_that_ctrl_c_ends_says_what_there_is_of_it(
+    step: int, kept: str, tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    take_step = phicore.Trainer._train_step
+
+    def interrupted(trainer: phicore.Trainer) -> dict[str, float]:
+        if trainer.step == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return take_step(trainer)
+
+    monkeypatch.setattr(phicore.Trainer, "_train_step", interrupted)
+    assert run(tiny_model, data, tmp_path, "--save-every", "2") == 130
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("phicore finetune: interrupted; ")
+    assert kept.format(tmp_path) in last
+    if step:
+        assert last.endswith("--resume goes on from it")
 
 
 def test_a_resumed_run_has_the_figures_from_before_the_first(tiny_model: Path, data: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 
 from phicore.training.encoding import IGNORE_INDEX, Encoded, encode, prompt_and_reference
 from phicore.training.records import Record
@@ -26,6 +27,7 @@ KINDS = [SMOLLM2, PHI3, PHI3_BYTE_FALLBACK, PHI3_PLAIN_TAGS]
 # Control characters are left out: Python and the tokenizer do not agree on which of them are whitespace.
 characters = st.characters(exclude_categories=["Cs", "Cc"], include_characters="\n\t", exclude_characters="<")
 contents = st.text(characters, max_size=12)
+spaced = st.text("ab \n", max_size=12)
 turns = st.lists(st.tuples(contents, contents), min_size=1, max_size=3)
 
 
@@ -122,6 +124,50 @@ def test_trailing_whitespace_of_an_answer_is_the_assistants() -> None:
     tokenizer = tokenizer_of("smollm2")
     messages = [ASK, {"role": "assistant", "content": " a \n"}]
     assert learnt(encode(Record(1, messages=messages), tokenizer, LONG), tokenizer) == [" a \n<|im_end|>"]
+
+
+@settings(max_examples=50)
+@given(pairs=st.lists(st.tuples(spaced, spaced), min_size=1, max_size=3))
+def test_whitespace_carries_loss_where_offsets_are_trimmed(pairs: list[tuple[str, str]]) -> None:
+    trimming = chat_tokenizer("smollm2", merges=[("Ġ", "Ġ")])
+    trimming.backend_tokenizer.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=True)
+    exact = chat_tokenizer("smollm2", merges=[("Ġ", "Ġ")])
+    for record in (Record(1, messages=messages_of(pairs)), Record(1, prompt=pairs[0][0], completion=pairs[0][1])):
+        assert encode(record, trimming, LONG) == encode(record, exact, LONG)
+
+
+@pytest.mark.parametrize("eos", ["<|im_end|>", "<|endoftext|>"])
+def test_template_that_ends_the_last_turn_otherwise(eos: str) -> None:
+    """GPT-OSS: <|return|> ends the last turn, and <|end|> all others; the next turn's first token is not learnt."""
+    tokenizer = chat_tokenizer("smollm2")
+    tokenizer.eos_token = eos
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"
+        "{% if loop.last and m['role'] == 'assistant' and not add_generation_prompt %}{{ '<|endoftext|>' }}"
+        "{% else %}{{ '<|im_end|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    again = [*CONVERSATION, {"role": "assistant", "content": "Bye."}]
+    first, second, third = (m["content"] for m in again if m["role"] == "assistant")
+    runs = learnt(encode(Record(1, messages=again), tokenizer, LONG), tokenizer)
+    assert runs == [f"{first}<|im_end|>", f"{second}<|im_end|>", f"{third}<|endoftext|>"]
+    asked_last = [*CONVERSATION, ASK]
+    runs = learnt(encode(Record(1, messages=asked_last), tokenizer, LONG), tokenizer)
+    assert runs == [f"{first}<|im_end|>", f"{second}<|im_end|>"]
+
+
+def test_template_that_does_not_say_how_a_turn_ends_that_is_not_the_last() -> None:
+    tokenizer = chat_tokenizer("smollm2")
+    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"
+        "{% if loop.last and m['role'] == 'assistant' %}"
+        "{% if add_generation_prompt %}{{ raise_exception('not twice') }}{% endif %}{{ '<|endoftext|>' }}"
+        "{% else %}{{ '<|im_end|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    runs = learnt(encode(Record(1, messages=CONVERSATION), tokenizer, LONG), tokenizer)
+    assert runs == ["Là-bas 🙂 日", "Là-bas 🙂 日\n\nThat is all.<|endoftext|>"]
 
 
 def test_phi3_template_on_a_tokenizer_that_does_not_know_its_tags() -> None:

@@ -1,7 +1,9 @@
 """Gradient checkpointing: the same gradients from fewer kept activations, and a model that is restored."""
 
+import copy
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -92,6 +94,26 @@ def test_without_gradients_nothing_is_computed_twice(tiny: Build) -> None:
         with checkpointed_blocks(model):
             assert torch.equal(model(ids).logits, expected)
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("momentum", [0.3, None])
+def test_running_means_move_once(momentum: float | None) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, momentum=momentum), nn.Tanh()) for _ in range(2)]
+    layers[1].append(nn.BatchNorm1d(4, track_running_stats=False))
+    model: Any = nn.ModuleDict({"layers": nn.ModuleList(layers)})
+    exact = copy.deepcopy(model)
+    kept = {name: buffer.data_ptr() for name, buffer in model.named_buffers()}
+    for _ in range(3):
+        x = torch.randn(5, 4)
+        for each in (model, exact):
+            with checkpointed_blocks(each) if each is model else nullcontext():
+                functools.reduce(lambda h, layer: layer(h), each["layers"], x).square().sum().backward()
+    assert kept == {name: buffer.data_ptr() for name, buffer in model.named_buffers()}
+    for (name, given), expected in zip(model.state_dict().items(), exact.state_dict().values(), strict=True):
+        assert torch.equal(given, expected), name
+    for given, expected in zip(model.parameters(), exact.parameters(), strict=True):
+        assert torch.equal(given.grad, expected.grad)
 
 
 def test_a_block_in_two_places_is_recomputed_once_for_each(toy: Build) -> None:

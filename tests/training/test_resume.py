@@ -164,6 +164,31 @@ def test_only_what_trains_is_saved(tmp_path: Path, tiny: Build) -> None:
     assert 3 * adapter < size < 3 * adapter + names + rng
 
 
+@pytest.mark.parametrize("async_save", [False, True])
+def test_a_checkpoint_before_the_first_step_changes_nothing(tmp_path: Path, async_save: bool) -> None:
+    small_trainer(tmp_path / "whole").fit()
+    first = small_trainer(tmp_path / "first", async_save=async_save)
+    torch.rand(3)  # whatever state it was made in, the run begins in its seed's
+    assert first.save() == tmp_path / "first/checkpoints/step-00000000"
+    torch.rand(3)
+    first.fit()
+    assert_same_run(tmp_path / "first", tmp_path / "whole")
+    small_trainer(tmp_path / "stopped").save()
+    small_trainer(tmp_path / "stopped", resume=True).fit()
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+
+
+def test_saving_before_the_first_step_loses_no_run_that_is_there(tmp_path: Path) -> None:
+    fit_and_stop(small_trainer(tmp_path), 3)
+    before = saved(tmp_path)
+    with pytest.raises(FileExistsError, match=r"holds a run \(step-00000003\); set resume, overwrite, or another"):
+        small_trainer(tmp_path).save()
+    with pytest.raises(ValueError, match="written with other settings; seed"):
+        small_trainer(tmp_path, resume=True, seed=7).save()
+    assert small_trainer(tmp_path, resume=True).save() == tmp_path / "checkpoints/step-00000003"
+    assert_same_tensors(saved(tmp_path), before)
+
+
 def test_a_finished_run_resumes_to_nothing(tmp_path: Path) -> None:
     small_trainer(tmp_path).fit()
     before = history(tmp_path)

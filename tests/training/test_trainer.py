@@ -4,7 +4,7 @@ import copy
 import math
 import random
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ import numpy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from phicore.training import TrainConfig, Trainer
 from phicore.training.data import collate
@@ -20,6 +21,7 @@ from tests.training.regression import Batch, regression, regression_data, square
 from tests.training.small_run import (
     SETTINGS,
     Slow,
+    SmallLM,
     assert_same_run,
     assert_same_tensors,
     examples,
@@ -30,6 +32,7 @@ from tests.training.small_run import (
 )
 
 Build = Callable[..., nn.Module]
+SIZED = examples(5)
 
 # ===== A step =====
 
@@ -313,6 +316,58 @@ def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
     blocky = TrainConfig(output=str(tmp_path / "run"), gradient_checkpointing=True)
     with pytest.raises(ValueError, match=r"needs repeated blocks in an nn\.ModuleList; SmallLM has none"):
         Trainer(small_model(), blocky, examples()).fit()
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        return iter(examples())
+
+    def __len__(self) -> int:
+        return len(examples())
+
+
+@pytest.mark.parametrize(
+    "data", [Stream(), DataLoader(SIZED), iter(SIZED), {"train": SIZED}], ids=lambda data: type(data).__name__
+)
+def test_data_that_takes_no_index_is_refused(tmp_path: Path, data: Any) -> None:
+    config, told = TrainConfig(output=str(tmp_path)), f"is of type {type(data).__name__};.*give a list"
+    with pytest.raises(TypeError, match=f"train_data {told}"):
+        Trainer(small_model(), config, data)
+    with pytest.raises(TypeError, match=f"eval_data {told}"):
+        Trainer(small_model(), config, examples(), data)
+    with pytest.raises(TypeError, match=f"the data to evaluate on {told}"):
+        small_trainer(tmp_path).evaluate(data)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (
+            [{"input_ids": e["input_ids"]} for e in SIZED],
+            "like dict with input_ids cannot be .*Only dicts of",
+        ),
+        ([{**e, "id": 3} for e in SIZED], "like dict with input_ids, labels, id cannot be stacked"),
+        ([{"input_ids": torch.ones(3, dtype=torch.int64)}], "input_ids and labels, got dict with input_ids; give"),
+        ([{"text": "a"}], "input_ids and labels, got dict with text; give"),
+        ([torch.ones(3, dtype=torch.int64)], "input_ids and labels, got Tensor; give examples both"),
+    ],
+)
+def test_examples_without_labels_are_told(tmp_path: Path, given: Any, told: str) -> None:
+    trainer = Trainer(small_model(), TrainConfig(output=str(tmp_path), **SETTINGS), given)
+    with pytest.raises(ValueError, match=told):
+        trainer.fit()
+
+
+@pytest.mark.parametrize("kind", [tuple, dict, type(None)])
+def test_a_model_that_returns_no_logits_is_told(tmp_path: Path, kind: type) -> None:
+    class Other(SmallLM):
+        def forward(self, input_ids: Tensor) -> Any:
+            logits = super().forward(input_ids)
+            return {tuple: (logits,), dict: {"logits": logits}}.get(kind)
+
+    trainer = Trainer(Other(), TrainConfig(output=str(tmp_path), **SETTINGS), examples())
+    with pytest.raises(TypeError, match=f"Other returns {kind.__name__}.*logits as a tensor or .* or give the Trainer"):
+        trainer.fit()
 
 
 def test_an_error_of_the_users_code_leaves_the_model_as_it_was(tmp_path: Path, tiny: Build) -> None:
