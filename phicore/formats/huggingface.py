@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from phicore import atomic
 from phicore.formats import bitsandbytes
 from phicore.formats.links import check_links
+from phicore.formats.pretrained import save_in_layout, tied_as_is
 from phicore.formats.safetensors_files import INDEX, WEIGHTS, TensorFile, model_tensors
 from phicore.nf4.linear import NF4Linear
 
@@ -62,6 +62,7 @@ def load_model(path_or_id: str, dtype: torch.dtype) -> "tuple[PreTrainedModel, P
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **extra)
         if local and _quantization(config).get("load_in_4bit"):
             model = bitsandbytes.load_quantized(Path(source), config, dtype)
+            save_in_layout(model)
             return _checked(model, tokenizer, path_or_id)
         if gguf_file is not None and hasattr(transformers, "GgufConfig"):
             extra["quantization_config"] = transformers.GgufConfig(dequantize=True)
@@ -300,7 +301,7 @@ def save_model(
     with (
         atomic.new_directory(directory, overwrite=overwrite) as temporary,
         quiet_transformers(import_transformers(), bars=False),
-        _tied_as_is(model),
+        tied_as_is(model),
     ):
         if quantized:
             bitsandbytes.save_quantized(model, temporary)
@@ -309,28 +310,6 @@ def save_model(
         tokenizer.save_pretrained(temporary)
         for file in temporary.iterdir():
             file.chmod(0o644)  # safetensors makes its file private
-
-
-@contextmanager
-def _tied_as_is(model: Any) -> Iterator[None]:
-    """Within it, the config says that head and embedding are tied only if they are: a reader ties them otherwise."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    configs = {id(config): config for config in (model.config, model.config.get_text_config())}.values()
-    tied = [config for config in configs if getattr(config, "tie_word_embeddings", False)]
-    dense = head is not None and not isinstance(head, NF4Linear)
-    if head is None or (dense and (head.weight is embedding.weight or _same(head.weight, embedding.weight))):
-        tied = []
-    for config in tied:
-        config.tie_word_embeddings = False
-    try:
-        yield
-    finally:
-        for config in tied:
-            config.tie_word_embeddings = True
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
 
 
 def convert_gguf(
