@@ -1,4 +1,5 @@
-"""`model.save_pretrained` of a transformers model with NF4 layers, whose state_dict has names of phicore's own."""
+"""What transformers' own methods do with a model that has NF4 layers: save_pretrained, whose names would be phicore's
+own, and tie_weights, which would put a dense weight in a coded one's place."""
 
 import logging
 import os
@@ -64,6 +65,17 @@ def save_in_layout(model: Any) -> None:
     """Has save_pretrained of a model of transformers write its NF4 layers so that from_pretrained reads them."""
     if callable(getattr(type(model), "save_pretrained", None)) and hasattr(model, "config"):
         model.save_pretrained = Saver(model)
+
+
+def untie_coded(model: Any) -> None:
+    """Has tie_weights of a model of transformers leave NF4 layers as they are: one that was tied to a dense weight
+    when it was coded has a weight of its own since."""
+    coded = {f"{path}.weight" for path, m in model.named_modules(remove_duplicate=False) if isinstance(m, NF4Linear)}
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        tied = getattr(module, "_tied_weights_keys", None)
+        if isinstance(tied, dict) and any({prefix + a, prefix + b} & coded for a, b in tied.items()):
+            module._tied_weights_keys = {a: b for a, b in tied.items() if not {prefix + a, prefix + b} & coded}
 
 
 @contextmanager

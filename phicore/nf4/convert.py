@@ -70,9 +70,10 @@ def quantize_(
     layer = weight = None  # the last references to the dense weights
     _give_back_freed_memory()
     if hasattr(model, "save_pretrained"):
-        from phicore.formats.pretrained import save_in_layout  # which imports this package
+        from phicore.formats.pretrained import save_in_layout, untie_coded  # which import this package
 
         save_in_layout(model)
+        untie_coded(model)
     return model
 
 

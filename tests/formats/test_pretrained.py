@@ -102,3 +102,17 @@ def test_a_merged_model_without_coded_layers_is_written_as_ever(
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
     assert not [record for record in caplog.records if record.name.startswith("phicore")]
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_tying_leaves_a_coded_head_and_ties_the_others(tiny: Callable[..., nn.Module], family: str) -> None:
+    options = {"tied": True, "vocab_size": 300} if family == "llama" else {}
+    model: Any = phicore.quantize_(tiny(family, **options).float(), ["lm_head"])
+    model.config.tie_word_embeddings = True
+    head, before = model.lm_head, model.lm_head.packed.clone()
+    model.tie_weights()
+    assert model.lm_head is head
+    assert torch.equal(head.packed, before)
+    if family == "t5":
+        assert model.encoder.embed_tokens.weight is model.shared.weight
+    assert type(model)._tied_weights_keys.keys() - model._tied_weights_keys.keys() == {"lm_head.weight"}
