@@ -30,6 +30,7 @@ METHOD = "bitsandbytes"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STORAGE = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
 FLOAT32_MAX = torch.finfo(torch.float32).max
+BEYOND_FLOAT16 = "and float16 ends at 65,504; choose bfloat16 or float32"
 
 logger = logging.getLogger(__name__)
 
@@ -296,7 +297,7 @@ def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
         return tensor
     found = tensor.to(dtype)
     if dtype == torch.float16 and not torch.equal(found.isfinite(), tensor.isfinite()):
-        raise ValueError(f"{name} holds values up to {tensor.abs().max().item():.4g}, and float16 ends at 65,504")
+        raise ValueError(f"{name} holds values up to {tensor.abs().max().item():.4g}, {BEYOND_FLOAT16}")
     return found
 
 

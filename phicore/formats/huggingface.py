@@ -3,7 +3,7 @@
 import copy
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,8 +47,8 @@ def load_model(path_or_id: str, dtype: torch.dtype) -> "tuple[PreTrainedModel, P
         ImportError: transformers (or gguf) is not installed.
         FileNotFoundError: a path that is not there, or a directory that lacks the configuration, weights or tokenizer.
         OSError: a name that is no directory, and that the hub does not answer.
-        ValueError: not a causal language model; weights that are damaged, missing or of another shape; weights that
-            another library has quantized; a tokenizer that does not fit the model.
+        ValueError: not a causal language model; weights that are damaged, missing or of another shape, or that
+            dtype cannot hold; weights that another library has quantized; a tokenizer that does not fit the model.
     """
     source, gguf_file = find_model(path_or_id)
     transformers = import_transformers(gguf=gguf_file is not None)
@@ -57,8 +57,9 @@ def load_model(path_or_id: str, dtype: torch.dtype) -> "tuple[PreTrainedModel, P
     with quiet_transformers(transformers, bars=not local), plain_errors(path_or_id, local):
         config = transformers.AutoConfig.from_pretrained(source, **extra)
         _check_config(config, path_or_id, gguf_file is not None)
-        if local and gguf_file is None:
-            _check_size(config, model_tensors(Path(source)), path_or_id)
+        weights = model_tensors(Path(source)) if local and gguf_file is None else {}
+        if weights:
+            _check_size(config, weights, path_or_id)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **extra)
         if local and _quantization(config).get("load_in_4bit"):
             model = bitsandbytes.load_quantized(Path(source), config, dtype)
@@ -76,6 +77,7 @@ def load_model(path_or_id: str, dtype: torch.dtype) -> "tuple[PreTrainedModel, P
             **extra,
         )
     _check_loaded(path_or_id, info)
+    _check_float16(model, weights, path_or_id)
     _clear_gguf_marks(model)
     return _checked(model, tokenizer, path_or_id)
 
@@ -242,6 +244,18 @@ def _check_loaded(path_or_id: str, info: dict[str, Any]) -> None:
         raise ValueError(f"{path_or_id} does not fit the model that its {CONFIG} describes: {'; '.join(problems)}")
     if info.get("unexpected_keys"):
         logger.warning("%s: weights that the model does not use: %s", path_or_id, sorted(info["unexpected_keys"])[:10])
+
+
+def _check_float16(model: Any, weights: Mapping[str, TensorFile], path_or_id: str) -> None:
+    """Refuses a weight that became infinite in float16. One that is infinite in the files already is let be."""
+    for name, parameter in model.named_parameters():
+        weight = parameter.detach()
+        if weight.dtype != torch.float16 or not weight.numel() or not torch.stack(weight.aminmax()).isinf().any():
+            continue
+        if name not in weights:  # of a GGUF file or the hub, or under another name
+            raise ValueError(f"{path_or_id}: {name} holds larger values, {bitsandbytes.BEYOND_FLOAT16}")
+        file = weights[name]
+        bitsandbytes.cast(file.read(name), torch.float16, f"{file.path}: {name}")
 
 
 def _give_pad_token(tokenizer: Any, path_or_id: str) -> None:
