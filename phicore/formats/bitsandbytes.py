@@ -296,8 +296,10 @@ def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     if not tensor.is_floating_point() or tensor.dtype == dtype:
         return tensor
     found = tensor.to(dtype)
-    if dtype == torch.float16 and not torch.equal(found.isfinite(), tensor.isfinite()):
-        raise ValueError(f"{name} holds values up to {tensor.abs().max().item():.4g}, {BEYOND_FLOAT16}")
+    if dtype != torch.float16 or torch.finfo(tensor.dtype).max < torch.finfo(dtype).max:  # most of 8 bits
+        return found
+    if not torch.equal(found.isfinite(), tensor.isfinite()):
+        raise ValueError(f"{name} holds values up to {tensor.double().abs().max().item():.4g}, {BEYOND_FLOAT16}")
     return found
 
 

@@ -18,6 +18,7 @@ from torch import nn
 import phicore
 from phicore.formats.bitsandbytes import (
     STATE,
+    cast,
     load_weights,
     name_parts,
     pack_weight,
@@ -341,6 +342,19 @@ def test_a_configuration_of_a_larger_model_takes_no_memory(
     with pytest.raises(ValueError, match=message):
         load_model(str(directory), torch.float32)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 100_000  # kB
+
+
+EIGHT_BITS = [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz]
+
+
+@pytest.mark.parametrize("source", [*EIGHT_BITS, torch.float8_e8m0fnu, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_tensor_of_any_floating_dtype_is_cast(source: torch.dtype, dtype: torch.dtype) -> None:
+    tensor = torch.tensor([1.0, 2.0, 128.0]).to(source)
+    assert torch.equal(cast(tensor, dtype, "w"), torch.tensor([1.0, 2.0, 128.0], dtype=dtype))
+    if dtype == torch.float16 and source not in EIGHT_BITS:
+        with pytest.raises(ValueError, match=r"w holds values up to 1\.31\de\+05, and float16 ends at 65,504; choose"):
+            cast(torch.tensor([1.0, 2.0**17]).to(source), dtype, "w")
 
 
 def test_configuration_needs_layers_that_are_alike() -> None:
