@@ -1,5 +1,6 @@
 """Writes that are whole or absent: temporary name beside the target, fsync, os.replace."""
 
+import errno
 import os
 import shutil
 import tempfile
@@ -46,14 +47,16 @@ def new_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
     """Yields a temporary directory beside path; when the block ends well, it takes path's place.
 
     Args:
-        path: where the directory shall stand.
+        path: where the directory shall stand. Where it is a symbolic link, what it leads to is replaced or made, and
+            the link stays.
         overwrite: whether one that is there and not empty may be replaced. It is renamed aside first and removed
             last, so that a kill in between loses neither.
 
     Raises:
         FileExistsError: path is not empty and overwrite is False, or it is a file.
+        OSError: path is a link that leads to itself.
     """
-    path = Path(path)
+    path = _end_of_links(Path(path))
     if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not overwrite)):
         raise FileExistsError(f"{path} exists and is not an empty directory; choose another, or remove it first")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,6 +85,17 @@ def new_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
         raise
     if aside is not None:
         shutil.rmtree(aside.parent)
+
+
+def _end_of_links(path: Path) -> Path:
+    """Where a path leads if its last name is a symbolic link. The folders above stay as they are written: realpath
+    would resolve /proc/<pid>/root too, to the root of another process's mounts."""
+    end = path
+    for _ in range(40):  # as many as Linux follows
+        if not end.is_symlink():
+            return end
+        end = end.parent / os.readlink(end)
+    raise OSError(errno.ELOOP, "a symbolic link that leads to itself; give a directory", str(path))
 
 
 def fsync_directory(path: str | os.PathLike[str]) -> None:

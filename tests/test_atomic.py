@@ -130,6 +130,47 @@ def test_what_is_there_is_not_overwritten_unless_asked(tmp_path):
     assert names(tmp_path) == ["dir"]
 
 
+@pytest.mark.parametrize("there", [None, {}, {"x": "old"}])
+def test_a_link_stays_and_what_it_leads_to_is_written(tmp_path, there):
+    (tmp_path / "links").mkdir()
+    (tmp_path / "disk").mkdir()
+    path, target = tmp_path / "links" / "out", tmp_path / "disk" / "target"
+    path.symlink_to("next")
+    (path.parent / "next").symlink_to("../disk/target")
+    if there is not None:
+        target.mkdir()
+        write(target, **there)
+    if there:
+        with pytest.raises(FileExistsError, match="exists and is not an empty directory"), atomic.new_directory(path):
+            pytest.fail("the block must not run")
+    with atomic.new_directory(path, overwrite=bool(there)) as temporary:
+        assert temporary.parent.samefile(tmp_path / "disk")  # or the rename could cross file systems
+        write(temporary, x="new")
+    assert path.is_symlink()
+    assert not target.is_symlink()
+    assert read(target) == read(path) == {"x": "new"}
+    assert (names(path.parent), names(target.parent)) == (["next", "out"], ["target"])
+
+
+def test_folders_above_are_taken_as_they_are_written(tmp_path, monkeypatch):
+    """A path through /proc/<pid>/root leads elsewhere than what its links say."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "above").symlink_to("real")
+    monkeypatch.setattr(os, "readlink", lambda _: pytest.fail("no folder above is to be resolved"))
+    with atomic.new_directory(tmp_path / "above" / "out") as temporary:
+        assert temporary.parent == tmp_path / "above"
+
+
+def test_a_link_to_itself_is_named(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    with (
+        pytest.raises(OSError, match=r"leads to itself; give a directory: .*loop"),
+        atomic.new_directory(tmp_path / "loop"),
+    ):
+        pytest.fail("the block must not run")
+    assert names(tmp_path) == ["loop"]
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_file_is_not_taken_for_a_directory(tmp_path, overwrite):
     write(tmp_path, file="text")

@@ -6,6 +6,7 @@ The directory's config.json says so in quantization_config, and transformers the
 """
 
 import json
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from pathlib import Path
@@ -24,10 +25,14 @@ from phicore.nf4.tensor import NF4Tensor
 STATE = "quant_state.bitsandbytes__nf4"
 STATE_LIMIT = 1 << 16  # bytes of its text, which is shorter than 300
 NESTED = ("nested_absmax", "nested_quant_map")
+PARTS = ("absmax", "quant_map", *NESTED)
 METHOD = "bitsandbytes"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STORAGE = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
 FLOAT32_MAX = torch.finfo(torch.float32).max
+BEYOND_FLOAT16 = "and float16 ends at 65,504; choose bfloat16 or float32"
+
+logger = logging.getLogger(__name__)
 
 
 def pack_weight(weight: NF4Tensor) -> dict[str, Tensor]:
@@ -209,7 +214,8 @@ def load_quantized(directory: Path, config: Any, dtype: torch.dtype) -> Any:
 
 def load_weights(model: nn.Module, weights: Mapping[str, TensorFile], dtype: torch.dtype) -> None:
     """Fills a model from safetensors files, with NF4Linear where they hold 4-bit weights. Nothing is decoded, and no
-    more memory is used than the filled model takes and one tensor.
+    more memory is used than the filled model takes and one tensor. Tensors that the model does not use are left in
+    the files, and a warning names them.
 
     Args:
         model: of the architecture that the files belong to, with nn.Linear layers, whose contents do not matter.
@@ -217,8 +223,9 @@ def load_weights(model: nn.Module, weights: Mapping[str, TensorFile], dtype: tor
         dtype: of the tensors that are not coded, and the compute dtype of the NF4 layers.
 
     Raises:
-        ValueError: a 4-bit weight that is damaged or belongs to no linear layer; tensors that are missing, unexpected
-            or of another shape or kind. All is looked at before the model is touched, which is then unchanged.
+        ValueError: a 4-bit weight that is damaged or belongs to no linear layer; tensors that are missing or of another
+            shape or kind, or that look like parts of a 4-bit weight and are none. All is looked at before the model is
+            touched, which is then unchanged.
     """
     layers, plain_keys = _coded_layers(model, weights)
     expected = model.state_dict()
@@ -226,7 +233,9 @@ def load_weights(model: nn.Module, weights: Mapping[str, TensorFile], dtype: tor
     for place in (place for owner in layers for place in places[owner]):
         del expected[f"{place}.weight"]
     one_of = [*tied_groups(model), *_names_of_one_tensor(model, places)]
-    missing, unexpected, unlike = compare(expected, {key: weights[key] for key in plain_keys}, one_of)
+    missing, unused, unlike = compare(expected, {key: weights[key] for key in plain_keys}, one_of)
+    # Beside what is missing, one that is not used may be it under a wrong name.
+    unexpected = unused if missing else [key for key in unused if _is_stray_part(model, key)]
     problems = [
         f"{what}: {keys[:10]}"
         for what, keys in (("missing", missing), ("unexpected", unexpected), ("unlike", unlike))
@@ -234,12 +243,17 @@ def load_weights(model: nn.Module, weights: Mapping[str, TensorFile], dtype: tor
     ]
     if problems:
         raise ValueError(f"the files do not fit the model; {', '.join(problems)}")
+    if unused:
+        where = weights[unused[0]].path.parent
+        logger.warning("%s: weights that the model does not use: %s", where, unused[:10])
     kept = dtypes_kept(model, dtype)
     read: dict[str, dict[str, Tensor]] = {owner: {} for owner in layers}
     ready: dict[str, NF4Linear] = {}
     plain: dict[str, Tensor] = {}
     owners = {key: owner for owner, keys in layers.items() for key in keys}
     for key, file in weights.items():
+        if key in unused:
+            continue
         tensor = file.read(key)
         if (path := owners.get(key)) is None:
             plain[key] = cast(tensor, kept(key), f"{file.path}: {key}")
@@ -282,8 +296,10 @@ def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     if not tensor.is_floating_point() or tensor.dtype == dtype:
         return tensor
     found = tensor.to(dtype)
-    if dtype == torch.float16 and not torch.equal(found.isfinite(), tensor.isfinite()):
-        raise ValueError(f"{name} holds values up to {tensor.abs().max().item():.4g}, and float16 ends at 65,504")
+    if dtype != torch.float16 or torch.finfo(tensor.dtype).max < torch.finfo(dtype).max:  # most of 8 bits
+        return found
+    if not torch.equal(found.isfinite(), tensor.isfinite()):
+        raise ValueError(f"{name} holds values up to {tensor.double().abs().max().item():.4g}, {BEYOND_FLOAT16}")
     return found
 
 
@@ -297,13 +313,27 @@ def _coded_layers(model: nn.Module, weights: Mapping[str, TensorFile]) -> tuple[
             linear = model.get_submodule(path) if path != name else None
         except AttributeError:
             linear = None
+            if _ignores(model, name):
+                continue
         if not isinstance(linear, nn.Linear):
             raise ValueError(f"{where}: {name} is a 4-bit weight, and the model has no linear layer of that name")
         if any(name in group for group in tied_groups(model)):
             raise ValueError(f"{where}: {name} is a 4-bit weight, and the model ties it to another")
-        every = {name, *(f"{name}.{part}" for part in ("absmax", "quant_map", *NESTED, STATE))}
+        every = {name, *(f"{name}.{part}" for part in (*PARTS, STATE))}
         layers[path] = every & weights.keys()
     return layers, set(weights).difference(*layers.values())
+
+
+def _is_stray_part(model: nn.Module, key: str) -> bool:
+    """Whether a key that the model does not use is, or looks like, part of a 4-bit weight without the others."""
+    name, _, part = key.partition(".weight.")
+    of_linear = part and isinstance(dict(model.named_modules(remove_duplicate=False)).get(name), nn.Linear)
+    return not _ignores(model, key) and (of_linear or part.startswith("quant_state.") or part in PARTS)
+
+
+def _ignores(model: nn.Module, key: str) -> bool:
+    """Whether the model's class says that files may hold this key for others, such as layers that predict further."""
+    return any(re.search(name, key) for name in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
 
 
 def _places(model: nn.Module, coded: Iterable[str], dense: Set[str]) -> dict[str, list[str]]:

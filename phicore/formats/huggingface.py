@@ -3,18 +3,18 @@
 import copy
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from phicore import atomic
 from phicore.formats import bitsandbytes
 from phicore.formats.links import check_links
+from phicore.formats.pretrained import save_in_layout, tied_as_is
 from phicore.formats.safetensors_files import INDEX, WEIGHTS, TensorFile, model_tensors
 from phicore.nf4.linear import NF4Linear
 
@@ -47,8 +47,8 @@ def load_model(path_or_id: str, dtype: torch.dtype) -> "tuple[PreTrainedModel, P
         ImportError: transformers (or gguf) is not installed.
         FileNotFoundError: a path that is not there, or a directory that lacks the configuration, weights or tokenizer.
         OSError: a name that is no directory, and that the hub does not answer.
-        ValueError: not a causal language model; weights that are damaged, missing or of another shape; weights that
-            another library has quantized; a tokenizer that does not fit the model.
+        ValueError: not a causal language model; weights that are damaged, missing or of another shape, or that
+            dtype cannot hold; weights that another library has quantized; a tokenizer that does not fit the model.
     """
     source, gguf_file = find_model(path_or_id)
     transformers = import_transformers(gguf=gguf_file is not None)
@@ -57,11 +57,13 @@ def load_model(path_or_id: str, dtype: torch.dtype) -> "tuple[PreTrainedModel, P
     with quiet_transformers(transformers, bars=not local), plain_errors(path_or_id, local):
         config = transformers.AutoConfig.from_pretrained(source, **extra)
         _check_config(config, path_or_id, gguf_file is not None)
-        if local and gguf_file is None:
-            _check_size(config, model_tensors(Path(source)), path_or_id)
+        weights = model_tensors(Path(source)) if local and gguf_file is None else {}
+        if weights:
+            _check_size(config, weights, path_or_id)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **extra)
         if local and _quantization(config).get("load_in_4bit"):
             model = bitsandbytes.load_quantized(Path(source), config, dtype)
+            save_in_layout(model)
             return _checked(model, tokenizer, path_or_id)
         if gguf_file is not None and hasattr(transformers, "GgufConfig"):
             extra["quantization_config"] = transformers.GgufConfig(dequantize=True)
@@ -75,6 +77,7 @@ def load_model(path_or_id: str, dtype: torch.dtype) -> "tuple[PreTrainedModel, P
             **extra,
         )
     _check_loaded(path_or_id, info)
+    _check_float16(model, weights, path_or_id)
     _clear_gguf_marks(model)
     return _checked(model, tokenizer, path_or_id)
 
@@ -243,6 +246,18 @@ def _check_loaded(path_or_id: str, info: dict[str, Any]) -> None:
         logger.warning("%s: weights that the model does not use: %s", path_or_id, sorted(info["unexpected_keys"])[:10])
 
 
+def _check_float16(model: Any, weights: Mapping[str, TensorFile], path_or_id: str) -> None:
+    """Refuses a weight that became infinite in float16. One that is infinite in the files already is let be."""
+    for name, parameter in model.named_parameters():
+        weight = parameter.detach()
+        if weight.dtype != torch.float16 or not weight.numel() or not torch.stack(weight.aminmax()).isinf().any():
+            continue
+        if name not in weights:  # of a GGUF file or the hub, or under another name
+            raise ValueError(f"{path_or_id}: {name} holds larger values, {bitsandbytes.BEYOND_FLOAT16}")
+        file = weights[name]
+        bitsandbytes.cast(file.read(name), torch.float16, f"{file.path}: {name}")
+
+
 def _give_pad_token(tokenizer: Any, path_or_id: str) -> None:
     if tokenizer.pad_token is not None:
         return
@@ -300,7 +315,7 @@ def save_model(
     with (
         atomic.new_directory(directory, overwrite=overwrite) as temporary,
         quiet_transformers(import_transformers(), bars=False),
-        _tied_as_is(model),
+        tied_as_is(model),
     ):
         if quantized:
             bitsandbytes.save_quantized(model, temporary)
@@ -309,28 +324,6 @@ def save_model(
         tokenizer.save_pretrained(temporary)
         for file in temporary.iterdir():
             file.chmod(0o644)  # safetensors makes its file private
-
-
-@contextmanager
-def _tied_as_is(model: Any) -> Iterator[None]:
-    """Within it, the config says that head and embedding are tied only if they are: a reader ties them otherwise."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    configs = {id(config): config for config in (model.config, model.config.get_text_config())}.values()
-    tied = [config for config in configs if getattr(config, "tie_word_embeddings", False)]
-    dense = head is not None and not isinstance(head, NF4Linear)
-    if head is None or (dense and (head.weight is embedding.weight or _same(head.weight, embedding.weight))):
-        tied = []
-    for config in tied:
-        config.tie_word_embeddings = False
-    try:
-        yield
-    finally:
-        for config in tied:
-            config.tie_word_embeddings = True
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
 
 
 def convert_gguf(

@@ -23,7 +23,7 @@ from phicore.adapters.lora import LowRankLayer
 from phicore.adapters.tied import owners_of_tied, shared_pair
 from phicore.adapters.trained import TrainedPart
 from phicore.formats.peft_advice import advice
-from phicore.formats.peft_config import adapter_config, differences, lora_config
+from phicore.formats.peft_config import adapter_config, differences, lora_config, tied_copies
 from phicore.formats.peft_conversion import MODEL_TYPE, misread
 from phicore.formats.peft_fields import CONFIG, WEIGHTS, read_config, read_raw_config
 from phicore.formats.peft_keys import (
@@ -116,14 +116,14 @@ def load_adapter(model: Model, directory: str | os.PathLike[str], name: str = "d
         raise ValueError("the model's adapters are merged; unmerge it before loading one")
     if present:
         expected = adapter_tensors(model, name)
-        config = None
+        config, together = None, []
         unlike = differences(model, raw, parts, name)
         if unlike:
             raise ValueError(f'the adapter "{name}" of the model and {directory} differ: ' + "; ".join(unlike))
     else:
         try:
             config = lora_config(model, raw, tensors, parts)
-            expected = expected_tensors(model, config)
+            expected, together = expected_tensors(model, config), tied_copies(model, raw, tensors)
         except ValueError as error:
             raise ValueError(f"{directory}: {error}") from error
     _drop_tables(model, tensors, directory)
@@ -143,6 +143,11 @@ def load_adapter(model: Model, directory: str | os.PathLike[str], name: str = "d
                 fill_pair(place_of(model, path), layer, tensors)
                 if is_added_twice(model, path, layer):
                     layer.lora_B.mul_(2)
+    for first, *others in together:
+        owner: Any = model.get_submodule(first)
+        for path in others:
+            copied: Any = model.get_submodule(path)
+            copied.trained.weight = owner.trained.weight
     for _, layer in adapter_layers(model):
         if isinstance(layer, DoRALayer) and isinstance(layer.base, LowRankLayer):
             layer.refresh_base_norm()  # the adapter under it may be the one that was loaded

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Collection
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from phicore.adapters.attach import TrainedCopy, adaptable_kinds, adapter_layers, linear_kinds, pattern_value
@@ -20,7 +21,7 @@ from phicore.adapters.tied import shared_pair, tied_tables
 from phicore.adapters.token_rows import input_embedding, owners
 from phicore.adapters.trained import TrainedBias, has_bias
 from phicore.formats.peft_advice import advice
-from phicore.formats.peft_fields import DEFAULT_ALPHA, DEFAULT_RANK
+from phicore.formats.peft_fields import CONFIG, DEFAULT_ALPHA, DEFAULT_RANK
 from phicore.formats.peft_keys import (
     PREFIX,
     adaptable_parameters,
@@ -82,9 +83,13 @@ def adapter_config(model: nn.Module, name: str = "default") -> dict[str, Any]:
 
 
 def _ties(model: nn.Module, name: str) -> bool:
-    """Whether layers of an adapter have one pair together."""
-    pairs = [id(pair) for _, layer in adapter_layers(model, name) if (pair := shared_pair(layer)) is not None]
-    return len(set(pairs)) < len(pairs)
+    """Whether layers of an adapter have one pair, or one trained weight, together."""
+    layers = [layer for _, layer in adapter_layers(model, name)]
+    shared = [id(pair) for layer in layers if (pair := shared_pair(layer)) is not None]
+    shared += [
+        id(weight) for layer in layers if isinstance(layer, TrainedCopy) for weight in layer.trained.parameters()
+    ]
+    return len(set(shared)) < len(shared)
 
 
 def _target(model: nn.Module, path: str) -> str:
@@ -194,6 +199,7 @@ def lora_config(model: nn.Module, raw: dict[str, Any], tensors: dict[str, Tensor
     split = [path for path, of in parts.items() if of.keys() <= part_paths(path).keys()]
     targets = [p for p in known if p not in split]
     targets += [part_paths(path)[part] for path in split if path in known for part in parts[path]]
+    together = [path for group in tied_copies(model, raw, tensors) for path in group]
     return LoRAConfig(
         rank=raw.get("r", DEFAULT_RANK),
         alpha=raw.get("lora_alpha", DEFAULT_ALPHA),
@@ -207,7 +213,7 @@ def lora_config(model: nn.Module, raw: dict[str, Any], tensors: dict[str, Tensor
         | {k: v for k, v in (raw.get("rank_pattern") or {}).items() if _ends_some(k, patterned)},
         alpha_pattern={re.escape(path): alpha for path, (_, alpha) in named.items()}
         | {k: v for k, v in (raw.get("alpha_pattern") or {}).items() if _ends_some(k, patterned)},
-        modules_to_save=_saved(model, raw.get("modules_to_save") or [], tensors),
+        modules_to_save=_saved(model, [*(raw.get("modules_to_save") or []), *together], tensors),
         bias=raw.get("bias", "none") if biased else "none",
         trainable_token_indices=raw.get("trainable_token_indices") or None,
         # PEFT passes over the flag where nothing that it adapts is tied.
@@ -227,6 +233,29 @@ def _saved(model: nn.Module, entries: list[str], tensors: dict[str, Tensor]) -> 
         if keys and not any(".lora_" in key for key in keys):
             here.append(path)
     return here
+
+
+def tied_copies(model: nn.Module, raw: dict[str, Any], tensors: dict[str, Tensor]) -> list[list[str]]:
+    """Names of tied modules, each with the others of its table, that a file holds copies of: with ensure_weight_tying,
+    PEFT trains what is tied to an entry of modules_to_save as one copy with it, and writes it under each name.
+
+    Raises:
+        ValueError: copies that are not the same.
+    """
+    entries = (raw.get("ensure_weight_tying") and raw.get("modules_to_save")) or []
+    found = []
+    for places in tied_tables(model).values():
+        group = [path for path in places if f"{PREFIX}{path}.weight" in tensors]
+        if len(group) < 2 or not any(matches(path, entries) for path in places):
+            continue
+        first, *others = (tensors[f"{PREFIX}{path}.weight"] for path in group)
+        if not all(first.dtype == other.dtype and torch.equal(first, other) for other in others):
+            raise ValueError(
+                f"ensure_weight_tying means one weight for {', '.join(group)}, and the file has several that differ; "
+                f"to load each as it is, name all in modules_to_save and set ensure_weight_tying to false in {CONFIG}"
+            )
+        found.append(group)
+    return found
 
 
 def _tied_here(model: nn.Module, paths: list[str]) -> list[str]:

@@ -38,9 +38,14 @@ DTYPES = {
     "F32": torch.float32, "F64": torch.float64, "C64": torch.complex64,
     "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
+UNREAD = ("F4", "F6_E2M3", "F6_E3M2")  # of the format, with more than one value in a byte; torch computes with none
 
 
 # ===== one file =====
+
+
+class UnreadDtype(ValueError):
+    """A tensor is of a dtype of the format that is not read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +70,8 @@ class TensorFile:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a whole safetensors file, naming it and, where there is one, the tensor.
+        ValueError: not a whole safetensors file, or one with a dtype that is not read, naming it and, where there is
+            one, the tensor.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -75,6 +81,8 @@ class TensorFile:
         try:
             with self.path.open("rb") as file:
                 self.entries, self.metadata = _read_header(file)
+        except UnreadDtype as error:
+            raise ValueError(f"{self.path}: {error}") from error
         except ValueError as error:
             raise ValueError(f"{self.path} is not a whole safetensors file: {error}") from error
 
@@ -132,6 +140,10 @@ def _entry(name: str, described: Any, begin: int) -> Entry:
     if not isinstance(described, dict) or described.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"tensor {name} must have dtype, shape and data_offsets, got {_shown(described)}")
     dtype, shape, offsets = described["dtype"], described["shape"], described["data_offsets"]
+    if dtype in UNREAD:
+        raise UnreadDtype(
+            f"tensor {name} has dtype {dtype}, which is not read; convert it to one of {', '.join(DTYPES)}"
+        )
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"tensor {name} has dtype {_shown(dtype)}; {', '.join(DTYPES)} are read")
     if not are_sizes(shape):

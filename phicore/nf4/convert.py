@@ -23,7 +23,8 @@ def quantize_(
     double_quant: bool = True,
     progress: Callable[[str], object] | None = None,
 ) -> Model:
-    """Replaces nn.Linear layers by NF4Linear, in place.
+    """Replaces nn.Linear layers by NF4Linear, in place. save_pretrained of a model of transformers then writes them in
+    bitsandbytes' layout, from which from_pretrained makes the same model.
 
     Args:
         model: any module.
@@ -68,6 +69,11 @@ def quantize_(
     done.clear()
     layer = weight = None  # the last references to the dense weights
     _give_back_freed_memory()
+    if hasattr(model, "save_pretrained"):
+        from phicore.formats.pretrained import save_in_layout, untie_coded  # which import this package
+
+        save_in_layout(model)
+        untie_coded(model)
     return model
 
 

@@ -167,6 +167,14 @@ class NF4Linear(nn.Module):
         nf4 = self.nf4
         return lazy_weight(nf4.shape, nf4.dtype, nf4.device, nf4.dequantize)
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name == "weight":
+            raise AttributeError(
+                "the weight of an NF4Linear is coded, and no other can be set in its place or tied to it; put an "
+                "nn.Linear in the layer's place, or leave it out of quantize_ (exclude_modules)"
+            )
+        super().register_parameter(name, param)
+
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
         return _linear(x, self._parts(), self.bias, (self.out_features, self.in_features), self.block_size)
 

@@ -18,6 +18,7 @@ from torch import nn
 import phicore
 from phicore.formats.bitsandbytes import (
     STATE,
+    cast,
     load_weights,
     name_parts,
     pack_weight,
@@ -212,7 +213,9 @@ NORM = "model.norm.weight"
          rf"{Q}.weight is a 4-bit weight of shape \[16, 32\], the model's is \[32, 32\]"),
         (lambda t: t.pop(NORM), r"missing: \['model.norm.weight'\]"),
         (lambda t: t.pop(f"{Q}.bias"), rf"missing: \['{Q}.bias'\]"),
-        (lambda t: t.update(extra=torch.ones(1)), r"unexpected: \['extra'\]"),
+        (lambda t: t.update(extra=t.pop(NORM)), r"missing: \['model.norm.weight'\], unexpected: \['extra'\]"),
+        (lambda t: t.update({"p_proj.weight.absmax": torch.ones(1)}), r"unexpected: \['p_proj.weight.absmax'\]"),
+        (lambda t: t.update({f"p_proj.weight.{STATE}x": torch.ones(1)}), r"unexpected: \['p_proj.weight.quant_state"),
         (lambda t: t.update({f"{Q}.weight.extra": torch.ones(1)}), rf"unexpected: \['{Q}.weight.extra'\]"),
         (lambda t: t.update({NORM: torch.ones(31)}), r"unlike: .*model.norm.weight \(torch.float32 \[31\] in model-"),
         (lambda t: t.update({NORM: torch.ones(32, dtype=torch.int32)}), "unlike: .*model.norm.weight .torch.int32"),
@@ -233,6 +236,25 @@ def test_a_directory_that_does_not_fit_is_refused_and_the_model_unchanged(
     model: Any = tiny("llama", dtype=torch.float32, attention_bias=True, vocab_size=300)
     with unchanged(model), pytest.raises(ValueError, match=message):
         load_weights(model, model_tensors(directory), torch.float32)
+
+
+def test_tensors_that_the_model_does_not_use_are_named_and_left_out(
+    coded: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the files are not quantized; 1e6 would be refused in float16 if it were read."""
+    unused = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), "score.weight": torch.full((2, 32), 1e6)}
+    unused |= name_parts("mtp.up_proj.weight", phicore.nf4.quantize(torch.randn(64, 32)))
+    directory = Path(shutil.copytree(coded, tmp_path / "nf4"))
+    reshard(directory, lambda t: t.update(unused))
+    with pytest.raises(ValueError, match=r"mtp.up_proj.weight is a 4-bit weight, and the model has no linear layer"):
+        load_model(str(directory), torch.float16)
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"^mtp\."])
+    loaded, _ = load_model(str(directory), torch.float16)
+    expected, _ = load_model(str(coded), torch.float16)
+    for key, tensor in expected.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], tensor)
+    (message,) = [record.getMessage() for record in caplog.records if record.name.startswith("phicore")]
+    assert message == f"{directory}: weights that the model does not use: {sorted(unused)[:10]}"
 
 
 def test_a_coded_weight_that_the_model_ties_is_refused(
@@ -320,6 +342,19 @@ def test_a_configuration_of_a_larger_model_takes_no_memory(
     with pytest.raises(ValueError, match=message):
         load_model(str(directory), torch.float32)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 100_000  # kB
+
+
+EIGHT_BITS = [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz]
+
+
+@pytest.mark.parametrize("source", [*EIGHT_BITS, torch.float8_e8m0fnu, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_tensor_of_any_floating_dtype_is_cast(source: torch.dtype, dtype: torch.dtype) -> None:
+    tensor = torch.tensor([1.0, 2.0, 128.0]).to(source)
+    assert torch.equal(cast(tensor, dtype, "w"), torch.tensor([1.0, 2.0, 128.0], dtype=dtype))
+    if dtype == torch.float16 and source not in EIGHT_BITS:
+        with pytest.raises(ValueError, match=r"w holds values up to 1\.31\de\+05, and float16 ends at 65,504; choose"):
+            cast(torch.tensor([1.0, 2.0**17]).to(source), dtype, "w")
 
 
 def test_configuration_needs_layers_that_are_alike() -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from phicore.formats import hub
-from phicore.formats.huggingface import look_into, save_model
+from phicore.formats.huggingface import load_model, look_into, save_model
 from phicore.formats.safetensors_files import INDEX, model_tensors
 from phicore.formats.streaming import quantize_directory
 from tests.chat_tokenizers import chat_tokenizer
@@ -97,3 +97,13 @@ def test_a_cache_that_is_not_whole_and_a_hub_that_does_not_answer(remote: Path, 
     keep(remote, cache, ("*.json",))
     with pytest.raises(OSError, match=r"someone/tiny.* lacks model-00001-of-\d+\.safetensors"):
         quantize_directory(NAME, tmp_path / "nf4")
+
+
+def test_a_weight_beyond_float16_is_named(remote: Path, cache: Path, tmp_path: Path) -> None:
+    changed = Path(shutil.copytree(remote, tmp_path / "changed"))
+    reshard(changed, lambda t: t["model.norm.weight"].fill_(1e6))
+    keep(changed, cache)
+    assert load_model(NAME, torch.bfloat16)[0].model.norm.weight.min() > 9e5
+    message = f"{NAME}: model.norm.weight holds larger values, and float16 ends at 65,504; choose bfloat16 or float32"
+    with pytest.raises(ValueError, match=message):
+        load_model(NAME, torch.float16)

@@ -326,6 +326,28 @@ def test_gguf_becomes_a_directory_of_the_same_model(model: Any, tmp_path: Path) 
         assert loaded_tokenizer(text, add_special_tokens=False)["input_ids"] == tokenizer(text)["input_ids"]
 
 
+@pytest.mark.parametrize("kind", ["directory", "nf4", "gguf"])
+def test_a_weight_beyond_float16_is_named(model: Any, tokenizer: Any, tmp_path: Path, kind: str) -> None:
+    model.model.norm.weight.data[3] = -1e6
+    source = str(tmp_path / "model")
+    if kind == "gguf":
+        source, tokenizer = str(tmp_path / "tiny.gguf"), chat_tokenizer("smollm2", merges=[("h", "e")])
+        write_gguf(Path(source), model, tokenizer)
+    else:
+        save_model(phicore.quantize_(model) if kind == "nf4" else model, tokenizer, tmp_path / "model")
+    with pytest.raises(ValueError, match=r"model.norm.weight holds .* float16 ends at 65,504; choose bfloat16 or") as e:
+        load_model(source, torch.float16)
+    assert ("up to 1e+06" in str(e.value)) == (kind != "gguf")
+    assert source in str(e.value)
+    assert load_model(source, torch.bfloat16)[0].model.norm.weight[3] < -9e5
+
+
+def test_a_weight_that_was_infinite_already_loads(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    model.model.norm.weight.data[3] = -torch.inf
+    save_model(model, tokenizer, tmp_path / "model")
+    assert load_model(str(tmp_path / "model"), torch.float16)[0].model.norm.weight[3] == -torch.inf
+
+
 def test_a_directory_of_several_gguf_files(tmp_path: Path) -> None:
     (tmp_path / "a.gguf").touch()
     assert find_model(str(tmp_path)) == (str(tmp_path), "a.gguf")

@@ -139,17 +139,44 @@ def test_different_pairs_for_the_places_of_one_table_are_named(tmp_path, unchang
         assert model.lm_head.embedding_A is model.model.shared.lora_A is model.model.encoder.embed_tokens.lora_A
 
 
-def test_a_copy_trained_for_tied_layers_together_says_what_to_do(tmp_path, tiny, randomize, unchanged):
+@pytest.mark.parametrize("saved", ["embed_tokens", "lm_head"])
+def test_a_copy_trained_for_tied_layers_together(tmp_path, tiny, randomize, unchanged, saved):
+    """PEFT writes the one weight under both names."""
     config = peft.LoraConfig(
-        r=4, lora_alpha=7, target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True
+        r=4, lora_alpha=7, target_modules=["q_proj"], modules_to_save=[saved], ensure_weight_tying=True
     )
     other = randomize(peft.get_peft_model(tiny("tied llama"), config, autocast_adapter_dtype=False)).eval()
-    other.save_pretrained(tmp_path)
+    other.save_pretrained(tmp_path / "theirs")
+    untied = tiny("llama")
+    with unchanged(untied), pytest.raises(ValueError, match=r"add lm_head to modules_to_save and set ensure_weight_ty"):
+        phicore.load_adapter(untied, tmp_path / "theirs")
+    model = phicore.load_adapter(tiny("tied llama"), tmp_path / "theirs")
+    torch.testing.assert_close(logits(model), logits(other))
+    assert model.lm_head.trained.weight is model.model.embed_tokens.trained.weight
+    assert model.lm_head.trained.weight.requires_grad
+    phicore.save_adapter(randomize(model), tmp_path / "ours")
+    again = phicore.load_adapter(tiny("tied llama"), tmp_path / "ours")
+    assert again.lm_head.trained.weight is again.model.embed_tokens.trained.weight
+    torch.testing.assert_close(logits(again), logits(model))
+    torch.testing.assert_close(logits(load_in_peft(tiny("tied llama"), tmp_path / "ours")), logits(model))
+    phicore.merge(model)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    torch.testing.assert_close(logits(model), logits(again))
+
+
+def test_copies_of_tied_layers_that_differ_are_named(tmp_path, tiny, unchanged):
+    options = {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "ensure_weight_tying": True}
+    peft.get_peft_model(tiny("tied llama"), peft.LoraConfig(**options)).save_pretrained(tmp_path)
+    edit_tensors(tmp_path, lambda file: file | {f"{PREFIX}lm_head.weight": file[f"{PREFIX}lm_head.weight"] + 1})
     model = tiny("tied llama")
-    with unchanged(model), pytest.raises(ValueError, match=r"add lm_head to modules_to_save and set ensure_weight_ty"):
+    with (
+        unchanged(model),
+        pytest.raises(ValueError, match=r"one weight for model\.embed_tokens, lm_head, and the file"),
+    ):
         phicore.load_adapter(model, tmp_path)
     edit(tmp_path, modules_to_save=["embed_tokens", "lm_head"], ensure_weight_tying=False)
-    torch.testing.assert_close(logits(phicore.load_adapter(model, tmp_path)), logits(other))
+    phicore.load_adapter(model, tmp_path)
+    assert torch.equal(model.lm_head.trained.weight, model.model.embed_tokens.trained.weight + 1)
 
 
 # ===== names that transformers or PEFT has changed =====

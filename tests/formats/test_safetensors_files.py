@@ -133,6 +133,16 @@ def test_a_spoilt_header_is_refused_by_file_and_tensor(tmp_path: Path, header: A
         TensorFile(path)
 
 
+@pytest.mark.parametrize(("dtype", "shape", "size"), [("F4", [4, 4], 8), ("F6_E2M3", [4], 3), ("F6_E3M2", [4], 3)])
+def test_a_dtype_of_the_format_that_torch_lacks_is_named(tmp_path: Path, dtype: str, shape: Any, size: int) -> None:
+    path = write(tmp_path / "some.safetensors", {"a": entry(0, size, shape, dtype)}, bytes(size))
+    with safe_open(path, "pt") as file:  # the file is whole
+        assert list(file.keys()) == ["a"]
+    message = f"some.safetensors: tensor a has dtype {dtype}, which is not read; convert it to one of BOOL, U8, .*F32"
+    with pytest.raises(ValueError, match=message):
+        TensorFile(path)
+
+
 @pytest.mark.parametrize("length", [9, 10_000, 2**40, 2**64 - 1])
 def test_a_header_longer_than_the_file(tmp_path: Path, length: int) -> None:
     with pytest.raises(ValueError, match=f"its header alone would have {length}"):

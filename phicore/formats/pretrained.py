@@ -1,0 +1,100 @@
+"""What transformers' own methods do with a model that has NF4 layers: save_pretrained, whose names would be phicore's
+own, and tie_weights, which would put a dense weight in a coded one's place."""
+
+import logging
+import os
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from phicore.formats.bitsandbytes import packed_groups, quantization_config
+from phicore.nf4.linear import NF4Linear
+
+logger = logging.getLogger(__name__)
+
+
+class Saver:
+    """A model's save_pretrained: NF4 layers are written in bitsandbytes' layout, which from_pretrained reads.
+
+    Args:
+        model: of transformers. It is held weakly: else its memory would be freed only when the garbage collector runs.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = weakref.ref(model)
+
+    def __reduce__(self) -> tuple[Any, ...]:  # copies and pickles of the model have a Saver of their own
+        return Saver, (self._model(),)
+
+    def __call__(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: Any = None,
+        **options: Any,
+    ) -> None:
+        model: Any = self._model()
+        ours = [module for module in model.modules() if type(module).__module__.startswith("phicore.")]
+        coded = [module for module in ours if isinstance(module, NF4Linear)]
+        plain = len(coded) < len(ours) or state_dict is not None or getattr(model, "_hf_peft_config_loaded", False)
+        settings = quantization_config(model) if coded and not plain else None
+        if settings is None:
+            if ours:
+                logger.warning(
+                    "%s: written with phicore's own names, which from_pretrained does not read; phicore.save_adapter "
+                    "writes adapters, and save_pretrained without a state_dict a model whose adapters are merged",
+                    save_directory,
+                )
+            type(model).save_pretrained(model, save_directory, is_main_process, state_dict, **options)
+            return
+        tensors = {key: tensor for group in packed_groups(model) for key, tensor in group.items()}
+        options = {"save_original_format": False, **options}
+        with tied_as_is(model):
+            model.config.quantization_config = settings
+            try:
+                type(model).save_pretrained(model, save_directory, is_main_process, tensors, **options)
+            finally:
+                del model.config.quantization_config
+
+
+def save_in_layout(model: Any) -> None:
+    """Has save_pretrained of a model of transformers write its NF4 layers so that from_pretrained reads them."""
+    if callable(getattr(type(model), "save_pretrained", None)) and hasattr(model, "config"):
+        model.save_pretrained = Saver(model)
+
+
+def untie_coded(model: Any) -> None:
+    """Has tie_weights of a model of transformers leave NF4 layers as they are: one that was tied to a dense weight
+    when it was coded has a weight of its own since."""
+    coded = {f"{path}.weight" for path, m in model.named_modules(remove_duplicate=False) if isinstance(m, NF4Linear)}
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        tied = getattr(module, "_tied_weights_keys", None)
+        if isinstance(tied, dict) and any({prefix + a, prefix + b} & coded for a, b in tied.items()):
+            module._tied_weights_keys = {a: b for a, b in tied.items() if not {prefix + a, prefix + b} & coded}
+
+
+@contextmanager
+def tied_as_is(model: Any) -> Iterator[None]:
+    """Within it, the config says that head and embedding are tied only if they are: a reader ties them otherwise."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    configs = {id(config): config for config in (model.config, model.config.get_text_config())}.values()
+    tied = [config for config in configs if getattr(config, "tie_word_embeddings", False)]
+    dense = head is not None and not isinstance(head, NF4Linear)
+    if head is None or (dense and (head.weight is embedding.weight or _same(head.weight, embedding.weight))):
+        tied = []
+    for config in tied:
+        config.tie_word_embeddings = False
+    try:
+        yield
+    finally:
+        for config in tied:
+            config.tie_word_embeddings = True
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)

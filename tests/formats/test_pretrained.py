@@ -1,0 +1,118 @@
+"""save_pretrained of a quantized model: from_pretrained reads what it writes."""
+
+import copy
+import json
+import pickle
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+from torch import nn
+
+import phicore
+from phicore.formats.huggingface import load_model
+from tests.chat_tokenizers import chat_tokenizer
+
+IDS = torch.arange(18).view(2, 9)
+
+
+@pytest.fixture
+def model(tiny: Callable[..., nn.Module]) -> Any:
+    model = tiny("llama", dtype=torch.float32, tied=True, vocab_size=300, hidden_size=64, intermediate_size=128)
+    return phicore.quantize_(model)
+
+
+def loads_alike(directory: Path, model: Any) -> bool:
+    """Whether transformers and phicore load a model with equal logits, missing nothing."""
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(info.values()), info
+    assert isinstance(theirs.model.layers[0].mlp.up_proj, bitsandbytes.nn.Linear4bit)
+    torch.testing.assert_close(theirs.train()(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
+    chat_tokenizer("smollm2").save_pretrained(directory)
+    ours, _ = load_model(str(directory), torch.float32)
+    return torch.equal(ours(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": "100kB"}])
+def test_transformers_loads_what_save_pretrained_writes(model: Any, tmp_path: Path, options: Any) -> None:
+    model.save_pretrained(tmp_path / "first", **options)
+    assert (tmp_path / "first" / "model.safetensors.index.json").exists() == bool(options)
+    assert loads_alike(tmp_path / "first", model)
+    assert not hasattr(model.config, "quantization_config")  # the model in memory is as it was
+    loaded, _ = load_model(str(tmp_path / "first"), torch.float32)
+    loaded.save_pretrained(tmp_path / "again", **options)
+    assert loads_alike(tmp_path / "again", model)
+
+
+def test_a_coded_head_of_a_tied_model_is_written(tiny: Callable[..., nn.Module], tmp_path: Path) -> None:
+    model: Any = tiny("llama", dtype=torch.float32, tied=True, vocab_size=320, hidden_size=64, intermediate_size=128)
+    phicore.quantize_(model, r".*(proj|lm_head)")
+    model.save_pretrained(tmp_path)
+    assert not json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"]
+    assert loads_alike(tmp_path, model)
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_saves_itself(model: Any, tmp_path: Path, clone: Callable[[Any], Any]) -> None:
+    other = clone(model)
+    other.model.norm.weight.data.mul_(2)
+    other.save_pretrained(tmp_path)
+    assert loads_alike(tmp_path, other)
+
+
+def test_a_model_is_freed_without_the_garbage_collector(tiny: Callable[..., nn.Module]) -> None:
+    model = tiny("llama", dtype=torch.float32)
+    gone = weakref.ref(phicore.quantize_(model).lm_head)
+    del model
+    assert gone() is None
+
+
+def test_what_from_pretrained_cannot_read_is_warned_of(
+    model: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model.save_pretrained(tmp_path / "given", state_dict=model.state_dict())
+    phicore.attach(model, phicore.LoRAConfig(rank=2, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path / "adapted")
+    with safe_open(tmp_path / "adapted" / "model.safetensors", "pt") as file:  # what transformers' Trainer reads back
+        assert set(file.keys()) == model.state_dict().keys() - {"lm_head.weight"}
+    messages = [record.getMessage() for record in caplog.records if record.name.startswith("phicore")]
+    for name, message in zip(("given", "adapted"), messages, strict=True):
+        assert message.startswith(
+            f"{tmp_path / name}: written with phicore's own names, which from_pretrained does not"
+        )
+        assert "phicore.save_adapter" in message
+
+
+def test_a_merged_model_without_coded_layers_is_written_as_ever(
+    tiny: Callable[..., nn.Module], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model: Any = phicore.quantize_(tiny("llama", dtype=torch.float32, vocab_size=300), ["q_proj"])
+    for layer in model.model.layers:
+        coded = layer.self_attn.q_proj
+        layer.self_attn.q_proj = nn.Linear(coded.in_features, coded.out_features, bias=False)
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    assert not [record for record in caplog.records if record.name.startswith("phicore")]
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_tying_leaves_a_coded_head_and_ties_the_others(tiny: Callable[..., nn.Module], family: str) -> None:
+    options = {"tied": True, "vocab_size": 300} if family == "llama" else {}
+    model: Any = phicore.quantize_(tiny(family, **options).float(), ["lm_head"])
+    model.config.tie_word_embeddings = True
+    head, before = model.lm_head, model.lm_head.packed.clone()
+    model.tie_weights()
+    assert model.lm_head is head
+    assert torch.equal(head.packed, before)
+    if family == "t5":
+        assert model.encoder.embed_tokens.weight is model.shared.weight
+    assert type(model)._tied_weights_keys.keys() - model._tied_weights_keys.keys() == {"lm_head.weight"}
