@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+import phicore.formats.pretrained  # noqa: F401  # what quantize_ does for models of transformers
 from phicore import nf4
 from phicore.adapters import DoRALinear, LoRAConfig, LoRALinear, attach, disabled, merge, unmerge
 from phicore.formats.peft import load_adapter, save_adapter

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from phicore.formats.bitsandbytes import packed_groups, quantization_config
+from phicore.nf4.convert import finishers
 from phicore.nf4.linear import NF4Linear
 
 logger = logging.getLogger(__name__)
@@ -76,6 +77,9 @@ def untie_coded(model: Any) -> None:
         tied = getattr(module, "_tied_weights_keys", None)
         if isinstance(tied, dict) and any({prefix + a, prefix + b} & coded for a, b in tied.items()):
             module._tied_weights_keys = {a: b for a, b in tied.items() if not {prefix + a, prefix + b} & coded}
+
+
+finishers += [save_in_layout, untie_coded]
 
 
 @contextmanager

@@ -13,6 +13,10 @@ from phicore.modules import ALL_LINEAR, Model, has_own_forward, replace, select
 from phicore.nf4.linear import NF4Linear
 from phicore.nf4.tensor import check_block_size
 
+finishers: list[Callable[[nn.Module], None]] = []
+"""Called with each model that quantize_ has changed. Foreign formats see to the model's own methods here, since this
+package imports none of them."""
+
 
 def quantize_(
     model: Model,
@@ -69,11 +73,8 @@ def quantize_(
     done.clear()
     layer = weight = None  # the last references to the dense weights
     _give_back_freed_memory()
-    if hasattr(model, "save_pretrained"):
-        from phicore.formats.pretrained import save_in_layout, untie_coded  # which import this package
-
-        save_in_layout(model)
-        untie_coded(model)
+    for finish in finishers:
+        finish(model)
     return model
 
 
