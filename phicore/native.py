@@ -26,10 +26,17 @@ import torch
 from torch import Tensor, nn
 
 from phicore import atomic
+from phicore.transforms import transformed
 
 logger = logging.getLogger(__name__)
 
-COMMAND = "import sys; from phicore.native import main; main(*sys.argv[1:])"
+# Modules come from where this process has them from, not from its working directory, which may be anybody's.
+COMMAND = "import sys; sys.path[:] = sys.argv[3:]; from phicore.native import main; main(*sys.argv[1:3])"
+
+
+class Child(subprocess.Popen[bytes]):
+    def __del__(self) -> None:
+        """Nothing, where Popen warns of a process that outlives this one: it may."""
 
 
 class Formula:
@@ -56,15 +63,18 @@ class Formula:
         self.pays, self.work = pays, 0
         self._run: Callable[..., None] | None = None
         self._given_up = self._looked = False
-        self._child: subprocess.Popen[bytes] | None = None
+        self._child: Child | None = None
         self._lock = threading.Lock()
 
-    def ready(self, work: int) -> Callable[..., None] | None:
+    def ready(self, work: int, *tensors: Tensor) -> Callable[..., None] | None:
         """The machine code, or None where the caller is to do this much work without; compiling starts when it pays.
 
-        Never waits, but for another thread that loads it.
+        Never waits, but for another thread that loads it. None also where a tensor is not a plain one on the CPU, or
+        somebody is to see every operator: transforms of torch.func, fake tensors, make_fx.
         """
         if os.environ.get("PHICORE_KERNELS") == "0" or self._given_up:
+            return None
+        if transformed() or torch._C._len_torch_dispatch_stack() or not all(map(_is_plain, tensors)):
             return None
         if self._run is None:
             self.work += work
@@ -86,7 +96,7 @@ class Formula:
     def _look(self) -> None:
         """Loads what lies in the cache, or compiles it if that pays by now."""
         self._looked = True
-        if self._run is not None or self._given_up:
+        if self._run is not None or self._given_up or (self._child is not None and self._child.poll() is None):
             return
         try:
             directory = cache()
@@ -118,9 +128,7 @@ class Formula:
         """Starts the compiler, unless another process compiles the same; or finds that it has failed."""
         log = path.with_suffix(".log")
         if self._child is not None:
-            if self._child.poll() is not None:
-                raise RuntimeError(f"torch's compiler failed; {log} says how")
-            return
+            raise RuntimeError(f"torch's compiler failed; {log} says how")
         import fcntl  # not on Windows
 
         lock = os.open(path.with_suffix(".lock"), os.O_CREAT | os.O_RDWR, 0o600)
@@ -130,12 +138,11 @@ class Formula:
             if path.exists():  # since
                 return
             logger.info("compiling %s in the background; it is kept in %s", self.name, path.parent)
-            places = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
             one_thread = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
             with open(log, "wb") as output:
-                self._child = subprocess.Popen(
-                    [sys.executable, "-c", COMMAND, self.name, str(path)],
-                    env={**os.environ, **one_thread, "PYTHONPATH": os.pathsep.join(filter(None, places))},
+                self._child = Child(
+                    [sys.executable, "-W", "ignore", "-c", COMMAND, self.name, str(path), *map(str, sys.path)],
+                    env={**os.environ, **one_thread},
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=output,
@@ -152,9 +159,10 @@ class Formula:
         logger.info("%s is worked out by torch's operators, without machine code of its own: %s", self.name, reason)
 
     def key(self) -> str:
-        """What the machine code depends on: torch, this CPU, the formula and this file."""
+        """What the machine code depends on: torch, the C library, this CPU, the formula and this file."""
         sources = [Path(__file__), Path(sys.modules[self.name.partition(":")[0]].__file__ or "")]
-        parts = [torch.__version__, str(torch.version.git_version), cpu(), *(s.read_text() for s in sources)]
+        built = [torch.__version__, str(torch.version.git_version), *platform.libc_ver(), cpu()]
+        parts = [*built, *(source.read_text() for source in sources)]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
     def write(self, path: Path) -> None:
@@ -178,11 +186,16 @@ class Formula:
             configs = {
                 "cpp.dynamic_threads": True,  # as many threads as torch has when it runs, not as it has here
                 "aot_inductor.compile_wrapper_opt_level": "O0",  # of what calls the kernel: takes longest to compile
+                "aot_inductor.precompile_headers": False,  # they would lie in torch's shared place (see main)
             }
             _inductor.aoti_compile_and_package(program, package_path=str(package), inductor_configs=configs)
             with zipfile.ZipFile(package) as archive:
                 (library,) = (name for name in archive.namelist() if name.endswith(".so"))
                 atomic.write_bytes(path, archive.read(library))
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu"
 
 
 def cache() -> Path:
@@ -209,4 +222,7 @@ def main(name: str, path: str) -> None:
     os.nice(10)
     module, _, attribute = name.partition(":")
     formula: Any = getattr(importlib.import_module(module), attribute)
-    formula.write(Path(path))
+    # torch's default, /tmp/torchinductor_<user>, is where another user can put code first; and 150 MB would stay there.
+    with tempfile.TemporaryDirectory() as directory:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = directory
+        formula.write(Path(path))

@@ -4,6 +4,8 @@ right bits is for the tests of each formula."""
 import json
 import logging
 import os
+import platform
+import signal
 import subprocess
 import sys
 import textwrap
@@ -75,6 +77,7 @@ def test_compiled_in_the_background_once_it_pays_and_found_by_the_next_process(p
             time.sleep(0.05)
             if len(tried) > 3600:
                 sys.exit("it never came")
+        assert DOUBLE._child is None or DOUBLE._child.returncode == 0, "a zombie"
         print(json.dumps([len(tried), tried[:3], "torch._inductor" in sys.modules]))
     """
     both = [answer(process) for process in [script(until_there) for _ in range(2)]]
@@ -93,6 +96,28 @@ def test_compiled_in_the_background_once_it_pays_and_found_by_the_next_process(p
     assert not imported
     assert (place / "count").read_text() == "x"
     assert (place / "phicore").stat().st_mode & 0o777 == 0o700
+
+
+def test_compiling_trusts_and_leaves_nothing_in_places_that_are_shared(place: Path, monkeypatch: pytest.MonkeyPatch):
+    import doubling
+
+    for name in ("there", "tmp"):
+        (place / name).mkdir()
+    (place / "there" / "zipfile.py").write_text("raise SystemExit('imported from the working directory')")
+    monkeypatch.chdir(place / "there")
+    monkeypatch.setenv("TMPDIR", str(place / "tmp"))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setenv("PYTHONWARNINGS", "error")  # nor does it fail of what torch warns of
+    assert doubling.DOUBLE.compile(), [log.read_text() for log in place.rglob("*.log")]
+    assert not list((place / "tmp").iterdir())
+
+
+def test_a_process_may_end_before_the_one_that_compiles(place: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SLEEP", "100")
+    monkeypatch.setenv("PYTHONWARNINGS", "error::ResourceWarning")
+    out, error = script("DOUBLE.ready(1000)\nprint(DOUBLE._child.pid)").communicate(timeout=100)
+    os.kill(int(out), signal.SIGKILL)
+    assert not error
 
 
 def test_a_compiler_that_fails_is_told_of_once(place: Path, monkeypatch: pytest.MonkeyPatch, caplog):
@@ -173,7 +198,7 @@ def test_nothing_is_written_before_it_pays(place: Path):
     assert not (place / "phicore").exists()
 
 
-def test_the_key_tells_torch_cpu_and_source_apart(place: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_key_tells_torch_libc_cpu_and_source_apart(place: Path, monkeypatch: pytest.MonkeyPatch):
     import doubling
 
     keys = {doubling.DOUBLE.key()}
@@ -183,8 +208,11 @@ def test_the_key_tells_torch_cpu_and_source_apart(place: Path, monkeypatch: pyte
     with monkeypatch.context() as patch:
         patch.setattr(native, "cpu", lambda: "another")
         keys.add(doubling.DOUBLE.key())
+    with monkeypatch.context() as patch:
+        patch.setattr(platform, "libc_ver", lambda: ("glibc", "9.9"))
+        keys.add(doubling.DOUBLE.key())
     (place / "doubling.py").write_text(MODULE + "\n")
     keys.add(doubling.DOUBLE.key())
-    assert len(keys) == 4
+    assert len(keys) == 5
     if sys.platform == "linux":
         assert len(native.cpu().split()) > 10  # what the CPU can do, one by one

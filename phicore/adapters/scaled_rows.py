@@ -41,7 +41,7 @@ class _ScaledRows(torch.autograd.Function):
             return v * scale if bias is None else torch.addcmul(bias, v, scale)
         out = torch.empty_like(v, memory_format=torch.contiguous_format)
         formula, factors = (SCALE, (scale,)) if bias is None else (SCALE_AND_SHIFT, (scale, bias))
-        if (run := _machine_code(formula, v, scale)) is not None:
+        if (run := _machine_code(formula, v, *factors)) is not None:
             run(flat(v), *factors, flat(out))
         else:
             for rows in _pieces(v):
@@ -77,7 +77,7 @@ def _gradients(v: Tensor, grad: Tensor, scale: Tensor, grad_v: Tensor) -> Tensor
         v_rows, grad_rows, grad_v_rows = (t[rows].reshape(-1, GROUP, out) for t in (v, grad, grad_v))
         return v_rows, grad_rows, scale, grad_v_rows, sums[rows.start // GROUP : rows.stop // GROUP]
 
-    if whole and grad.is_contiguous() and (run := _machine_code(GRADIENTS, v, scale)) is not None:
+    if whole and (run := _machine_code(GRADIENTS, v, scale, grad)) is not None:
         run(*groups(slice(0, whole)))
     else:
         for rows in _pieces(v[:whole]):
@@ -151,7 +151,9 @@ GRADIENTS = Formula(
 )
 
 
-def _machine_code(formula: Formula, v: Tensor, scale: Tensor) -> Any:
-    """The formula as machine code, where there is some for these tensors."""
-    fits = v.dtype == torch.bfloat16 and scale.dtype == torch.float32 and v.device.type == "cpu" and v.is_contiguous()
-    return formula.ready(v.numel()) if fits and v.numel() and scale.is_contiguous() else None
+def _machine_code(formula: Formula, v: Tensor, *others: Tensor) -> Any:
+    """The formula as machine code, where there is some for v, the scale and others that all are to be contiguous."""
+    fits = v.dtype == torch.bfloat16 and others[0].dtype == torch.float32 and v.numel()
+    if not fits or not all(t.is_contiguous() for t in (v, *others)):
+        return None
+    return formula.ready(v.numel(), v, *others)

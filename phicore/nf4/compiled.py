@@ -14,9 +14,9 @@ from phicore.native import Formula
 from phicore.nf4 import codec
 from phicore.nf4.codebook import LEVELS
 from phicore.nf4.pages import empty
-from phicore.transforms import transformed
 
 GROUP = 16  # bytes that the inner loop takes: all block sizes are multiples of them
+PIECE = 1 << 22  # weights, after which other threads of Python may have their turn
 PAYS = 1 << 32  # weights that torch's operators decode in about a quarter of the time that compiling takes
 
 
@@ -77,17 +77,16 @@ def decode_blocks(packed: Tensor, absmax: Tensor, n: int, block_size: int, dtype
     """codec.decode_blocks, as machine code where there is some; the same bits."""
     whole = n // block_size * block_size
     formula = {torch.bfloat16: BFLOAT16, torch.float32: FLOAT32}.get(dtype)
-    if (
-        formula is None
-        or packed.device.type != "cpu"
-        or not whole
-        or block_size % (2 * GROUP)
-        or transformed()
-        or (run := formula.ready(n)) is None
-    ):
+    if formula is None or not whole or block_size % (2 * GROUP):
+        run = None
+    else:
+        run = formula.ready(n, packed, absmax)
+    if run is None:
         return codec.decode_blocks(packed, absmax, n, block_size, dtype)
     out = empty(n, dtype, packed.device)
-    run(*_views(packed[: whole // 2], absmax[: whole // block_size], out[:whole], block_size))
+    views = _views(packed[: whole // 2], absmax[: whole // block_size], out[:whole], block_size)
+    for piece in zip(*(view.split(max(1, PIECE // block_size)) for view in views), strict=True):
+        run(*piece)
     if whole < n:  # the short last block
         out[whole:] = codec.decode_blocks(packed[whole // 2 :], absmax[-1:], n - whole, block_size, dtype)
     return out

@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from phicore import nf4
 from phicore.nf4 import codec, compiled, quantize
@@ -110,6 +112,15 @@ def test_transforms_and_compilers_get_the_same_weight():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.testing.assert_close(torch.compile(product, fullgraph=True, backend="aot_eager")(x), exact)
+
+
+def test_modes_that_watch_operators_see_every_one():
+    q, x = quantize(torch.randn(24, 40)), torch.randn(3, 40)
+    exact = x @ q.dequantize().T
+    graph = make_fx(lambda x: x @ q.dequantize().T)(x)
+    torch.testing.assert_close(graph(x), exact)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(q.dequantize(), FakeTensor)
 
 
 def _parts(q):
