@@ -12,11 +12,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from phicore.zero import layout, state
-from phicore.zero.agreement import check_same, copy_from_first_rank
+from phicore.zero.agreement import copy_from_first_rank, read_alike
+from phicore.zero.arguments import check_choices
 from phicore.zero.collectives import Collectives, choose_collectives
 from phicore.zero.consolidate import gather_states
 from phicore.zero.elementwise import check_elementwise
-from phicore.zero.groups import describe, named_groups
+from phicore.zero.groups import as_group, describe, named_groups
 from phicore.zero.layout import Bucket, Named
 from phicore.zero.reduction import BUCKETS_KEPT, GradientReducer
 from phicore.zero.scratch import Scratch
@@ -63,10 +64,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
             is such a form, makes an update several times faster; of AdamW seven times.
 
     Raises:
-        TypeError: parameters without names.
-        ValueError: no parameters, or one that is given twice; a dtype other than float32, float64, bfloat16, float16;
-            an optimizer that is not element-wise; ranks that were given different parameters or settings. The latter
-            is raised on every rank.
+        TypeError: parameters without names; an optimizer_class that is not one.
+        ValueError: another stage or reduction; bucket_bytes that are no whole number above 0; no parameters, or one
+            that is given twice; a dtype other than float32, float64, bfloat16, float16; an optimizer that is not
+            element-wise; ranks that were given different parameters or settings. What is wrong on one rank is raised
+            on every rank.
 
     Example:
         >>> model = torch.nn.Linear(4, 2)
@@ -87,27 +89,30 @@ class ZeroOptimizer(torch.optim.Optimizer):
         bucket_bytes: int = 25 * 2**20,
         **options: Any,
     ) -> None:
-        if stage not in (1, 2):
-            raise ValueError(f"stage must be 1 (split the state) or 2 (and the gradients), got {stage!r}")
-        if reduction not in ("mean", "sum"):
-            raise ValueError(f'reduction must be "mean" or "sum", got {reduction!r}')
         distributed = dist.is_available() and dist.is_initialized()
         self.process_group, self.bucket_bytes = process_group, bucket_bytes
         self.world_size = dist.get_world_size(process_group) if distributed else 1
         self.rank = dist.get_rank(process_group) if distributed else 0
-        scale = 1.0 / self.world_size if reduction == "mean" else 1.0
-        scratch = Scratch(BUCKETS_KEPT * bucket_bytes)
-        collectives = _collectives_by_device(process_group, self.world_size, scratch)
-        self._reducer = GradientReducer(stage, scale, collectives, scratch, alone=self.world_size == 1)
+        if self.world_size < 1:
+            raise ValueError("this rank is not in process_group; only ranks that are can make a ZeroOptimizer over it")
         self._class = optimizer_class
         self._names: list[list[str]] = []  # of each group, as given
         self._shapes: dict[str, torch.Size] = {}
         self._frozen: dict[str, tuple[int, Tensor]] = {}  # group and parameter
         self._inner: torch.optim.Optimizer | None = None
+
+        def read() -> list[dict[str, Any]]:
+            check_choices(optimizer_class, stage, reduction, bucket_bytes)
+            return named_groups(params, known={})
+
         own = {"stage": stage, "reduction": reduction, "bucket_bytes": bucket_bytes}
-        groups = self._agree_on_groups(list(params), {**own, **options})
+        groups = self._agree_on_groups(read, {**own, **options})
         self._device = _device_of(groups)
         check_elementwise(optimizer_class, options, self._device)
+        scale = 1.0 / self.world_size if reduction == "mean" else 1.0
+        scratch = Scratch(BUCKETS_KEPT * bucket_bytes)
+        collectives = _collectives_by_device(process_group, self.world_size, scratch)
+        self._reducer = GradientReducer(stage, scale, collectives, scratch, alone=self.world_size == 1)
         self._ready = False
         super().__init__(groups, options)  # calls add_param_group for each
         self._ready = True
@@ -122,7 +127,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             TypeError, ValueError: as the constructor does; nothing has been added then.
         """
         if self._ready:
-            (param_group,) = self._agree_on_groups([param_group], {})
+            (param_group,) = self._agree_on_groups(lambda: named_groups([as_group(param_group)], self._shapes), {})
         named = param_group["params"]
         trained = [(name, p) for name, p in named if p.requires_grad]
         frozen = [(name, p) for name, p in named if not p.requires_grad]
@@ -407,21 +412,13 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     # What ranks agree on
 
-    def _agree_on_groups(self, params: list[Any], options: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Groups of (name, parameter); an error on one rank becomes one on all."""
-        groups: list[dict[str, Any]] = []
-        lines: list[str] = []
-        problem: Exception | None = None
-        try:
-            groups = named_groups(params, known={**self._shapes})
-            lines = describe(groups, self._class, options)
-        except Exception as error:  # of the caller's objects too; the other ranks are waiting
-            problem = error
-        if self.world_size > 1:
-            check_same(lines, None if problem is None else str(problem), self.process_group)
-        if problem is not None:
-            raise problem
-        return groups
+    def _agree_on_groups(
+        self, read: Callable[[], list[dict[str, Any]]], options: Mapping[str, Any]
+    ) -> list[dict[str, Any]]:
+        """Groups of (name, parameter)."""
+        return read_alike(
+            read, lambda groups: describe(groups, self._class, options), self.world_size, self.process_group
+        )
 
     def _exchange_flags(self) -> bool:
         """Makes slot.used mean "on any rank", and gives buckets to parameters that were unfrozen on any rank. True if
