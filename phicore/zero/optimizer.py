@@ -5,7 +5,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 import torch.distributed as dist
@@ -265,8 +265,14 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """Takes no more gradients, so that another ZeroOptimizer may be made over these parameters."""
         self._reducer.release()
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Updates this rank's pieces, exchanges them with the other ranks, and drops the gradients.
 
         Args:

@@ -6,7 +6,7 @@ import math
 import pickle
 import re
 import weakref
-from typing import Any
+from typing import Any, get_overloads, get_type_hints
 from unittest import mock
 
 import pytest
@@ -259,6 +259,41 @@ def test_copies_are_refused():
         copy.deepcopy(optimizer)
     with pytest.raises(TypeError, match="save its state_dict"):
         pickle.dumps(optimizer)
+
+
+# ===== steps =====
+
+
+def test_a_step_is_typed_as_torchs_are():
+    """A loss where there is a closure, None where there is none."""
+    theirs, ours = (
+        [get_type_hints(form) for form in get_overloads(kind.step)]
+        for kind in (torch.optim.Optimizer, phicore.ZeroOptimizer)
+    )
+    assert ours == theirs != []
+    assert get_type_hints(phicore.ZeroOptimizer.step)["return"] == float | None
+
+
+def closed_over(stage: int) -> tuple[float, float | None, list[float]]:
+    named = parameters((3,))
+    optimizer = sgd(named, stage)
+    calls = []
+
+    def closure() -> float:
+        calls.append(torch.is_grad_enabled())
+        loss = named["a"].sum() * (1 + (dist.get_rank() if dist.is_initialized() else 0))
+        loss.backward()
+        return loss.item()
+
+    loss = optimizer.step(closure)
+    assert calls == [True]
+    return loss, optimizer.step(), values(named)
+
+
+@STAGES
+def test_a_step_returns_this_ranks_loss_of_its_closure(ranks, stage):
+    assert closed_over(stage) == (3.0, None, [0.0])
+    assert ranks(2)(closed_over, stage) == [(3.0, None, [-0.5]), (6.0, None, [-0.5])]
 
 
 # ===== lives =====
