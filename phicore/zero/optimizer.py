@@ -18,6 +18,7 @@ from phicore.zero.collectives import Collectives, choose_collectives
 from phicore.zero.consolidate import gather_states
 from phicore.zero.elementwise import check_elementwise
 from phicore.zero.groups import as_group, describe, named_groups
+from phicore.zero.hooks import step_without_hooks
 from phicore.zero.layout import Bucket, Named
 from phicore.zero.reduction import BUCKETS_KEPT, GradientReducer
 from phicore.zero.scratch import Scratch
@@ -299,7 +300,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.finish_reduction()
         for bucket in self._reducer.buckets:
             layout.refresh_masters(bucket)
-        self._inner.step()
+        step_without_hooks(self._inner)  # this step's own are called around it
         gathers = []
         for bucket in self._reducer.buckets:
             if any(slot.used for slot in bucket.slots):  # the same on every rank since the flags were exchanged
@@ -312,6 +313,14 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's part of the state by parameter name; see `phicore.zero.state`. Tensors are the live ones."""
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        found = self._state_dict()
+        for after in self._optimizer_state_dict_post_hooks.values():
+            found = found if (changed := after(self, found)) is None else changed
+        return found
+
+    def _state_dict(self) -> dict[str, Any]:
         pieces = [piece for bucket in self._reducer.buckets for piece in bucket.pieces]
         return {
             "format": state.FORMAT,
@@ -371,6 +380,15 @@ class ZeroOptimizer(torch.optim.Optimizer):
             ValueError: it is of other parameters, shapes or groups, or lacks what this rank needs. Nothing has been
                 loaded then.
         """
+        # Hooks may write to a copy, as torch has it; where this class takes a list, they get one.
+        given: Any = copy.copy(state_dict) if isinstance(state_dict, Mapping) else list(state_dict)
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            given = given if (changed := before(self, given)) is None else changed
+        self._load(given)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def _load(self, state_dict: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
         if isinstance(state_dict, Mapping) and "format" not in state_dict and "param_groups" in state_dict:
             source = state.read_full(state_dict, self._shapes, self._names)
         else:
