@@ -14,6 +14,7 @@ from torch import Tensor
 from phicore.zero import layout, state
 from phicore.zero.agreement import copy_from_first_rank, read_alike
 from phicore.zero.arguments import check_choices
+from phicore.zero.blame import Blame
 from phicore.zero.collectives import Collectives, choose_collectives
 from phicore.zero.consolidate import gather_states
 from phicore.zero.elementwise import check_elementwise
@@ -112,7 +113,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         check_elementwise(optimizer_class, options, self._device)
         scale = 1.0 / self.world_size if reduction == "mean" else 1.0
         scratch = Scratch(BUCKETS_KEPT * bucket_bytes)
-        collectives = _collectives_by_device(process_group, self.world_size, scratch)
+        self._blame = Blame()
+        collectives = _collectives_by_device(process_group, self.world_size, scratch, self._blame)
         self._reducer = GradientReducer(stage, scale, collectives, scratch, alone=self.world_size == 1)
         self._ready = False
         super().__init__(groups, options)  # calls add_param_group for each
@@ -164,6 +166,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if not set_to_none:
             raise ValueError("ZeroOptimizer.zero_grad drops gradients; it cannot keep them as zeros")
         self._reducer.drop()
+        self._blame.clear()
         for group in self.param_groups:
             for piece in group["params"]:
                 piece.grad = None
@@ -258,9 +261,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
             torch._foreach_mul_(grads, factor)
 
     def own_gradients_were_finite(self) -> bool:
-        """Whether what this rank gave to the reductions since the last `zero_grad` was finite. It answers which rank a
-        NaN came from; alone there is nothing to tell apart, and it is True."""
-        return all(math.isfinite(total) for total in self._reducer.own_totals)
+        """Whether what this rank gave since the last `zero_grad` to the reductions that are finished was finite. It
+        answers which rank a NaN came from; alone there is nothing to tell apart, and it is True."""
+        return not self._blame.is_on(self.rank)
 
     def release(self) -> None:
         """Takes no more gradients, so that another ZeroOptimizer may be made over these parameters."""
@@ -446,14 +449,18 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def _exchange_flags(self) -> bool:
         """Makes slot.used mean "on any rank", and gives buckets to parameters that were unfrozen on any rank. True if
-        there were such."""
+        there were such. Ranks also tell each other whose gradients they have seen not to be finite."""
         slots = [slot for bucket in self._reducer.buckets for slot in bucket.slots]
         frozen = list(self._frozen.items())
         flags = [slot.used for slot in slots] + [_trains(parameter) for _, (_, parameter) in frozen]
         if self.world_size > 1:
-            shared = torch.tensor(flags, dtype=torch.uint8, device=self._device)
+            known = self._blame.ranks
+            shared = torch.tensor([*flags, *(rank in known for rank in range(self.world_size))], dtype=torch.uint8)
+            shared = shared.to(self._device)
             dist.all_reduce(shared, op=dist.ReduceOp.MAX, group=self.process_group)
-            flags = [bool(flag) for flag in shared.tolist()]
+            found = [bool(flag) for flag in shared.tolist()]
+            flags, blamed = found[: len(flags)], found[len(flags) :]
+            known.update(rank for rank, flag in enumerate(blamed) if flag)
         for slot, used in zip(slots, flags, strict=False):
             slot.used = used
         unfrozen = [entry for entry, flag in zip(frozen, flags[len(slots) :], strict=True) if flag]
@@ -503,9 +510,9 @@ def _norm(grad: Tensor, norm_type: float) -> Tensor:
 
 
 def _collectives_by_device(
-    group: dist.ProcessGroup | None, world_size: int, scratch: Scratch
+    group: dist.ProcessGroup | None, world_size: int, scratch: Scratch, blame: Blame
 ) -> Callable[[torch.device], Collectives]:
-    return functools.cache(lambda device: choose_collectives(group, world_size, device, scratch))
+    return functools.cache(lambda device: choose_collectives(group, world_size, device, scratch, blame))
 
 
 def _device_of(groups: Sequence[Mapping[str, Any]]) -> torch.device:
