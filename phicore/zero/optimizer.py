@@ -21,6 +21,7 @@ from phicore.zero.elementwise import check_elementwise
 from phicore.zero.groups import as_group, describe, named_groups
 from phicore.zero.hooks import step_without_hooks
 from phicore.zero.layout import Bucket, Named
+from phicore.zero.norm import total_norm
 from phicore.zero.reduction import BUCKETS_KEPT, GradientReducer
 from phicore.zero.scratch import Scratch
 
@@ -226,21 +227,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if not (norm_type := float(norm_type)) > 0:
             raise ValueError(f"norm_type must be above 0 or inf, got {norm_type}")
         self.finish_reduction()
-        grads = self._gradients()
-        norms = [_norm(grad, norm_type) for grad in grads]
-        total = torch.zeros((), dtype=torch.float64, device=self._device)
-        if norms:
-            total += torch.linalg.vector_norm(torch.stack(norms), norm_type)
-        if self.world_size > 1:
-            if math.isinf(norm_type):
-                # A NaN goes beside the maximum: gloo's passes over it.
-                known = torch.stack([total.where(total.isfinite(), math.inf), total.isnan().to(total.dtype)])
-                dist.all_reduce(known, op=dist.ReduceOp.MAX, group=self.process_group)
-                total = known[0].where(known[1] == 0, math.nan)
-            else:
-                total.pow_(norm_type)
-                dist.all_reduce(total, group=self.process_group)
-                total.pow_(1.0 / norm_type)
+        total = total_norm(self._gradients(), norm_type, self._device, self.world_size, self.process_group)
         if all(bucket.wide != torch.float64 for bucket in self._reducer.buckets):
             total = total.float()
         if error_if_nonfinite and not total.isfinite():
@@ -498,15 +485,6 @@ def _own(group: Mapping[str, Any]) -> dict[str, Any]:
 def _trains(frozen: Tensor) -> bool:
     """Whether a parameter that was frozen has been unfrozen, if only for a backward pass."""
     return frozen.requires_grad or frozen.grad is not None
-
-
-def _norm(grad: Tensor, norm_type: float) -> Tensor:
-    """Norm of a gradient [n], float64 []. Rows of 1,024 elements are taken in the gradient's dtype and put together in
-    float64: nearly as exact as float64 throughout, however elements are dealt out to ranks, and faster."""
-    whole = grad.numel() // 1024 * 1024
-    rows = torch.linalg.vector_norm(grad[:whole].view(-1, 1024), norm_type, dim=1)  # [n // 1024]
-    rest = torch.cat([rows.double(), grad[whole:].double()])
-    return torch.linalg.vector_norm(rest, norm_type)
 
 
 def _collectives_by_device(
