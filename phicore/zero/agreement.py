@@ -1,10 +1,38 @@
 """Finding out, at construction, that ranks were given different things."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import zip_longest
+from typing import TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
+
+
+def read_alike(
+    read: Callable[[], T], describe: Callable[[T], list[str]], world_size: int, group: dist.ProcessGroup | None
+) -> T:
+    """What each rank reads of its arguments, where all have the same; an error on one rank becomes one on all.
+
+    Args:
+        read: raises what is wrong with them.
+        describe: what must be the same, an item a line.
+        world_size, group: the ranks.
+    """
+    found: list[T] = []
+    lines: list[str] = []
+    problem: Exception | None = None
+    try:
+        found = [read()]
+        lines = describe(*found)
+    except Exception as error:  # of the caller's objects too; the other ranks are waiting
+        problem = error
+    if world_size > 1:
+        check_same(lines, None if problem is None else str(problem), group)
+    if problem is not None:
+        raise problem
+    return found[0]
 
 
 def check_same(lines: Sequence[str], problem: str | None, group: dist.ProcessGroup | None) -> None:

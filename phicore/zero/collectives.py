@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from phicore.zero.blame import Blame
 from phicore.zero.scratch import Scratch
 
 # torch 2.13 renames these and warns about the old names.
@@ -32,27 +33,31 @@ class Collectives:
 
 
 def choose_collectives(
-    group: dist.ProcessGroup | None, world_size: int, device: torch.device, scratch: Scratch
+    group: dist.ProcessGroup | None, world_size: int, device: torch.device, scratch: Scratch, blame: Blame
 ) -> Collectives:
-    """The collectives for a group's backend on a device.
+    """The collectives for a group's backend on a device. What is not finite is reported to `blame`.
 
     NCCL (and any backend that is not gloo): reduce-scatter and all-gather, which it implements with the optimal
     traffic. gloo: its reduce-scatter is an all-reduce of which a slice is kept, twice the traffic, and its all-gather
     takes 1.7 times an all-reduce. An all-to-all followed by a local sum moves the optimal (W - 1) / W, and so do W
     broadcasts that run side by side, in 0.7 and 0.6 times an all-reduce at W = 4. The local sum also runs in the order
     of ranks and in float32: the result depends neither on bucket sizes nor, for 16-bit gradients, on rounding between
-    ranks.
+    ranks. It sees whose part is not finite as well, for a sum over what it has just summed; where the backend sums,
+    each rank looks at all that it sends.
     """
     if world_size == 1:
         return Collectives(lambda full, dtype: lambda: full.to(dtype), lambda full: lambda: None)
     if backend(group, device) == "gloo":
         return Collectives(
-            lambda full, dtype: _sum_after_all_to_all(full, dtype, group, scratch),
+            lambda full, dtype: _sum_after_all_to_all(full, dtype, group, scratch, blame),
             lambda full: _broadcast_each_shard(full, group),
         )
-    return Collectives(
-        lambda full, dtype: _reduce_scatter_shard(full, dtype, group), lambda full: _all_gather_shards(full, group)
-    )
+
+    def reduce(full: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
+        blame.of_given(full, dtype)
+        return _reduce_scatter_shard(full, dtype, group)
+
+    return Collectives(reduce, lambda full: _all_gather_shards(full, group))
 
 
 def backend(group: dist.ProcessGroup | None, device: torch.device) -> str:
@@ -62,17 +67,19 @@ def backend(group: dist.ProcessGroup | None, device: torch.device) -> str:
 
 
 def _sum_after_all_to_all(
-    full: Tensor, dtype: torch.dtype, group: dist.ProcessGroup | None, scratch: Scratch
+    full: Tensor, dtype: torch.dtype, group: dist.ProcessGroup | None, scratch: Scratch, blame: Blame
 ) -> Callable[[], Tensor]:
     received = scratch.take(full)
     work = dist.all_to_all_single(received, full, group=group, async_op=True)
 
     def finish() -> Tensor:
         work.wait()
-        first, *others = received.view(dist.get_world_size(group), -1)  # [shard] each, from rank 0, 1, ...
+        parts = received.view(dist.get_world_size(group), -1)  # [shard] each, from rank 0, 1, ...
+        first, *others = parts
         total = first + others.pop(0) if dtype == full.dtype else first.to(dtype)
         for part in others:
             total += part
+        blame.of_sum(total, parts.unbind())
         scratch.give(received)
         return total
 

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from phicore.zero.groups import shown
+from phicore.zero.hooks import step_without_hooks
 
 REASONS = {
     "Adafactor": "it shares second moments along a matrix's rows and columns",
@@ -46,7 +47,7 @@ def check_elementwise(
             for piece, part in zip(pieces, grad.flatten().split(SIZES), strict=True):
                 piece.grad = part.clone()
             for optimizer in optimizers:
-                optimizer.step()
+                step_without_hooks(optimizer)
     except Exception as error:
         raise ValueError(
             f"{name}({shown(options)}) does not run on a 96 x 100 matrix, or not on its pieces: {error}. {advice}"

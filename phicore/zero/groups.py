@@ -1,10 +1,10 @@
 """Parameter groups as users give them: what is accepted, and the description that ranks compare."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from phicore.zero.layout import Named
 from phicore.zero.reduction import is_watched
@@ -13,23 +13,27 @@ from phicore.zero.state import settings
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def named_groups(params: list[Any], known: Mapping[str, Any]) -> list[dict[str, Any]]:
+def named_groups(params: Any, known: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Parameter groups with a list of (name, parameter) each; of a tied parameter's names, the first.
 
     Raises:
         TypeError, ValueError: see ZeroOptimizer.
     """
-    if not params:
-        raise ValueError("ZeroOptimizer got no parameters")
-    groups = [dict(group) for group in (params if isinstance(params[0], dict) else [{"params": params}])]
+    given = _listed(params, "the parameters")
+    if not given:
+        raise ValueError(
+            "ZeroOptimizer got no parameters; if they are a generator, such as model.named_parameters(), something has "
+            "taken them out of it already"
+        )
+    groups = [as_group(group) for group in (given if isinstance(given[0], dict) else [{"params": given}])]
     owners: dict[int, tuple[int, str]] = {}  # of a parameter: its group and name
     memory: dict[int, str] = {}
     names = set(known)
     for index, group in enumerate(groups):
         named: list[Named] = []
         if "params" not in group:
-            raise TypeError(f'parameter group {index} has no "params", only {", ".join(map(str, group))}')
-        for entry in list(group["params"]):
+            raise TypeError(f'parameter group {index} has no "params", only {", ".join(map(str, group)) or "nothing"}')
+        for entry in _listed(group["params"], f"parameter group {index}"):
             if not (isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str)):
                 raise TypeError(
                     f"expected (name, parameter), got {type(entry).__name__}; pass model.named_parameters() in place "
@@ -49,6 +53,20 @@ def named_groups(params: list[Any], known: Mapping[str, Any]) -> list[dict[str, 
             _check_parameter(name, parameter, memory)
         group["params"] = named
     return groups
+
+
+def _listed(params: Any, what: str) -> list[Any]:
+    if isinstance(params, str | Mapping | Tensor | nn.Module) or not isinstance(params, Iterable):
+        raise TypeError(f"{what} must be model.named_parameters() or the like, got {type(params).__name__}")
+    return list(params)
+
+
+def as_group(group: Any) -> dict[str, Any]:
+    if not isinstance(group, dict):
+        raise TypeError(
+            f'expected a parameter group {{"params": named parameters, settings ...}}, got {type(group).__name__}'
+        )
+    return dict(group)
 
 
 def _check_parameter(name: str, parameter: Tensor, memory: dict[int, str]) -> None:

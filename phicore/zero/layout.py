@@ -91,6 +91,13 @@ class Bucket:
         return self.wide != self.flat.dtype
 
     @property
+    def padding(self) -> list[tuple[int, int]]:
+        """Elements [start, stop) of the buffer that are no parameter's."""
+        ends = [slot.offset + slot.parameter.numel() for slot in self.slots]
+        starts = [*(slot.offset for slot in self.slots[1:]), self.flat.numel()]
+        return [(end, start) for end, start in zip(ends, starts, strict=True) if end < start]
+
+    @property
     def is_filled(self) -> bool:
         """Whether all its parameters have their gradients in this round."""
         return len(self.filled) == len(self.slots)

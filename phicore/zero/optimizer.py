@@ -5,19 +5,23 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from phicore.zero import layout, state
-from phicore.zero.agreement import check_same, copy_from_first_rank
+from phicore.zero.agreement import copy_from_first_rank, read_alike
+from phicore.zero.arguments import check_choices
+from phicore.zero.blame import Blame
 from phicore.zero.collectives import Collectives, choose_collectives
 from phicore.zero.consolidate import gather_states
 from phicore.zero.elementwise import check_elementwise
-from phicore.zero.groups import describe, named_groups
+from phicore.zero.groups import as_group, describe, named_groups
+from phicore.zero.hooks import step_without_hooks
 from phicore.zero.layout import Bucket, Named
+from phicore.zero.norm import total_norm
 from phicore.zero.reduction import BUCKETS_KEPT, GradientReducer
 from phicore.zero.scratch import Scratch
 
@@ -63,10 +67,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
             is such a form, makes an update several times faster; of AdamW seven times.
 
     Raises:
-        TypeError: parameters without names.
-        ValueError: no parameters, or one that is given twice; a dtype other than float32, float64, bfloat16, float16;
-            an optimizer that is not element-wise; ranks that were given different parameters or settings. The latter
-            is raised on every rank.
+        TypeError: parameters without names; an optimizer_class that is not one.
+        ValueError: another stage or reduction; bucket_bytes that are no whole number above 0; no parameters, or one
+            that is given twice; a dtype other than float32, float64, bfloat16, float16; an optimizer that is not
+            element-wise; ranks that were given different parameters or settings. What is wrong on one rank is raised
+            on every rank.
 
     Example:
         >>> model = torch.nn.Linear(4, 2)
@@ -87,27 +92,31 @@ class ZeroOptimizer(torch.optim.Optimizer):
         bucket_bytes: int = 25 * 2**20,
         **options: Any,
     ) -> None:
-        if stage not in (1, 2):
-            raise ValueError(f"stage must be 1 (split the state) or 2 (and the gradients), got {stage!r}")
-        if reduction not in ("mean", "sum"):
-            raise ValueError(f'reduction must be "mean" or "sum", got {reduction!r}')
         distributed = dist.is_available() and dist.is_initialized()
         self.process_group, self.bucket_bytes = process_group, bucket_bytes
         self.world_size = dist.get_world_size(process_group) if distributed else 1
         self.rank = dist.get_rank(process_group) if distributed else 0
-        scale = 1.0 / self.world_size if reduction == "mean" else 1.0
-        scratch = Scratch(BUCKETS_KEPT * bucket_bytes)
-        collectives = _collectives_by_device(process_group, self.world_size, scratch)
-        self._reducer = GradientReducer(stage, scale, collectives, scratch, alone=self.world_size == 1)
+        if self.world_size < 1:
+            raise ValueError("this rank is not in process_group; only ranks that are can make a ZeroOptimizer over it")
         self._class = optimizer_class
         self._names: list[list[str]] = []  # of each group, as given
         self._shapes: dict[str, torch.Size] = {}
         self._frozen: dict[str, tuple[int, Tensor]] = {}  # group and parameter
         self._inner: torch.optim.Optimizer | None = None
+
+        def read() -> list[dict[str, Any]]:
+            check_choices(optimizer_class, stage, reduction, bucket_bytes)
+            return named_groups(params, known={})
+
         own = {"stage": stage, "reduction": reduction, "bucket_bytes": bucket_bytes}
-        groups = self._agree_on_groups(list(params), {**own, **options})
+        groups = self._agree_on_groups(read, {**own, **options})
         self._device = _device_of(groups)
         check_elementwise(optimizer_class, options, self._device)
+        scale = 1.0 / self.world_size if reduction == "mean" else 1.0
+        scratch = Scratch(BUCKETS_KEPT * bucket_bytes)
+        self._blame = Blame()
+        collectives = _collectives_by_device(process_group, self.world_size, scratch, self._blame)
+        self._reducer = GradientReducer(stage, scale, collectives, scratch, alone=self.world_size == 1)
         self._ready = False
         super().__init__(groups, options)  # calls add_param_group for each
         self._ready = True
@@ -122,7 +131,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             TypeError, ValueError: as the constructor does; nothing has been added then.
         """
         if self._ready:
-            (param_group,) = self._agree_on_groups([param_group], {})
+            (param_group,) = self._agree_on_groups(lambda: named_groups([as_group(param_group)], self._shapes), {})
         named = param_group["params"]
         trained = [(name, p) for name, p in named if p.requires_grad]
         frozen = [(name, p) for name, p in named if not p.requires_grad]
@@ -158,6 +167,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if not set_to_none:
             raise ValueError("ZeroOptimizer.zero_grad drops gradients; it cannot keep them as zeros")
         self._reducer.drop()
+        self._blame.clear()
         for group in self.param_groups:
             for piece in group["params"]:
                 piece.grad = None
@@ -217,21 +227,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if not (norm_type := float(norm_type)) > 0:
             raise ValueError(f"norm_type must be above 0 or inf, got {norm_type}")
         self.finish_reduction()
-        grads = self._gradients()
-        norms = [_norm(grad, norm_type) for grad in grads]
-        total = torch.zeros((), dtype=torch.float64, device=self._device)
-        if norms:
-            total += torch.linalg.vector_norm(torch.stack(norms), norm_type)
-        if self.world_size > 1:
-            if math.isinf(norm_type):
-                # A NaN goes beside the maximum: gloo's passes over it.
-                known = torch.stack([total.where(total.isfinite(), math.inf), total.isnan().to(total.dtype)])
-                dist.all_reduce(known, op=dist.ReduceOp.MAX, group=self.process_group)
-                total = known[0].where(known[1] == 0, math.nan)
-            else:
-                total.pow_(norm_type)
-                dist.all_reduce(total, group=self.process_group)
-                total.pow_(1.0 / norm_type)
+        total = total_norm(self._gradients(), norm_type, self._device, self.world_size, self.process_group)
         if all(bucket.wide != torch.float64 for bucket in self._reducer.buckets):
             total = total.float()
         if error_if_nonfinite and not total.isfinite():
@@ -252,16 +248,22 @@ class ZeroOptimizer(torch.optim.Optimizer):
             torch._foreach_mul_(grads, factor)
 
     def own_gradients_were_finite(self) -> bool:
-        """Whether what this rank gave to the reductions since the last `zero_grad` was finite. It answers which rank a
-        NaN came from; alone there is nothing to tell apart, and it is True."""
-        return all(math.isfinite(total) for total in self._reducer.own_totals)
+        """Whether what this rank gave since the last `zero_grad` to the reductions that are finished was finite. It
+        answers which rank a NaN came from; alone there is nothing to tell apart, and it is True."""
+        return not self._blame.is_on(self.rank)
 
     def release(self) -> None:
         """Takes no more gradients, so that another ZeroOptimizer may be made over these parameters."""
         self._reducer.release()
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Updates this rank's pieces, exchanges them with the other ranks, and drops the gradients.
 
         Args:
@@ -288,7 +290,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.finish_reduction()
         for bucket in self._reducer.buckets:
             layout.refresh_masters(bucket)
-        self._inner.step()
+        step_without_hooks(self._inner)  # this step's own are called around it
         gathers = []
         for bucket in self._reducer.buckets:
             if any(slot.used for slot in bucket.slots):  # the same on every rank since the flags were exchanged
@@ -301,6 +303,14 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's part of the state by parameter name; see `phicore.zero.state`. Tensors are the live ones."""
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        found = self._state_dict()
+        for after in self._optimizer_state_dict_post_hooks.values():
+            found = found if (changed := after(self, found)) is None else changed
+        return found
+
+    def _state_dict(self) -> dict[str, Any]:
         pieces = [piece for bucket in self._reducer.buckets for piece in bucket.pieces]
         return {
             "format": state.FORMAT,
@@ -360,6 +370,15 @@ class ZeroOptimizer(torch.optim.Optimizer):
             ValueError: it is of other parameters, shapes or groups, or lacks what this rank needs. Nothing has been
                 loaded then.
         """
+        # Hooks may write to a copy, as torch has it; where this class takes a list, they get one.
+        given: Any = copy.copy(state_dict) if isinstance(state_dict, Mapping) else list(state_dict)
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            given = given if (changed := before(self, given)) is None else changed
+        self._load(given)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def _load(self, state_dict: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
         if isinstance(state_dict, Mapping) and "format" not in state_dict and "param_groups" in state_dict:
             source = state.read_full(state_dict, self._shapes, self._names)
         else:
@@ -407,32 +426,28 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     # What ranks agree on
 
-    def _agree_on_groups(self, params: list[Any], options: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Groups of (name, parameter); an error on one rank becomes one on all."""
-        groups: list[dict[str, Any]] = []
-        lines: list[str] = []
-        problem: Exception | None = None
-        try:
-            groups = named_groups(params, known={**self._shapes})
-            lines = describe(groups, self._class, options)
-        except Exception as error:  # of the caller's objects too; the other ranks are waiting
-            problem = error
-        if self.world_size > 1:
-            check_same(lines, None if problem is None else str(problem), self.process_group)
-        if problem is not None:
-            raise problem
-        return groups
+    def _agree_on_groups(
+        self, read: Callable[[], list[dict[str, Any]]], options: Mapping[str, Any]
+    ) -> list[dict[str, Any]]:
+        """Groups of (name, parameter)."""
+        return read_alike(
+            read, lambda groups: describe(groups, self._class, options), self.world_size, self.process_group
+        )
 
     def _exchange_flags(self) -> bool:
         """Makes slot.used mean "on any rank", and gives buckets to parameters that were unfrozen on any rank. True if
-        there were such."""
+        there were such. Ranks also tell each other whose gradients they have seen not to be finite."""
         slots = [slot for bucket in self._reducer.buckets for slot in bucket.slots]
         frozen = list(self._frozen.items())
         flags = [slot.used for slot in slots] + [_trains(parameter) for _, (_, parameter) in frozen]
         if self.world_size > 1:
-            shared = torch.tensor(flags, dtype=torch.uint8, device=self._device)
+            known = self._blame.ranks
+            shared = torch.tensor([*flags, *(rank in known for rank in range(self.world_size))], dtype=torch.uint8)
+            shared = shared.to(self._device)
             dist.all_reduce(shared, op=dist.ReduceOp.MAX, group=self.process_group)
-            flags = [bool(flag) for flag in shared.tolist()]
+            found = [bool(flag) for flag in shared.tolist()]
+            flags, blamed = found[: len(flags)], found[len(flags) :]
+            known.update(rank for rank, flag in enumerate(blamed) if flag)
         for slot, used in zip(slots, flags, strict=False):
             slot.used = used
         unfrozen = [entry for entry, flag in zip(frozen, flags[len(slots) :], strict=True) if flag]
@@ -472,19 +487,10 @@ def _trains(frozen: Tensor) -> bool:
     return frozen.requires_grad or frozen.grad is not None
 
 
-def _norm(grad: Tensor, norm_type: float) -> Tensor:
-    """Norm of a gradient [n], float64 []. Rows of 1,024 elements are taken in the gradient's dtype and put together in
-    float64: nearly as exact as float64 throughout, however elements are dealt out to ranks, and faster."""
-    whole = grad.numel() // 1024 * 1024
-    rows = torch.linalg.vector_norm(grad[:whole].view(-1, 1024), norm_type, dim=1)  # [n // 1024]
-    rest = torch.cat([rows.double(), grad[whole:].double()])
-    return torch.linalg.vector_norm(rest, norm_type)
-
-
 def _collectives_by_device(
-    group: dist.ProcessGroup | None, world_size: int, scratch: Scratch
+    group: dist.ProcessGroup | None, world_size: int, scratch: Scratch, blame: Blame
 ) -> Callable[[torch.device], Collectives]:
-    return functools.cache(lambda device: choose_collectives(group, world_size, device, scratch))
+    return functools.cache(lambda device: choose_collectives(group, world_size, device, scratch, blame))
 
 
 def _device_of(groups: Sequence[Mapping[str, Any]]) -> torch.device:

@@ -53,8 +53,7 @@ class GradientReducer:
         scale: factor for the sum over ranks.
         collectives: for a device.
         scratch: where buckets' buffers come from.
-        alone: there are no other ranks. Gradients then stay in `p.grad` in both stages, but for 16-bit parameters;
-            otherwise what tells whether this rank's were finite is kept, a sum of each.
+        alone: there are no other ranks. Gradients then stay in `p.grad` in both stages, but for 16-bit parameters.
     """
 
     def __init__(
@@ -68,7 +67,6 @@ class GradientReducer:
     ) -> None:
         self.stage, self.scale, self.alone = stage, scale, alone
         self.collectives, self.scratch = collectives, scratch
-        self.own_totals: list[Tensor] = []
         self.watched: list[tuple[Bucket, Slot]] = []  # what hooks tell of
         self.scaled = False  # the reduced gradients are no more what p.grad amounts to
         self.buckets: list[Bucket] = []  # in the order in which they are reduced
@@ -149,7 +147,7 @@ class GradientReducer:
             bucket.buffer, bucket.is_lent = grad.detach().view(-1), True
         else:
             if bucket.buffer is None or bucket.is_lent:
-                own, bucket.is_lent = self.scratch.take(bucket.flat), False
+                own, bucket.is_lent = self._take(bucket), False
                 bucket.buffer = own if bucket.buffer is None else own.copy_(bucket.buffer)
             place = _place(bucket.buffer, slot).view(grad.shape)
             if again:
@@ -161,6 +159,13 @@ class GradientReducer:
             slot.parameter.grad = None
         else:
             slot.reduced = _identity(grad)
+
+    def _take(self, bucket: Bucket) -> Tensor:
+        """A buffer whose padding is zero: what lay there before might not be finite, and no rank would be to blame."""
+        buffer = self.scratch.take(bucket.flat)
+        for start, stop in bucket.padding:
+            buffer[start:stop] = 0
+        return buffer
 
     def _start_next(self) -> None:
         self._next += 1
@@ -187,12 +192,9 @@ class GradientReducer:
                 self._fill(bucket, slot)
             else:
                 if bucket.buffer is None:
-                    bucket.buffer = self.scratch.take(bucket.flat)
+                    bucket.buffer = self._take(bucket)
                 _place(bucket.buffer, slot).zero_()
         assert bucket.buffer is not None
-        if not self.alone:
-            # Summed wide: a float16 sum would overflow. Padding is not always written; what lies there may be anything.
-            self.own_totals += [_place(bucket.buffer, slot).sum(dtype=bucket.wide) for slot in bucket.slots]
         finish = self.collectives(bucket.flat.device).reduce(bucket.buffer, bucket.wide)
         self._in_flight.append((bucket, finish, None if bucket.is_lent else bucket.buffer))
         bucket.buffer, bucket.is_lent = None, False
@@ -259,7 +261,6 @@ class GradientReducer:
             bucket.grad = None
             for slot in bucket.slots:
                 slot.used, slot.reduced, slot.parameter.grad = False, None, None
-        self.own_totals.clear()
         self.scaled = False
         self.round_due = self.changed = True
 

@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 
 from phicore.zero import collectives
+from phicore.zero.blame import Blame
 from phicore.zero.collectives import backend, choose_collectives
 from phicore.zero.scratch import Scratch
 
@@ -22,8 +23,8 @@ def both_ways(dtype: torch.dtype) -> list[float]:
     errors = []
     scratch = Scratch(10**6)
     for reduce, more in (
-        (collectives._sum_after_all_to_all, [scratch]),
-        (collectives._sum_after_all_to_all, [scratch]),  # into memory that has been used
+        (collectives._sum_after_all_to_all, [scratch, Blame()]),
+        (collectives._sum_after_all_to_all, [scratch, Blame()]),  # into memory that has been used
         (collectives._reduce_scatter_shard, []),
     ):
         shard = reduce(values(rank, size, dtype), torch.float32, None, *more)()
@@ -48,7 +49,7 @@ def test_reduce_and_gather(each_world, dtype):
 def chosen() -> tuple[str, bool]:
     group = dist.new_group(list(range(dist.get_world_size())), backend="gloo")
     full = torch.ones(2 * dist.get_world_size())
-    choose_collectives(group, dist.get_world_size(), CPU, Scratch(0)).reduce(full, torch.float32)()
+    choose_collectives(group, dist.get_world_size(), CPU, Scratch(0), Blame()).reduce(full, torch.float32)()
     return backend(None, CPU), backend(group, CPU) == "gloo"
 
 
@@ -57,7 +58,7 @@ def test_gloo_is_recognised(ranks):
 
 
 def test_one_rank_needs_no_group():
-    alone = choose_collectives(None, 1, CPU, Scratch(0))
+    alone = choose_collectives(None, 1, CPU, Scratch(0), Blame())
     full = torch.ones(4, dtype=torch.bfloat16)
     shard = alone.reduce(full, torch.float32)()
     assert shard.tolist() == [1.0] * 4
