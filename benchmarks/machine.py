@@ -52,7 +52,7 @@ def compile_formulas() -> str:
     from phicore.nf4 import compiled
 
     decoding = (compiled.BFLOAT16, compiled.FLOAT32)
-    scaling = (scaled_rows.SCALE, scaled_rows.SCALE_AND_SHIFT, scaled_rows.GRADIENTS)
+    scaling = (scaled_rows.SCALE, scaled_rows.GRADIENTS)
     done = [formula.compile() for formula in (*decoding, *scaling)]
     code = "machine code" if all(done) else "torch's operators"
     print(f"NF4's decoding and DoRA's scaling run as {code}", flush=True)

@@ -100,7 +100,7 @@ class Formula:
             return
         try:
             directory = cache()
-            path = directory / f"{self.name.rpartition('.')[2].replace(':', '-').lower()}-{self.key()}.so"
+            path = directory / self.file()
             if path.exists():
                 self._run = self._load(path)
             elif self.work >= self.pays:
@@ -157,6 +157,10 @@ class Formula:
     def _give_up(self, reason: str) -> None:
         self._given_up = True
         logger.info("%s is worked out by torch's operators, without machine code of its own: %s", self.name, reason)
+
+    def file(self) -> str:
+        """The library's name in the cache."""
+        return f"{self.name.rpartition('.')[2].replace(':', '-').lower()}-{self.key()}.so"
 
     def key(self) -> str:
         """What the machine code depends on: torch, the C library, this CPU, the formula and this file."""
@@ -217,12 +221,17 @@ def cpu() -> str:
     return " ".join([platform.machine(), torch.backends.cpu.get_cpu_capability(), features])
 
 
-def main(name: str, path: str) -> None:
-    """Compiles the formula "module:attribute" to a file: what the process in the background does."""
+def main(*arguments: str) -> None:
+    """Compiles formulas to files: what the process in the background does.
+
+    Args:
+        arguments: "module:attribute" and a file, and so on.
+    """
     os.nice(10)
-    module, _, attribute = name.partition(":")
-    formula: Any = getattr(importlib.import_module(module), attribute)
     # torch's default, /tmp/torchinductor_<user>, is where another user can put code first; and 150 MB would stay there.
     with tempfile.TemporaryDirectory() as directory:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = directory
-        formula.write(Path(path))
+        for name, path in zip(arguments[::2], arguments[1::2], strict=True):
+            module, _, attribute = name.partition(":")
+            formula: Any = getattr(importlib.import_module(module), attribute)
+            formula.write(Path(path))

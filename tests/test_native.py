@@ -98,20 +98,6 @@ def test_compiled_in_the_background_once_it_pays_and_found_by_the_next_process(p
     assert (place / "phicore").stat().st_mode & 0o777 == 0o700
 
 
-def test_compiling_trusts_and_leaves_nothing_in_places_that_are_shared(place: Path, monkeypatch: pytest.MonkeyPatch):
-    import doubling
-
-    for name in ("there", "tmp"):
-        (place / name).mkdir()
-    (place / "there" / "zipfile.py").write_text("raise SystemExit('imported from the working directory')")
-    monkeypatch.chdir(place / "there")
-    monkeypatch.setenv("TMPDIR", str(place / "tmp"))
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    monkeypatch.setenv("PYTHONWARNINGS", "error")  # nor does it fail of what torch warns of
-    assert doubling.DOUBLE.compile(), [log.read_text() for log in place.rglob("*.log")]
-    assert not list((place / "tmp").iterdir())
-
-
 def test_a_process_may_end_before_the_one_that_compiles(place: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("SLEEP", "100")
     monkeypatch.setenv("PYTHONWARNINGS", "error::ResourceWarning")
@@ -136,24 +122,36 @@ def test_a_compiler_that_fails_is_told_of_once(place: Path, monkeypatch: pytest.
     assert not list((place / "phicore").glob("*.so"))
 
 
-def test_a_compiler_that_is_killed_holds_nobody_up__code_of_other_bits_is_thrown_away(
-    place: Path, monkeypatch: pytest.MonkeyPatch, caplog
-):
+def kill_the_first_compiler(place: Path) -> None:
     import doubling
 
-    monkeypatch.setenv("SLEEP", "100")
-    assert doubling.DOUBLE.ready(1000) is None
-    child = doubling.DOUBLE._child
-    while not (place / "count").exists():
-        assert child.poll() is None
-        time.sleep(0.05)
-    child.kill()
-    child.wait()
-    assert doubling.DOUBLE.ready(1000) is None
-    assert doubling.DOUBLE._given_up
-    monkeypatch.setenv("SLEEP", "0")
-    assert answer(script("print(json.dumps(DOUBLE.compile()))"))  # the lock went with the process that was killed
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLEEP", "100")
+        assert doubling.DOUBLE.ready(1000) is None
+        child = doubling.DOUBLE._child
+        while not (place / "count").exists():
+            assert child.poll() is None
+            time.sleep(0.05)
+        child.kill()
+        child.wait()
+        assert doubling.DOUBLE.ready(1000) is None
+        assert doubling.DOUBLE._given_up
+
+
+def test_compiling_after_a_kill_trusts_and_leaves_nothing_in_places_that_are_shared(
+    place: Path, monkeypatch: pytest.MonkeyPatch, caplog
+):
+    kill_the_first_compiler(place)
+    for name in ("there", "tmp"):
+        (place / name).mkdir()
+    (place / "there" / "zipfile.py").write_text("raise SystemExit('imported from the working directory')")
+    monkeypatch.chdir(place / "there")
+    monkeypatch.setenv("TMPDIR", str(place / "tmp"))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setenv("PYTHONWARNINGS", "error")  # nor does it fail of what torch warns of
+    assert formula().compile(), [log.read_text() for log in place.rglob("*.log")]  # the lock went with the killed one
     assert (place / "count").read_text() == "xx"
+    assert not list((place / "tmp").iterdir())
 
     (library,) = (place / "phicore").glob("*.so")
     other = formula()
@@ -167,7 +165,7 @@ def test_a_compiler_that_is_killed_holds_nobody_up__code_of_other_bits_is_thrown
 def test_what_is_no_library_is_told_of(place: Path, caplog):
     made = formula()
     (place / "phicore").mkdir(mode=0o700)
-    (place / "phicore" / f"doubling-double-{made.key()}.so").write_bytes(b"\x7fELF and no more")
+    (place / "phicore" / made.file()).write_bytes(b"\x7fELF and no more")
     with caplog.at_level(logging.INFO, logger="phicore.native"):
         assert made.ready(1) is None
     assert "worked out by torch's operators" in caplog.text

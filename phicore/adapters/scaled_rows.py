@@ -40,12 +40,12 @@ class _ScaledRows(torch.autograd.Function):
         if v.dtype == scale.dtype:
             return v * scale if bias is None else torch.addcmul(bias, v, scale)
         out = torch.empty_like(v, memory_format=torch.contiguous_format)
-        formula, factors = (SCALE, (scale,)) if bias is None else (SCALE_AND_SHIFT, (scale, bias))
-        if (run := _machine_code(formula, v, *factors)) is not None:
-            run(flat(v), *factors, flat(out))
+        if (run := _machine_code(SCALE, v, scale)) is not None:
+            # x + -0.0 is x, for zeros of both signs.
+            run(flat(v), scale, scale.new_full(scale.shape, -0.0) if bias is None else bias.contiguous(), flat(out))
         else:
             for rows in _pieces(v):
-                formula.function(flat(v)[rows], *factors, flat(out)[rows])
+                _scale(flat(v)[rows], scale, bias, flat(out)[rows])
         return out
 
     @staticmethod
@@ -96,14 +96,10 @@ def _pieces(v: Tensor) -> Iterator[slice]:
 # ===== formulas: run by torch's operators on some rows, or as machine code on all =====
 
 
-def _scale(v: Tensor, scale: Tensor, out: Tensor) -> None:
-    """[rows, out] * [out]."""
-    out.copy_(v.to(scale.dtype).mul_(scale))
-
-
-def _scale_and_shift(v: Tensor, scale: Tensor, bias: Tensor, out: Tensor) -> None:
+def _scale(v: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """[rows, out] * [out] + [out]."""
-    out.copy_(v.to(scale.dtype).mul_(scale).add_(bias))
+    wide = v.to(scale.dtype).mul_(scale)
+    out.copy_(wide if bias is None else wide.add_(bias))
 
 
 def _scale_gradients(v: Tensor, grad: Tensor, scale: Tensor, grad_v: Tensor, sums: Tensor) -> None:
@@ -126,14 +122,7 @@ _MATRIX, _ROW, _GROUPS = {0: "rows", 1: "out"}, {0: "out"}, {0: "groups", 2: "ou
 SCALE = Formula(
     f"{__name__}:SCALE",
     _scale,
-    lambda: (_numbers(6, 40), _numbers(40), _numbers(6, 40)),
-    (_MATRIX, _ROW, _MATRIX),
-    PAYS,
-)
-SCALE_AND_SHIFT = Formula(
-    f"{__name__}:SCALE_AND_SHIFT",
-    _scale_and_shift,
-    lambda: (_numbers(6, 40), _numbers(40), _numbers(40), _numbers(6, 40)),
+    lambda: (_numbers(6, 40), _numbers(40), _numbers(40).mul_(-0.3), _numbers(6, 40)),
     (_MATRIX, _ROW, _ROW, _MATRIX),
     PAYS,
 )
