@@ -147,7 +147,6 @@ class Formula:
                     stdout=output,
                     stderr=output,
                     pass_fds=(lock,),
-                    start_new_session=True,  # Ctrl-C is not for it: what it writes serves the next run
                 )
         except BlockingIOError:
             return
@@ -227,7 +226,8 @@ def main(*arguments: str) -> None:
     Args:
         arguments: "module:attribute" and a file, and so on.
     """
-    os.nice(10)
+    os.setpgid(0, 0)  # Ctrl-C is not for it: what it writes serves the next run
+    os.nice(19)  # within its session: to one of its own Linux would give an equal share (autogroup)
     # torch's default, /tmp/torchinductor_<user>, is where another user can put code first; and 150 MB would stay there.
     with tempfile.TemporaryDirectory() as directory:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = directory

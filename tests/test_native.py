@@ -132,6 +132,9 @@ def kill_the_first_compiler(place: Path) -> None:
         while not (place / "count").exists():
             assert child.poll() is None
             time.sleep(0.05)
+        assert os.getpriority(os.PRIO_PROCESS, child.pid) == 19
+        assert os.getsid(child.pid) == os.getsid(0)  # in a session of its own a niceness counts for nothing
+        assert os.getpgid(child.pid) != os.getpgid(0)  # Ctrl-C is not for it
         child.kill()
         child.wait()
         assert doubling.DOUBLE.ready(1000) is None
