@@ -4,7 +4,7 @@ Shapes are PEFT's: A [rank, in_channels, *kernel], whatever the base's groups, a
 ...], grouped like the base. A group of B's outputs so reads a group of A's ranks, and these read all input channels.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +12,8 @@ from torch.nn import functional
 
 from phicore.adapters import base as base_layer
 from phicore.adapters.dora import DoRALayer
-from phicore.adapters.lora import LowRankLayer, Options
+from phicore.adapters.lora import LowRankLayer
 from phicore.products import matmul
-
-if TYPE_CHECKING:
-    from typing import Unpack  # new in Python 3.11
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _FUNCTIONS = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
@@ -121,15 +118,8 @@ class LoRAConvolution(LowRankConvolution):
         torch.Size([2, 16, 5, 5])
     """
 
-    def __init__(
-        self,
-        base: nn.Module,
-        rank: int = 16,
-        alpha: float = 32.0,
-        dropout: float = 0.0,
-        **options: "Unpack[Options]",
-    ) -> None:
-        super().__init__(base, rank, alpha, dropout, **options)
+    def _complete(self) -> None:
+        super()._complete()
         self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:  # [N, in, *length] -> [N, out, *length']

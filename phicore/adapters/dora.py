@@ -1,21 +1,18 @@
 """DoRA (Liu et al. 2024): W' = m * V' / ||V'||, V' = W + scaling * B A, one norm and one magnitude per output row."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from phicore.adapters import base as base_layer
 from phicore.adapters.dora_scale import fuses_scaling, scale_columns
-from phicore.adapters.lora import LowRankLayer, LowRankLinear, Options, dense_product, low_rank_update
+from phicore.adapters.lora import LowRankLayer, LowRankLinear, dense_product, low_rank_update
 from phicore.adapters.scaled_rows import scaled_rows
 from phicore.adapters.step import low_rank_step
 from phicore.nf4.linear import autocast
 from phicore.nf4.ops import flat
 from phicore.transforms import transformed
-
-if TYPE_CHECKING:
-    from typing import Unpack  # new in Python 3.11
 
 
 def factored_norm_squared(base_norm_squared: Tensor, WA: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
@@ -69,15 +66,8 @@ class DoRALayer(LowRankLayer):
 
     base_norm_squared: Tensor
 
-    def __init__(
-        self,
-        base: nn.Module,
-        rank: int = 16,
-        alpha: float = 32.0,
-        dropout: float = 0.0,
-        **options: "Unpack[Options]",
-    ) -> None:
-        super().__init__(base, rank, alpha, dropout, **options)
+    def _complete(self) -> None:
+        super()._complete()
         accumulate = base_layer.accumulate_dtype(self.dtype)
         norm_squared = torch.empty(self.lora_B.shape[0], dtype=accumulate, device=self.lora_A.device)
         self.register_buffer("base_norm_squared", norm_squared, persistent=False)

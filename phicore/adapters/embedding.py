@@ -1,18 +1,15 @@
 """LoRA and DoRA over an embedding, seen as a linear layer of one-hot rows: W [out, in] is the table transposed."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from phicore.adapters import base as base_layer
 from phicore.adapters.dora import DoRALayer
-from phicore.adapters.lora import LowRankLayer, Options, add_product
+from phicore.adapters.lora import LowRankLayer, add_product
 from phicore.adapters.scaled_rows import scaled_rows
 from phicore.products import matmul
-
-if TYPE_CHECKING:
-    from typing import Unpack  # new in Python 3.11
 
 
 def check_lookup(table: nn.Embedding) -> None:
@@ -41,15 +38,8 @@ class LowRankEmbedding(LowRankLayer):
 
     accepts = "nn.Embedding or another adapter of one"
 
-    def __init__(
-        self,
-        base: nn.Module,
-        rank: int = 16,
-        alpha: float = 32.0,
-        dropout: float = 0.0,
-        **options: "Unpack[Options]",
-    ) -> None:
-        super().__init__(base, rank, alpha, dropout, **options)
+    def _complete(self) -> None:
+        super()._complete()
         table: Any = self.innermost
         self.num_embeddings, self.embedding_dim = table.num_embeddings, table.embedding_dim
         self.padding_idx = table.padding_idx
@@ -94,15 +84,8 @@ class LoRAEmbedding(LowRankEmbedding):
         torch.Size([2, 32])
     """
 
-    def __init__(
-        self,
-        base: nn.Module,
-        rank: int = 16,
-        alpha: float = 32.0,
-        dropout: float = 0.0,
-        **options: "Unpack[Options]",
-    ) -> None:
-        super().__init__(base, rank, alpha, dropout, **options)
+    def _complete(self) -> None:
+        super()._complete()
         self.reset_parameters()
 
     def forward(self, tokens: Tensor) -> Tensor:  # int64 [...] -> [..., dim]

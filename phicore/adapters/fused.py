@@ -172,7 +172,7 @@ class _TakesParts(LowRankLinear):
         dropout: float = 0.0,
         **options: "Unpack[Options]",
     ) -> None:
-        super().__init__(base, rank, alpha, dropout, parts=parts, **options)  # type: ignore[arg-type, call-arg]
+        super().__init__(base, rank, alpha, dropout, parts=parts, **options)  # type: ignore[arg-type]
 
 
 class FusedLoRALinear(_TakesParts, LoRALinear, FusedLinear):

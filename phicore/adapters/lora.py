@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn, TypedDict, cast
+from typing import Any, NoReturn, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,6 @@ from phicore.lazy import lazy_weight
 from phicore.nf4.linear import autocast
 from phicore.nf4.ops import flat
 from phicore.transforms import transformed
-
-if TYPE_CHECKING:
-    from typing import Unpack  # new in Python 3.11
 
 
 def low_rank_update(
@@ -226,6 +223,11 @@ class LowRankLayer(nn.Module):
         self.trained_bias: nn.Parameter | None
         self.register_parameter("trained_bias", None)
         self.train(base.training)
+        self._complete()
+
+    def _complete(self) -> None:
+        """What a kind of layer has beside its pair, and where the pair starts: the end of its construction. In place of
+        constructors, whose one signature is above."""
 
     def _make_pair(self, base: nn.Module, where: dict[str, Any]) -> None:
         shape_A, shape_B = self.pair_shapes(base, self.rank)
@@ -353,16 +355,9 @@ class LowRankLinear(LowRankLayer):
 
     accepts = "nn.Linear, NF4Linear, transformers' Conv1D or another adapter of these"
 
-    def __init__(
-        self,
-        base: nn.Module,
-        rank: int = 16,
-        alpha: float = 32.0,
-        dropout: float = 0.0,
-        **options: "Unpack[Options]",
-    ) -> None:
-        super().__init__(base, rank, alpha, dropout, **options)
-        self.in_features, self.out_features = base_layer.features(base)
+    def _complete(self) -> None:
+        super()._complete()
+        self.in_features, self.out_features = base_layer.features(self.base)
         self.start_A: Tensor | None
         self.start_B: Tensor | None
         shifted = self.init in ("pissa", "olora")
@@ -483,15 +478,8 @@ class LoRALinear(LowRankLinear):
         torch.Size([2, 32])
     """
 
-    def __init__(
-        self,
-        base: nn.Module,
-        rank: int = 16,
-        alpha: float = 32.0,
-        dropout: float = 0.0,
-        **options: "Unpack[Options]",
-    ) -> None:
-        super().__init__(base, rank, alpha, dropout, **options)
+    def _complete(self) -> None:
+        super()._complete()
         self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]

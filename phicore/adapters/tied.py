@@ -6,7 +6,7 @@ has one norm and one magnitude for each row of the table, for both.
 """
 
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,6 @@ from phicore.adapters.dora import DoRALayer, DoRALinear, row_scale
 from phicore.adapters.embedding import LowRankEmbedding
 from phicore.adapters.lora import LoRALinear, LowRankLayer, LowRankLinear, Options
 from phicore.modules import matches
-
-if TYPE_CHECKING:
-    from typing import Unpack  # new in Python 3.11
 
 
 class TiedHead(LowRankLinear):
@@ -95,15 +92,8 @@ class TiedDoRAEmbedding(DoRALayer, LowRankEmbedding):
         magnitude: m, [num_embeddings]; starts at ||W||.
     """
 
-    def __init__(
-        self,
-        base: nn.Module,
-        rank: int = 16,
-        alpha: float = 32.0,
-        dropout: float = 0.0,
-        **options: "Unpack[Options]",
-    ) -> None:
-        super().__init__(base, rank, alpha, dropout, **options)
+    def _complete(self) -> None:
+        super()._complete()
         self.base_norm_squared = None  # type: ignore[assignment]  # which nothing reads
 
     def _make_magnitude(self, out: int) -> None:
