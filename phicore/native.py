@@ -49,6 +49,8 @@ class Formula:
         dynamic: for each argument the sizes that may differ from the examples', {dimension: name}; sizes of one name
             are equal.
         pays: after how much work, in the caller's units, compiling has been worth its time.
+        scalar: torch writes loops over single elements and leaves vectors to the C++ compiler, as where elements are
+            looked up, for which torch knows no vectors.
     """
 
     def __init__(
@@ -58,9 +60,11 @@ class Formula:
         examples: Callable[[], tuple[Tensor, ...]],
         dynamic: tuple[dict[int, str], ...],
         pays: int,
+        *,
+        scalar: bool = False,
     ) -> None:
         self.name, self.function, self.examples, self.dynamic = name, function, examples, dynamic
-        self.pays, self.work = pays, 0
+        self.pays, self.scalar, self.work = pays, scalar, 0
         self._run: Callable[..., None] | None = None
         self._given_up = self._looked = False
         self._child: Child | None = None
@@ -190,6 +194,8 @@ class Formula:
                 "cpp.dynamic_threads": True,  # as many threads as torch has when it runs, not as it has here
                 "aot_inductor.compile_wrapper_opt_level": "O0",  # of what calls the kernel: takes longest to compile
                 "aot_inductor.precompile_headers": False,  # they would lie in torch's shared place (see main)
+                "cpp.simdlen": 1 if self.scalar else None,  # bits of a vector; None for the CPU's
+                "assert_indirect_indexing": False,  # formulas keep what they look up in bounds themselves
             }
             _inductor.aoti_compile_and_package(program, package_path=str(package), inductor_configs=configs)
             with zipfile.ZipFile(package) as archive:

@@ -42,15 +42,17 @@ def coded(n: int, block_size: int, seed: int) -> tuple[torch.Tensor, torch.Tenso
     n=st.integers(0, 5000),
     block_size=st.sampled_from((32, 64, 128, 4096)),
     dtype=st.sampled_from((*DTYPES, torch.float16)),
-    strided=st.booleans(),
+    layout=st.sampled_from(("plain", "strided", "a byte into its memory")),
     threads=st.sampled_from((1, 2)),
     seed=st.integers(0, 2**31),
 )
-def test_the_bits_are_those_of_torchs_operators(n, block_size, dtype, strided, threads, seed):
+def test_the_bits_are_those_of_torchs_operators(n, block_size, dtype, layout, threads, seed):
     packed, absmax = coded(n, block_size, seed)
     exact = codec.decode_blocks(packed, absmax, n, block_size, dtype)
-    if strided:
+    if layout == "strided":
         packed, absmax = (torch.stack([t, t], dim=1)[:, 0] for t in (packed, absmax))
+    elif layout != "plain":
+        packed = torch.cat([packed[:1], packed])[1:]
     torch.set_num_threads(threads)
     try:
         decoded = compiled.decode_blocks(packed, absmax, n, block_size, dtype)
@@ -130,8 +132,9 @@ def _parts(q):
 @pytest.mark.parametrize("formula", [compiled.BFLOAT16, compiled.FLOAT32])
 def test_the_formulas_themselves_are_exact(formula):
     """As torch runs them without a compiler, so that a fault of the formula is told from one of the compiler."""
-    packed, absmax, words = formula.examples()
-    dtype = torch.float32 if words.dtype == torch.int64 else torch.bfloat16
-    formula.function(packed, absmax, words)
-    exact = codec.decode_blocks(packed.view(-1), absmax.view(-1), 2 * packed.numel(), 64, dtype)
-    assert torch.equal(words.view(dtype).view(-1), exact)
+    pairs, words, absmax, out = formula.examples()
+    dtype = torch.float32 if out.dtype == torch.float32 else torch.bfloat16
+    formula.function(pairs, words, absmax, out)
+    packed, scales = words.view(torch.uint8).view(-1), absmax.view(torch.float32).view(-1)
+    exact = codec.decode_blocks(packed, scales, 2 * len(packed), 64, dtype)
+    assert torch.equal(out.view(dtype).view(-1), exact)
