@@ -12,6 +12,7 @@ from torch import Tensor
 
 from phicore.native import Formula
 from phicore.nf4 import codec
+from phicore.nf4.codebook import table
 from phicore.nf4.pages import empty
 
 WORD = 8  # weights in four bytes, which are read as one int32
@@ -20,9 +21,9 @@ PAYS = 1 << 32  # weights that torch's operators decode in about a quarter of th
 
 
 def _float32(pairs: Tensor, words: Tensor, absmax: Tensor) -> Tensor:
-    """[256, 2], [blocks, k] and [blocks, 1, 1, 1], all int32, to float32 [blocks, k, 4, 2]."""
+    """[256, 2], [blocks, k] and [blocks], all int32, to float32 [blocks, k, 4, 2]."""
     byte = (words.unsqueeze(-1) >> torch.arange(0, 32, 8, dtype=torch.int32, device="cpu")) & 0xFF
-    return pairs[byte.to(torch.int64)].view(torch.float32) * absmax.view(torch.float32)
+    return pairs[byte.to(torch.int64)].view(torch.float32) * absmax.view(torch.float32).view(-1, 1, 1, 1)
 
 
 def _to_float32(pairs: Tensor, words: Tensor, absmax: Tensor, out: Tensor) -> None:
@@ -37,15 +38,19 @@ def _to_bfloat16(pairs: Tensor, words: Tensor, absmax: Tensor, out: Tensor) -> N
     out.copy_(((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(torch.int16))
 
 
-def _views(packed: Tensor, absmax: Tensor, out: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@table
+def _pairs(device: torch.device) -> Tensor:
+    return codec.pair_table(device).view(torch.int32).view(256, 2)
+
+
+def _views(packed: Tensor, absmax: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Whole blocks as the formulas take them: uint8 [n / 2], float32 [n / block_size], weights [n]."""
     packed, absmax = packed.contiguous(), absmax.contiguous()
     if packed.storage_offset() % 4:  # torch views no int32 there
         packed = packed.clone()
-    words = packed.view(torch.int32).view(-1, block_size // WORD)
+    words = packed.view(torch.int32).view(len(absmax), -1)
     weights = out if out.dtype == torch.float32 else out.view(torch.int16)
-    pairs = codec.pair_table(packed.device).view(torch.int32).view(256, 2)
-    return pairs, words, absmax.view(torch.int32).view(-1, 1, 1, 1), weights.view(*words.shape, 4, 2)
+    return _pairs(packed.device), words, absmax.view(torch.int32), weights.view(len(absmax), -1, 4, 2)
 
 
 def _sample(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -53,7 +58,7 @@ def _sample(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     scales = [0.0, 1e-42, 3e-39, 0.3, 1.0, 1.7, 1234.5, 3.4e38]
     packed = torch.arange(256, dtype=torch.uint8, device="cpu").repeat(len(scales))
     absmax = torch.tensor(scales, dtype=torch.float32, device="cpu").repeat_interleave(8)
-    return _views(packed, absmax, torch.empty(2 * len(packed), dtype=dtype, device="cpu"), 64)
+    return _views(packed, absmax, torch.empty(2 * len(packed), dtype=dtype, device="cpu"))
 
 
 BFLOAT16, FLOAT32 = (
@@ -70,20 +75,21 @@ BFLOAT16, FLOAT32 = (
         ("FLOAT32", _to_float32, torch.float32),
     )
 )
+FORMULAS = {torch.bfloat16: BFLOAT16, torch.float32: FLOAT32}
 
 
 def decode_blocks(packed: Tensor, absmax: Tensor, n: int, block_size: int, dtype: torch.dtype) -> Tensor:
     """codec.decode_blocks, as machine code where there is some; the same bits."""
-    formula = {torch.bfloat16: BFLOAT16, torch.float32: FLOAT32}.get(dtype)
+    formula = FORMULAS.get(dtype)
     whole = n // block_size * block_size
     if formula is None or not whole or block_size % WORD or (run := formula.ready(n, packed, absmax)) is None:
         return codec.decode_blocks(packed, absmax, n, block_size, dtype)
-    out = empty(n, dtype, packed.device)
+    out = blocks = empty(n, dtype, packed.device)
     if whole < n:  # the short last block
         out[whole:] = codec.decode_blocks(packed[whole // 2 :], absmax[-1:], n - whole, block_size, dtype)
-        packed, absmax = packed[: whole // 2], absmax[:-1]
-    pairs, *views = _views(packed, absmax, out[:whole], block_size)
-    parts = [views] if whole <= PIECE else zip(*(t.split(PIECE // block_size) for t in views), strict=True)
-    for words, scales, weights in parts:
-        run(pairs, words, scales, weights)
+        packed, absmax, blocks = packed[: whole // 2], absmax[:-1], out[:whole]
+    pairs, *views = _views(packed, absmax, blocks)
+    pieces = [views] if whole <= PIECE else zip(*(t.split(PIECE // block_size) for t in views), strict=True)
+    for piece in pieces:
+        run(pairs, *piece)
     return out

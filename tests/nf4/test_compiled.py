@@ -135,6 +135,6 @@ def test_the_formulas_themselves_are_exact(formula):
     pairs, words, absmax, out = formula.examples()
     dtype = torch.float32 if out.dtype == torch.float32 else torch.bfloat16
     formula.function(pairs, words, absmax, out)
-    packed, scales = words.view(torch.uint8).view(-1), absmax.view(torch.float32).view(-1)
+    packed, scales = words.view(torch.uint8).view(-1), absmax.view(torch.float32)
     exact = codec.decode_blocks(packed, scales, 2 * len(packed), 64, dtype)
     assert torch.equal(out.view(dtype).view(-1), exact)
