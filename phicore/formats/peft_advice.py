@@ -8,6 +8,7 @@ from torch import nn
 
 from phicore.formats.peft_fields import CONFIG, WEIGHTS
 from phicore.formats.peft_keys import PREFIX
+from phicore.modules import output_heads
 
 
 def advice(model: nn.Module, raw: dict[str, Any], unexpected: Iterable[str]) -> str:
@@ -26,6 +27,12 @@ def advice(model: nn.Module, raw: dict[str, Any], unexpected: Iterable[str]) -> 
             f"each is a copy of its own: in {CONFIG}, add {', '.join(copies)} to modules_to_save and set "
             f"ensure_weight_tying to false"
         )
+    elif tables := [key for key in keys if _is_table(model, raw, key)]:
+        found.append(
+            f"{', '.join(tables)}: PEFT writes these beside an adapter of a model whose vocabulary was resized, and "
+            f"they are not the tables of this model: load the base that the adapter was trained on, or resize the "
+            f"vocabulary and put them into the model first"
+        )
     if any(re.search(r"\.experts\.\d+\.", key) for key in keys) and not _numbered_experts(model):
         found.append(
             "the file has an adapter for each expert, as before transformers 5, which stacks them: load it once with "
@@ -43,6 +50,14 @@ def advice(model: nn.Module, raw: dict[str, Any], unexpected: Iterable[str]) -> 
 def _is_copy(raw: dict[str, Any], key: str) -> bool:
     tied = raw.get("ensure_weight_tying") and raw.get("modules_to_save")
     return bool(tied) and key.startswith(PREFIX) and key.endswith(".weight") and ".lora_" not in key
+
+
+def _is_table(model: nn.Module, raw: dict[str, Any], key: str) -> bool:
+    """Whether a key is of an embedding, or of the output head, that the adapter has no part of."""
+    path = key.removeprefix(PREFIX).removesuffix(".weight")
+    module = dict(model.named_modules(remove_duplicate=False)).get(path)
+    is_one = isinstance(module, nn.Embedding) or module in output_heads(model)
+    return is_one and key == f"{PREFIX}{path}.weight" and not path.endswith(tuple(raw.get("modules_to_save") or ()))
 
 
 def _numbered_experts(model: nn.Module) -> bool:
