@@ -36,9 +36,9 @@ from phicore.formats.peft_fields import (
     DEFAULT_ALPHA,
     DEFAULT_RANK,
     NEUTRAL,
-    PLAIN_STARTS,
     READ,
     WEIGHTS,
+    leaves_the_base,
     read_raw_config,
 )
 from phicore.formats.peft_keys import PREFIX, ROWS
@@ -182,7 +182,7 @@ def features(adapter: Adapter) -> dict[str, str]:
             found["bias" if key == "lora_bias" else key] = f"{key}={config[key]!r}"
     if config.get("bias", "none") != "none":
         found["bias"] = f"bias={config['bias']!r}"
-    if config.get("init_lora_weights", True) not in PLAIN_STARTS:
+    if not leaves_the_base(config.get("init_lora_weights", True)):
         found["init_lora_weights"] = f"init_lora_weights={config['init_lora_weights']!r}"
     if others := _other_settings(config):
         found["other settings"] = ", ".join(f"{key}={value!r}" for key, value in others.items())

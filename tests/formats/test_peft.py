@@ -483,6 +483,15 @@ def test_tables_of_a_resized_vocabulary_that_peft_saved_beside_an_adapter(tmp_pa
             phicore.load_adapter(spared, tmp_path)
 
 
+@pytest.mark.parametrize("start", ["mica", "MiCA", "Gaussian"])
+def test_starts_of_peft_that_leave_the_base(tmp_path, tiny, randomize, start):
+    config = peft.LoraConfig(r=4, lora_alpha=7, target_modules=["q_proj"], init_lora_weights=start)
+    other = peft.get_peft_model(tiny("llama", dtype=torch.float32), config, autocast_adapter_dtype=False).eval()
+    randomize(other).save_pretrained(tmp_path)
+    model = phicore.load_adapter(tiny("llama", dtype=torch.float32), tmp_path)
+    torch.testing.assert_close(logits(model), logits(other))
+
+
 def test_a_tied_pair_of_peft_with_its_tables(tmp_path, tiny, randomize, unchanged):
     other = theirs(tiny, randomize, "tied")
     with pytest.warns(UserWarning, match="save_embedding_layers"):
