@@ -256,7 +256,7 @@ def _check_keys(
         raise ValueError(
             f"{directory} does not fit the model, which is unchanged: "
             + "; ".join(filter(None, problems))
-            + advice(model, raw, tensors.keys() - expected.keys())
+            + advice(model, raw, tensors.keys() - expected.keys(), expected.keys() - tensors.keys())
         )
 
 
