@@ -281,14 +281,16 @@ def _padded(rank: int) -> int:
 
 
 def _partial_kinds(adapter: Adapter) -> list[str]:
-    """Kinds of layers (names with * for the block's number) that some block up to the last adapted one lacks."""
+    """Kinds of layers (names with * for the block's number) that some block up to the last adapted one lacks; all of
+    them under layers_to_transform, which is there to leave blocks out, be they behind that one."""
     blocks: dict[str, set[int]] = {}
     for layer in adapter.layers:
         if number := re.search(r"(?<=\.)\d+(?=\.)", layer.name):
             kind = f"{layer.name[: number.start()]}*{layer.name[number.end() :]}"
             blocks.setdefault(kind, set()).add(int(number[0]))
     last = max((n for numbers in blocks.values() for n in numbers), default=-1)
-    return sorted(kind for kind, numbers in blocks.items() if len(numbers) <= last)
+    chosen = _is_set("layers_to_transform", adapter.config.get("layers_to_transform"))
+    return sorted(kind for kind, numbers in blocks.items() if chosen or len(numbers) <= last)
 
 
 # ===== export =====

@@ -130,7 +130,7 @@ def test_a_readers_own_arithmetic_gives_the_adapters_deltas(
     with tempfile.TemporaryDirectory() as place:
         fields = {"lora_alpha": alpha, "alpha_pattern": alphas, "use_rslora": rslora}
         if as_expression:
-            fields |= {"target_modules": r".*_proj", "layers_to_transform": [0, 1]}
+            fields |= {"target_modules": r".*_proj", "exclude_modules": ["o_proj"]}
         source = write(Path(place) / "source", dict(zip(SHAPES, ranks, strict=True)), dtype, **fields)
         output = Path(place) / "output"
         changed = export(source, output, target)
@@ -252,6 +252,7 @@ RULES = {
         ["tgi"], ["vllm", "llama.cpp", "kaito"],
     ),
     "some blocks": ({"drop": [f"0.{V}"]}, rf"model.layers.\*.{V}: it drops a kind of layer", ["tgi"], []),
+    "the first blocks": ({"layers_to_transform": [0, 1]}, rf"layers.\*.{Q}.*: it drops a kind of layer", ["tgi"], []),
     "convolution": ({"tensors": CONVOLUTION}, "conv.lora_A", ALL_BUT_PEFT, []),
     "attention": ({"tensors": ATTENTION}, "attn.lora_A", ALL_BUT_PEFT, []),
     "attention of today": ({"tensors": ATTENTION_TOO}, "attn.base_layer.out_proj.lora_A", ALL_BUT_PEFT, []),
