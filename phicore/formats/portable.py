@@ -41,7 +41,7 @@ from phicore.formats.peft_fields import (
     leaves_the_base,
     read_raw_config,
 )
-from phicore.formats.peft_keys import PREFIX, ROWS
+from phicore.formats.peft_keys import BIAS, PREFIX, ROWS
 from phicore.formats.readers import MERGE, READERS, REMEDIES, SCALING, Reader, Target
 from phicore.formats.safetensors_files import TensorFile, read_json
 from phicore.modules import matches
@@ -53,7 +53,7 @@ _A_OR_B = re.compile(
     rf"{re.escape(PREFIX)}(?P<layer>.+)\.({'|'.join(re.escape(name) for pair in PAIRS.items() for name in pair)})"
 )
 _MAGNITUDE = re.compile(r".*\.lora_magnitude_vector(\.weight)?")
-_BIAS = re.compile(r".*\.(lora_B|base_layer)\.bias")
+_PAIR_BIAS = ".lora_B.bias"  # end of the key of a bias that lora_bias adds
 TABLE = ".base_layer.weight"  # end of the key of a table that PEFT saves beside the pair of an embedding
 RESOLVED = {"exclude_modules", "layers_to_transform", "layers_pattern"}  # which layers they mean stands in the keys
 KNOWN = NEUTRAL | READ | RESOLVED | {"lora_bias"}
@@ -161,7 +161,9 @@ def _kinds(adapter: Adapter) -> dict[str, list[str]]:
     for key in sorted(adapter.tensors.keys() - ends):
         if _MAGNITUDE.fullmatch(key):
             kind = "use_dora"
-        elif _BIAS.fullmatch(key) or (key.endswith(".bias") and adapter.config.get("bias", "none") != "none"):
+        elif key.endswith(_PAIR_BIAS):
+            kind = "lora_bias"
+        elif key.endswith(BIAS) or (key.endswith(".bias") and adapter.config.get("bias", "none") != "none"):
             kind = "bias"
         elif key.endswith(ROWS):
             kind = "tokens"
@@ -190,7 +192,7 @@ def features(adapter: Adapter) -> dict[str, str]:
         found["alpha_pattern"] = f"alphas {', '.join(map(str, sorted(alphas)))} by alpha_pattern"
     for key in ("use_rslora", "use_dora", "modules_to_save", "fan_in_fan_out", "lora_bias"):
         if config.get(key):
-            found["bias" if key == "lora_bias" else key] = f"{key}={config[key]!r}"
+            found[key] = f"{key}={config[key]!r}"
     if config.get("bias", "none") != "none":
         found["bias"] = f"bias={config['bias']!r}"
     if not leaves_the_base(config.get("init_lora_weights", True)):

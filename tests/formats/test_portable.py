@@ -234,7 +234,9 @@ RULES = {
     "tokens": (
         {"trainable_token_indices": [1, 2], "tensors": TOKENS}, "trainable_tokens_delta", ALL_BUT_PEFT, []
     ),
-    "lora_bias": ({"lora_bias": True, "tensors": BIAS}, "lora_bias=True", ALL_BUT_PEFT, []),
+    "lora_bias": (
+        {"lora_bias": True, "tensors": BIAS}, r"lora_bias=True: .* with peft \(merge_and_unload\)", ALL_BUT_PEFT, []
+    ),
     "rank 32": ({"ranks": {Q: 32}}, "rank 32: it takes at most 16 unless", ["vllm", "kaito"], []),
     "rank 16": ({"ranks": {Q: 16}}, "", [], []),
     "rank 12": ({"ranks": {Q: 12}}, "rank 12: it pads ranks", [], ["tgi"]),
