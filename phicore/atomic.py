@@ -42,6 +42,13 @@ def check_apart(output: str | os.PathLike[str], *sources: str | os.PathLike[str]
             raise ValueError(f"{output} holds {source}, and would be replaced with all that is in it; choose another")
 
 
+def check_free(path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    """Raises FileExistsError where `new_directory` would: what is to be written may take long to make."""
+    path = _end_of_links(Path(path))
+    if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not overwrite)):
+        raise FileExistsError(f"{path} exists and is not an empty directory; choose another, or remove it first")
+
+
 @contextmanager
 def new_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
     """Yields a temporary directory beside path; when the block ends well, it takes path's place.
@@ -56,9 +63,8 @@ def new_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
         FileExistsError: path is not empty and overwrite is False, or it is a file.
         OSError: path is a link that leads to itself.
     """
+    check_free(path, overwrite=overwrite)
     path = _end_of_links(Path(path))
-    if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not overwrite)):
-        raise FileExistsError(f"{path} exists and is not an empty directory; choose another, or remove it first")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     aside: Path | None = None

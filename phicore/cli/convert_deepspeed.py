@@ -44,6 +44,8 @@ def main(arguments: Sequence[str]) -> None:
     from phicore.training.metrics import Progress
 
     atomic.check_apart(options.output, options.checkpoint)
+    if options.to == "weights":
+        atomic.check_free(options.output, overwrite=options.overwrite)
     progress = Progress(0, 0, what="parameter")
     with stage(f"reading {options.checkpoint}"):
         found = read_checkpoint(

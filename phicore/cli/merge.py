@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import phicore
@@ -40,8 +41,11 @@ def main(arguments: Sequence[str]) -> None:
 def merge(options: MergeOptions) -> None:
     """Loads, merges and writes."""
     from phicore.formats.huggingface import load_model, save_model
+    from phicore.formats.peft_fields import read_config
 
     atomic.check_apart(options.output, options.model, options.adapter)
+    atomic.check_free(options.output, overwrite=options.overwrite)
+    read_config(Path(options.adapter))  # before the model is loaded, which takes long
     with stage(f"loading {options.model}"):
         model, tokenizer = load_model(options.model, DTYPES[options.dtype])
     phicore.load_adapter(model, options.adapter)

@@ -28,7 +28,7 @@ NESTED = ("nested_absmax", "nested_quant_map")
 PARTS = ("absmax", "quant_map", *NESTED)
 METHOD = "bitsandbytes"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-STORAGE = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
+STORAGE = (torch.uint8, torch.int8, torch.bfloat16, torch.float16, torch.float32, torch.float64)  # transformers' choice
 FLOAT32_MAX = torch.finfo(torch.float32).max
 BEYOND_FLOAT16 = "and float16 ends at 65,504; choose bfloat16 or float32"
 
@@ -86,7 +86,7 @@ def unpack_weight(tensors: Mapping[str, Tensor], name: str) -> NF4Tensor:
     packed = tensors[""]
     if packed.dtype not in STORAGE:
         raise ValueError(f"{name} is held as {packed.dtype}; {', '.join(map(str, STORAGE))} are read")
-    packed = packed.reshape(-1).view(torch.uint8)  # a 16-bit quant_storage holds the same bytes
+    packed = packed.reshape(-1).view(torch.uint8)  # any quant_storage holds the same bytes
     shape, dtype = torch.Size(state["shape"]), DTYPES[state["dtype"]]
     try:
         return NF4Tensor(

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from phicore import atomic
 from phicore.formats import bitsandbytes
 from phicore.formats.links import check_links
+from phicore.formats.peft_fields import CONFIG as ADAPTER
 from phicore.formats.pretrained import save_in_layout, tied_as_is
 from phicore.formats.safetensors_files import INDEX, WEIGHTS, TensorFile, model_tensors
 from phicore.nf4.linear import NF4Linear
@@ -76,8 +77,10 @@ def load_model(path_or_id: str, dtype: torch.dtype) -> "tuple[PreTrainedModel, P
             output_loading_info=True,
             **extra,
         )
+    if getattr(model, "_hf_peft_config_loaded", False):  # of a name on the hub
+        raise ValueError(f"{path_or_id} holds a model and an adapter ({ADAPTER}); give a directory of the model alone")
     _check_loaded(path_or_id, info)
-    _check_float16(model, weights, path_or_id)
+    _check_dtypes(model, weights, path_or_id)
     _clear_gguf_marks(model)
     return _checked(model, tokenizer, path_or_id)
 
@@ -93,7 +96,14 @@ def plain_errors(path_or_id: str, local: bool) -> Iterator[None]:
         if local:
             raise
         raise OSError(f'no such directory: "{path_or_id}"; and as a name on the hub: {_one_line(error)}') from error
-    except (ValueError, ImportError, MemoryError):
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"{path_or_id} needs code of its author, which is not run here; load it by transformers, and use phicore "
+            f"on the loaded model in Python, or give a model of a class that transformers has"
+        ) from error
+    except (ImportError, MemoryError):
         raise
     except Exception as error:  # a wrong value in a file can lead transformers to any other
         raise ValueError(f"{path_or_id}: its files lead to {type(error).__name__}: {_one_line(error)}") from error
@@ -175,6 +185,15 @@ def look_into(directory: Path) -> str | None:
     check_links(directory)
     gguf_files = sorted(file.name for file in directory.glob("*.gguf"))
     has_config = (directory / CONFIG).is_file()
+    if (directory / ADAPTER).is_file():
+        if not has_config and not gguf_files:
+            raise FileNotFoundError(
+                f"{directory} holds an adapter and no model; give its base as the model, and this as the adapter"
+            )
+        raise ValueError(
+            f"{directory} holds a model and an adapter ({ADAPTER}), which transformers would load together; move the "
+            f"adapter's files into a directory of their own"
+        )
     if has_config and ((directory / WEIGHTS).is_file() or (directory / INDEX).is_file() or not gguf_files):
         model_tensors(directory)
         if not any((directory / name).is_file() for name in TOKENIZERS):
@@ -246,10 +265,16 @@ def _check_loaded(path_or_id: str, info: dict[str, Any]) -> None:
         logger.warning("%s: weights that the model does not use: %s", path_or_id, sorted(info["unexpected_keys"])[:10])
 
 
-def _check_float16(model: Any, weights: Mapping[str, TensorFile], path_or_id: str) -> None:
-    """Refuses a weight that became infinite in float16. One that is infinite in the files already is let be."""
+def _check_dtypes(model: Any, weights: Mapping[str, TensorFile], path_or_id: str) -> None:
+    """Refuses a weight that is held as integers, which without a scale say nothing, and one that became infinite in
+    float16. One that is infinite in the files already is let be."""
     for name, parameter in model.named_parameters():
         weight = parameter.detach()
+        if name in weights and not (stored := weights[name].entries[name].dtype).is_floating_point:
+            raise ValueError(
+                f"{weights[name].path}: {name} is held as {stored}, coded by another library; give the model's "
+                f"full-precision original"
+            )
         if weight.dtype != torch.float16 or not weight.numel() or not torch.stack(weight.aminmax()).isinf().any():
             continue
         if name not in weights:  # of a GGUF file or the hub, or under another name

@@ -126,7 +126,7 @@ def load_adapter(model: Model, directory: str | os.PathLike[str], name: str = "d
             expected, together = expected_tensors(model, config), tied_copies(model, raw, tensors)
         except ValueError as error:
             raise ValueError(f"{directory}: {error}") from error
-    _drop_tables(model, tensors, directory)
+    _drop_tables(model, expected, tensors, directory)
     _check_keys(model, raw, expected, tensors, directory)
     check_parts(model, config, name, tensors, directory)
     _check_tied(model, config, name, tensors, directory)
@@ -170,9 +170,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 # ===== checks before a model is changed =====
 
 
-def _drop_tables(model: nn.Module, tensors: dict[str, Tensor], directory: Path) -> None:
-    """Takes out what PEFT saves beside an adapter: tables of embeddings, which are the base's, and with bias="all"
-    the biases of modules that are saved whole once more.
+def _drop_tables(model: nn.Module, expected: dict[str, Tensor], tensors: dict[str, Tensor], directory: Path) -> None:
+    """Takes out what PEFT saves beside an adapter: tables of embeddings that are adapted or were resized, which are
+    the base's, and with bias="all" the biases of modules that are saved whole once more.
 
     Raises:
         ValueError: a table that is not the model's.
@@ -180,20 +180,21 @@ def _drop_tables(model: nn.Module, tensors: dict[str, Tensor], directory: Path) 
     for key in [key for key in tensors if key.endswith((".original_module.bias", ".modules_to_save.bias"))]:
         if key.replace(".original_module", "").replace(".modules_to_save", "") in tensors:
             del tensors[key]
-    ending = ".base_layer.weight"
-    for key in [key for key in tensors if key.startswith(PREFIX) and key.endswith(ending)]:
-        path = key[len(PREFIX) : -len(ending)]
-        module: Any = dict(model.named_modules(remove_duplicate=False)).get(path)
+    every = dict(model.named_modules(remove_duplicate=False))
+    for key in [key for key in tensors if key.startswith(PREFIX) and key.endswith(".weight") and key not in expected]:
+        path = key[len(PREFIX) : -len(".weight")].removesuffix(".base_layer")
+        module: Any = every.get(path)
         if isinstance(module, LowRankLayer):
             module = module.innermost
         if isinstance(module, nn.Embedding | nn.Linear):
             here: Tensor = module.weight
-            if here.shape != tensors[key].shape or not torch.equal(tensors[key].to(here), here):
+            if here.shape == tensors[key].shape and torch.equal(tensors[key].to(here), here):
+                del tensors[key]
+            elif key.endswith(".base_layer.weight"):
                 raise ValueError(
                     f"{directory}: {key} is another table than the model's embedding {path}: the adapter was trained "
                     f"over another base. Load that base model, or put this table into the model first"
                 )
-            del tensors[key]
 
 
 def _check_tied(
@@ -255,7 +256,7 @@ def _check_keys(
         raise ValueError(
             f"{directory} does not fit the model, which is unchanged: "
             + "; ".join(filter(None, problems))
-            + advice(model, raw, tensors.keys() - expected.keys())
+            + advice(model, raw, tensors.keys() - expected.keys(), expected.keys() - tensors.keys())
         )
 
 

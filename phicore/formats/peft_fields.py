@@ -27,7 +27,7 @@ READ = {
 }  # fmt: skip
 
 MOST_WAYS = 1 << 26  # of matching all patterns of a file against a name
-PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # those that leave the base's weights as they are
+PLAIN_STARTS = ("true", "false", "gaussian", "eva", "orthogonal", "mica")  # that leave the base's weights as they are
 
 
 def read_raw_config(directory: Path) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def _check_patterns(path: Path, raw: dict[str, Any]) -> None:
 
 def read_config(directory: Path) -> dict[str, Any]:
     raw, path = read_raw_config(directory), directory / CONFIG
-    if (start := raw.get("init_lora_weights", True)) not in PLAIN_STARTS:
+    if not leaves_the_base(start := raw.get("init_lora_weights", True)):
         raise ValueError(
             f"{path}: init_lora_weights={start!r} changed the base's weights too, which only peft repeats; convert the "
             f"adapter to a plain LoRA with peft (save_pretrained with path_initial_model_for_weight_conversion)"
@@ -77,6 +77,11 @@ def read_config(directory: Path) -> dict[str, Any]:
             f"{path}: settings that this library does not support: " + ", ".join(f"{k}={raw[k]!r}" for k in unknown)
         )
     return raw
+
+
+def leaves_the_base(start: Any) -> bool:
+    """Whether an init_lora_weights changes no weight of the base; its case says nothing."""
+    return str(start).lower() in PLAIN_STARTS
 
 
 def is_whole(value: Any) -> bool:

@@ -36,14 +36,14 @@ from phicore.formats.peft_fields import (
     DEFAULT_ALPHA,
     DEFAULT_RANK,
     NEUTRAL,
-    PLAIN_STARTS,
     READ,
     WEIGHTS,
+    leaves_the_base,
     read_raw_config,
 )
-from phicore.formats.peft_keys import PREFIX, ROWS
+from phicore.formats.peft_keys import BIAS, PREFIX, ROWS
 from phicore.formats.readers import MERGE, READERS, REMEDIES, SCALING, Reader, Target
-from phicore.formats.safetensors_files import TensorFile
+from phicore.formats.safetensors_files import TensorFile, read_json
 from phicore.modules import matches
 
 # ===== what an adapter is =====
@@ -53,9 +53,10 @@ _A_OR_B = re.compile(
     rf"{re.escape(PREFIX)}(?P<layer>.+)\.({'|'.join(re.escape(name) for pair in PAIRS.items() for name in pair)})"
 )
 _MAGNITUDE = re.compile(r".*\.lora_magnitude_vector(\.weight)?")
-_BIAS = re.compile(r".*\.(lora_B|base_layer)\.bias")
+_PAIR_BIAS = ".lora_B.bias"  # end of the key of a bias that lora_bias adds
+TABLE = ".base_layer.weight"  # end of the key of a table that PEFT saves beside the pair of an embedding
 RESOLVED = {"exclude_modules", "layers_to_transform", "layers_pattern"}  # which layers they mean stands in the keys
-KNOWN = (NEUTRAL | READ | RESOLVED | {"lora_bias"}) - {"target_parameters"}  # no server is known to take these
+KNOWN = NEUTRAL | READ | RESOLVED | {"lora_bias"}
 BY_PEFT = ("transformers", "kaito")  # READERS that load adapters with peft
 TRUE_BY_DEFAULT = {"init_lora_weights": True, "megatron_core": "megatron.core", "qalora_group_size": 16}
 
@@ -77,6 +78,8 @@ class Adapter:
     """What stands in an adapter's directory."""
 
     config: dict[str, Any]
+    fields: set[str]
+    """Those of the configuration, with those that are null."""
     tensors: dict[str, Tensor]
     layers: list[Layer]
     model_type: str | None
@@ -126,7 +129,8 @@ def read_adapter(directory: str | os.PathLike[str]) -> Adapter:
     if problems:
         more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise ValueError(f"{directory} is no whole adapter: {'; '.join(problems[:10])}{more}")
-    return Adapter(config, tensors, layers, TensorFile(directory / WEIGHTS).metadata.get(MODEL_TYPE))
+    fields = set(read_json(directory / CONFIG))
+    return Adapter(config, fields, tensors, layers, TensorFile(directory / WEIGHTS).metadata.get(MODEL_TYPE))
 
 
 def _layer(config: dict[str, Any], name: str, A: str, B: str, tensors: dict[str, Tensor]) -> Layer | str:
@@ -139,7 +143,8 @@ def _layer(config: dict[str, Any], name: str, A: str, B: str, tensors: dict[str,
     if rank == 0 or not 0 < alpha < math.inf:
         return f"{name} has rank {rank} and lora_alpha {alpha}; both must be above 0"
     said = pattern_value(config.get("rank_pattern") or {}, name, config.get("r", DEFAULT_RANK))
-    if not _other_settings(config) and (rank != said or (a.dim() == 2 and b.shape[1] != rank)):
+    named = not _other_settings(config) and not config.get("target_parameters")
+    if named and (rank != said or (a.dim() == 2 and b.shape[1] != rank)):
         return f"A and B of {name} are {list(a.shape)} and {list(b.shape)}, and {CONFIG} says rank {said}"
     squared = Fraction(alpha) ** 2 / (rank if config.get("use_rslora") else rank**2)
     return Layer(name, A, B, rank, alpha, squared)
@@ -149,18 +154,21 @@ def _other_settings(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in sorted(config.items()) if value and key not in KNOWN}
 
 
-def features(adapter: Adapter) -> dict[str, str]:
-    """Which of REMEDIES an adapter has, and how it shows."""
-    config, found = adapter.config, {}
+def _kinds(adapter: Adapter) -> dict[str, list[str]]:
+    """The keys of tensors that are no pair of a linear layer, by the entry of REMEDIES that they are about."""
     kinds: dict[str, list[str]] = {}
     ends = {end for layer in adapter.layers for end in (layer.A, layer.B)}
     for key in sorted(adapter.tensors.keys() - ends):
         if _MAGNITUDE.fullmatch(key):
             kind = "use_dora"
-        elif _BIAS.fullmatch(key) or (key.endswith(".bias") and config.get("bias", "none") != "none"):
+        elif key.endswith(_PAIR_BIAS):
+            kind = "lora_bias"
+        elif key.endswith(BIAS) or (key.endswith(".bias") and adapter.config.get("bias", "none") != "none"):
             kind = "bias"
         elif key.endswith(ROWS):
             kind = "tokens"
+        elif key.endswith(TABLE):
+            kind = "tables"
         else:
             kind = "modules_to_save"
         kinds.setdefault(kind, []).append(key)
@@ -171,7 +179,12 @@ def features(adapter: Adapter) -> dict[str, str]:
             kinds.setdefault("attention", []).append(layer.A)
         elif adapter.tensors[layer.A].dim() > 2:
             kinds.setdefault("convolution", []).append(layer.A)
-    found.update({kind: _listed(keys) for kind, keys in kinds.items()})
+    return kinds
+
+
+def features(adapter: Adapter) -> dict[str, str]:
+    """Which of REMEDIES an adapter has, and how it shows."""
+    config, found = adapter.config, {kind: _listed(keys) for kind, keys in _kinds(adapter).items()}
     ranks, alphas = {layer.rank for layer in adapter.layers}, {layer.alpha for layer in adapter.layers}
     if ranks != {config.get("r", DEFAULT_RANK)}:
         found["rank_pattern"] = f"ranks {', '.join(map(str, sorted(ranks)))} by rank_pattern"
@@ -179,11 +192,13 @@ def features(adapter: Adapter) -> dict[str, str]:
         found["alpha_pattern"] = f"alphas {', '.join(map(str, sorted(alphas)))} by alpha_pattern"
     for key in ("use_rslora", "use_dora", "modules_to_save", "fan_in_fan_out", "lora_bias"):
         if config.get(key):
-            found["bias" if key == "lora_bias" else key] = f"{key}={config[key]!r}"
+            found[key] = f"{key}={config[key]!r}"
     if config.get("bias", "none") != "none":
         found["bias"] = f"bias={config['bias']!r}"
-    if config.get("init_lora_weights", True) not in PLAIN_STARTS:
+    if not leaves_the_base(config.get("init_lora_weights", True)):
         found["init_lora_weights"] = f"init_lora_weights={config['init_lora_weights']!r}"
+    if config.get("target_parameters"):
+        found["parameters"] = f"target_parameters={config['target_parameters']!r}"
     if others := _other_settings(config):
         found["other settings"] = ", ".join(f"{key}={value!r}" for key, value in others.items())
     return found
@@ -234,8 +249,10 @@ def _misfits(adapter: Adapter, target: Target, reader: Reader) -> dict[str, Find
 
     if missing := [name for name in reader.required if name not in adapter.config]:
         find("missing", f"no {', '.join(missing)} in {CONFIG}", "it requires them")
+    if reader.fields is not None and (unknown_fields := sorted(adapter.fields - reader.fields)):
+        find("fields", f"fields {', '.join(unknown_fields)}", "its peft is older than these, and raises on them")
     for feature, what in features(adapter).items():
-        if feature in reader.unread:
+        if feature in reader.unread and not (feature == "modules_to_save" and _are_heads(adapter, reader.heads)):
             find(feature, what, reader.unread[feature])
     rank = max(layer.rank for layer in adapter.layers)
     if reader.max_rank is not None and rank > reader.max_rank:
@@ -254,19 +271,28 @@ def _misfits(adapter: Adapter, target: Target, reader: Reader) -> dict[str, Find
     return misfits
 
 
+def _are_heads(adapter: Adapter, heads: tuple[str, ...]) -> bool:
+    """Whether all that an adapter trains whole are single layers of these names, which modules_to_save has."""
+    saved = adapter.config.get("modules_to_save") or []
+    key = re.compile(rf"{re.escape(PREFIX)}(.+\.)?({'|'.join(map(re.escape, saved))})\.(weight|bias)")
+    return set(saved) <= set(heads) and all(key.fullmatch(one) for one in _kinds(adapter).get("modules_to_save", []))
+
+
 def _padded(rank: int) -> int:
     return 8 if rank <= 8 else -(-rank // 16) * 16
 
 
 def _partial_kinds(adapter: Adapter) -> list[str]:
-    """Kinds of layers (names with * for the block's number) that some block up to the last adapted one lacks."""
+    """Kinds of layers (names with * for the block's number) that some block up to the last adapted one lacks; all of
+    them under layers_to_transform, which is there to leave blocks out, be they behind that one."""
     blocks: dict[str, set[int]] = {}
     for layer in adapter.layers:
         if number := re.search(r"(?<=\.)\d+(?=\.)", layer.name):
             kind = f"{layer.name[: number.start()]}*{layer.name[number.end() :]}"
             blocks.setdefault(kind, set()).add(int(number[0]))
     last = max((n for numbers in blocks.values() for n in numbers), default=-1)
-    return sorted(kind for kind, numbers in blocks.items() if len(numbers) <= last)
+    chosen = _is_set("layers_to_transform", adapter.config.get("layers_to_transform"))
+    return sorted(kind for kind, numbers in blocks.items() if chosen or len(numbers) <= last)
 
 
 # ===== export =====
@@ -309,9 +335,10 @@ def export(
     atomic.check_apart(output, directory)
     if Path(output).resolve() == Path(directory).resolve():
         raise ValueError(f"output is the adapter's own directory, {directory}; choose another")
-    config, tensors = _config(adapter, reader), adapter.tensors
+    config = _config(adapter, reader)
+    tensors = {key: t for key, t in adapter.tensors.items() if "tables" not in misfits or not key.endswith(TABLE)}
     if misfits.keys() & SCALING:
-        scaling, tensors = _rescaled(adapter, reader)
+        scaling, tensors = _rescaled(adapter, tensors, reader)
         config |= scaling
     with atomic.new_directory(output, overwrite=overwrite) as temporary:
         atomic.write_bytes(temporary / WEIGHTS, save(tensors, metadata={"format": "pt"}))
@@ -356,9 +383,9 @@ def _is_set(key: str, value: Any) -> bool:
     return bool(value) or (key == "layers_to_transform" and value == 0)
 
 
-def _rescaled(adapter: Adapter, reader: Reader) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _rescaled(adapter: Adapter, tensors: dict[str, Tensor], reader: Reader) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Fields and tensors with one lora_alpha and plain scaling, and one rank unless the reader takes each tensor's."""
-    tensors, rank = dict(adapter.tensors), max(layer.rank for layer in adapter.layers)
+    tensors, rank = dict(tensors), max(layer.rank for layer in adapter.layers)
     one_rank = "rank_pattern" in reader.unread
     rank = _padded(rank) if reader.pads_ranks else rank
     # the alpha that each layer would have, squared

@@ -84,6 +84,7 @@ def quantize_directory(
         OSError: source is no directory, and the hub does not answer to it.
         ValueError: as `load_model` and `quantize_`; nothing is then written.
     """
+    atomic.check_free(directory, overwrite=overwrite)
     found, gguf_file = find_model(os.fspath(source))
     if not Path(found).is_dir():
         with quiet_transformers(import_transformers(), bars=True), plain_errors(found, local=False):

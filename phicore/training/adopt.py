@@ -1,7 +1,6 @@
 """A checkpoint of the Trainer made of whole tensors: a run that another trainer began goes on here."""
 
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phicore.training.checkpoint import LATEST, latest_checkpoint, save_checkpoint
+from phicore import atomic
+from phicore.training.checkpoint import latest_checkpoint, save_checkpoint
 from phicore.training.resume import describe
 from phicore.training.shards import Part
 from phicore.zero.state import MASTER
@@ -39,7 +39,7 @@ def adopt(
         step: optimizer steps done.
         output: of the run; gets checkpoints/.
         origin: who trained before, for messages.
-        overwrite: whether a run that is there may be written over.
+        overwrite: whether a run that is there may be written over. It is removed last.
 
     Returns:
         The checkpoint's directory.
@@ -51,10 +51,6 @@ def adopt(
     checkpoints = Path(output) / "checkpoints"
     if not overwrite and (found := latest_checkpoint(checkpoints)) is not None:
         raise FileExistsError(f"{output} holds a run ({found.name}); choose another output, or overwrite it")
-    if overwrite and checkpoints.exists():
-        (checkpoints / LATEST).unlink(missing_ok=True)  # first, as a kill in between must not leave it pointing nowhere
-        shutil.rmtree(checkpoints)
-        (Path(output) / "metrics.jsonl").unlink(missing_ok=True)
     trained: set[str] = set()
     parts: dict[str, Part] = {}
     for group in optimizer["param_groups"]:
@@ -83,7 +79,12 @@ def adopt(
         "tensors": describe(tensors),
         "param_groups": [{"params": [name for name in tensors if name in trained]}],
     }
-    return save_checkpoint(checkpoints, state, parts, keep=1)
+    if not (overwrite and checkpoints.exists()):
+        return save_checkpoint(checkpoints, state, parts, keep=1)
+    with atomic.new_directory(checkpoints, overwrite=True) as temporary:  # the old run goes last
+        new = save_checkpoint(temporary, state, parts, keep=1)
+    (Path(output) / "metrics.jsonl").unlink(missing_ok=True)
+    return checkpoints / new.name
 
 
 def _flat(value: Any) -> Tensor:

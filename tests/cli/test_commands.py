@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -151,6 +152,21 @@ def test_an_adapter_that_does_not_fit_is_refused(
     assert "missing keys" in message
     assert "unexpected keys" in message
     assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_written_or_read_is_told_before_a_model_is_loaded(
+    tiny_model: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").write_text("")
+    merge = ["merge", "--model", str(tiny_model)]
+    for adapted, output, message in (
+        (adapter, "taken", "taken exists and is not an empty directory"),
+        (tmp_path / "taken", "out", "taken holds no adapter_config.json"),
+    ):
+        with mock.patch("phicore.formats.huggingface.load_model", side_effect=AssertionError("loaded in vain")):
+            assert main([*merge, "--adapter", str(adapted), "--output", str(tmp_path / output)]) == 1
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))

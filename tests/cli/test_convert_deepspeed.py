@@ -2,8 +2,10 @@
 
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,7 +14,8 @@ from torch import Tensor, nn
 
 from phicore.cli import main
 from phicore.formats.deepspeed import read_checkpoint
-from phicore.training import TrainConfig, Trainer
+from phicore.training import TrainConfig, Trainer, checkpoint
+from phicore.training.adopt import adopt
 from phicore.training.data import step_indices
 from tests.formats.deepspeed_runs import ROWS, WORLD_SIZE, Net, batch
 from tests.training.small_run import metrics
@@ -87,6 +90,20 @@ def test_masters_go_on_and_a_run_is_not_written_over(deepspeed_runs: Path, tmp_p
     for name, parameter in exact.parameters.items():
         assert torch.equal(masters[name], parameter), name
         assert torch.equal(trainer.parameters[name], parameter.bfloat16()), name
+
+
+@pytest.mark.parametrize("fault", ["state", "disk"])
+def test_a_run_is_kept_where_what_should_replace_it_cannot_be(deepspeed_runs: Path, tmp_path: Path, fault: str) -> None:
+    assert convert(deepspeed_runs / "stage 1", "--output", tmp_path, "--to", "run") == 0
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    tensors, optimizer = {"a": torch.ones(2)}, {"param_groups": [{"params": [0], "param_names": ["a"]}], "state": {}}
+    if fault == "state":
+        optimizer["state"] = {0: {"momentum_buffer": torch.ones(2)}}
+    failing = mock.patch.object(checkpoint, "write_shard", side_effect=OSError(28, "No space left on device"))
+    with failing if fault == "disk" else nullcontext(), pytest.raises((ValueError, OSError)):
+        adopt(tensors, optimizer, 1, tmp_path, origin="DeepSpeed", overwrite=True)
+    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("bfloat16", "float32"), ("float16", "float32"), ("stage 2", "auto")])

@@ -70,10 +70,11 @@ def test_a_state_that_bitsandbytes_wrote_is_read() -> None:
     torch.testing.assert_close(weight.dequantize(), theirs)
 
 
-def test_sixteen_bit_storage_holds_the_same_bytes() -> None:
+@pytest.mark.parametrize("storage", [torch.int8, torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_any_storage_of_transformers_holds_the_same_bytes(storage: torch.dtype) -> None:
     weight = phicore.nf4.quantize(torch.randn(16, 64))
     tensors = pack_weight(weight)
-    tensors[""] = tensors[""].view(-1).view(torch.bfloat16).view(-1, 1)
+    tensors[""] = tensors[""].view(-1).view(storage).view(-1, 1)
     assert torch.equal(unpack_weight(tensors, "w").packed, weight.packed)
 
 

@@ -1,5 +1,6 @@
 """Model directories of transformers: what is written loads to the same model, and what cannot be loaded is named."""
 
+import copy
 import json
 import logging
 import shutil
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import phicore
@@ -186,6 +188,33 @@ def test_a_directory_that_lacks_something(model: Any, tokenizer: Any, tmp_path: 
         FileNotFoundError, match=r"lacks model-00002-of-00002.safetensors, which its .*index.json names"
     ):
         load_model(str(whole), torch.float32)
+
+
+def test_an_adapter_where_a_model_is_expected(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    """transformers puts the adapter of such a directory into the model that it loads, where peft is installed."""
+    phicore.save_adapter(phicore.attach(copy.deepcopy(model), phicore.LoRAConfig(rank=2)), tmp_path / "both")
+    with pytest.raises(FileNotFoundError, match=r"holds an adapter and no model; give its base as the model"):
+        load_model(str(tmp_path / "both"), torch.float32)
+    save_model(model, tokenizer, tmp_path / "model")
+    shutil.copytree(tmp_path / "model", tmp_path / "both", dirs_exist_ok=True)
+    for read in (lambda: load_model(str(tmp_path / "both"), torch.float32), lambda: find_model(str(tmp_path / "both"))):
+        with pytest.raises(ValueError, match=r"holds a model and an adapter \(adapter_config.json\)"):
+            read()
+
+
+def test_integers_in_a_weight_s_place_are_named(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    save_model(model, tokenizer, tmp_path / "model")
+    path, name = tmp_path / "model" / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
+    save_file({k: t.to(torch.int8) if k == name else t for k, t in load_file(path).items()}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{name} is held as torch.int8, coded by another library"):
+        load_model(str(tmp_path / "model"), torch.float32)
+
+
+def test_a_model_of_its_author_s_code_says_what_to_do(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    save_model(model, tokenizer, tmp_path / "model")
+    edit_config(tmp_path / "model", model_type="own", auto_map={"AutoConfig": "configuration_own.OwnConfig"})
+    with pytest.raises(ValueError, match=r"model needs code of its author, which is not run here; load it by"):
+        load_model(str(tmp_path / "model"), torch.float32)
 
 
 def edit_config(directory: Path, **changes: Any) -> None:

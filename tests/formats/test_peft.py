@@ -464,6 +464,34 @@ def test_a_table_that_peft_saved_beside_its_adapter(tmp_path, tiny, randomize, u
             phicore.load_adapter(spared, tmp_path)
 
 
+@pytest.mark.parametrize("family", ["llama", "tied llama"])
+def test_tables_of_a_resized_vocabulary_that_peft_saved_beside_an_adapter(tmp_path, tiny, randomize, unchanged, family):
+    """PEFT adds both tables of a vocabulary that was resized, adapted or not, and puts them into the model it loads."""
+    config = peft.LoraConfig(r=4, lora_alpha=7, target_modules=["q_proj"])
+    other = randomize(peft.get_peft_model(tiny(family).double(), config, autocast_adapter_dtype=False).eval())
+    other.save_pretrained(tmp_path, save_embedding_layers=True)
+    assert {f"{PREFIX}lm_head.weight", f"{PREFIX}model.embed_tokens.weight"} <= load_file(tmp_path / WEIGHTS).keys()
+    model = phicore.load_adapter(tiny(family).double(), tmp_path)
+    torch.testing.assert_close(logits(model), logits(other))
+
+    edit_tensors(tmp_path, lambda tensors: {k: t + (k == f"{PREFIX}lm_head.weight") for k, t in tensors.items()})
+    for spared in (tiny(family).double(), model):
+        with (
+            unchanged(spared),
+            pytest.raises(ValueError, match=r"model\.lm_head\.weight: PEFT writes these .* resize"),
+        ):
+            phicore.load_adapter(spared, tmp_path)
+
+
+@pytest.mark.parametrize("start", ["mica", "MiCA", "Gaussian"])
+def test_starts_of_peft_that_leave_the_base(tmp_path, tiny, randomize, start):
+    config = peft.LoraConfig(r=4, lora_alpha=7, target_modules=["q_proj"], init_lora_weights=start)
+    other = peft.get_peft_model(tiny("llama", dtype=torch.float32), config, autocast_adapter_dtype=False).eval()
+    randomize(other).save_pretrained(tmp_path)
+    model = phicore.load_adapter(tiny("llama", dtype=torch.float32), tmp_path)
+    torch.testing.assert_close(logits(model), logits(other))
+
+
 def test_a_tied_pair_of_peft_with_its_tables(tmp_path, tiny, randomize, unchanged):
     other = theirs(tiny, randomize, "tied")
     with pytest.warns(UserWarning, match="save_embedding_layers"):

@@ -1,6 +1,7 @@
 """Adapters of PEFT's format that are not right: an error that names what is wrong, and the model as it was."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -275,6 +276,24 @@ def renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def test_a_wrong_prefix(spoiled, refused):
     edit_tensors(spoiled, renamed)
     refused(spoiled, "unexpected keys: model.blocks.0|missing keys: base_model.model.")
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "message"),
+    [
+        (PREFIX, PREFIX * 2, f'without "{PREFIX}" the unexpected'),
+        (PREFIX, f"{PREFIX}_orig_mod.", 'without "_orig_mod." the unexpected'),
+        (PREFIX, f"module.{PREFIX}", 'without "module." the unexpected'),
+        (r"(blocks\.\d\.)", r"\1_fsdp_wrapped_module.", 'without "_fsdp_wrapped_module." the unexpected'),
+        (r"blocks\.", "bloom.blocks.", 'without "bloom." the unexpected'),
+        (r"lora_A\.", "lora_A.default.", 'without "default." the unexpected'),
+        (PREFIX, "", f'with "{PREFIX}" put in the unexpected'),
+        (r"blocks\.", "", 'with "blocks." put in the unexpected'),
+    ],
+)
+def test_a_part_of_all_keys_that_is_too_much_or_lacks_is_named(spoiled, refused, here, there, message):
+    edit_tensors(spoiled, lambda tensors: {re.sub(here, there, key): tensor for key, tensor in tensors.items()})
+    refused(spoiled, f"{message} keys are the missing ones")
 
 
 def test_keys_that_fit_no_layer_say_what_is_expected(spoiled, toy, unchanged):

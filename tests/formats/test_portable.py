@@ -47,7 +47,7 @@ def write(directory: Path, ranks=RANKS, dtype=torch.float64, tensors=None, drop=
     config = {
         "peft_type": "LORA", "r": most, "lora_alpha": 12, "target_modules": [k.rsplit(".", 1)[-1] for k in ranks],
         "rank_pattern": {k: r for k, r in ranks.items() if r != most}, "bias": "none", "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": "some/model", "peft_version": "0.21.2", "corda_config": None,
+        "base_model_name_or_path": "some/model",
     }  # fmt: skip
     made = {key: tensor for key, tensor in made.items() if not any(part in key for part in drop)}
     config = {key: value for key, value in config.items() if key not in remove}
@@ -130,7 +130,7 @@ def test_a_readers_own_arithmetic_gives_the_adapters_deltas(
     with tempfile.TemporaryDirectory() as place:
         fields = {"lora_alpha": alpha, "alpha_pattern": alphas, "use_rslora": rslora}
         if as_expression:
-            fields |= {"target_modules": r".*_proj", "layers_to_transform": [0, 1]}
+            fields |= {"target_modules": r".*_proj", "exclude_modules": ["o_proj"]}
         source = write(Path(place) / "source", dict(zip(SHAPES, ranks, strict=True)), dtype, **fields)
         output = Path(place) / "output"
         changed = export(source, output, target)
@@ -191,8 +191,15 @@ def test_baking_changes_alpha_and_no_tensor(tmp_path, target, rank):
 
 ZERO = torch.zeros
 MAGNITUDES = {f"{name}.lora_magnitude_vector": torch.ones(SHAPES[kind][0]) for kind in SHAPES for name in names(kind)}
+TABLE = {"model.embed_tokens.base_layer.weight": ZERO(5, 20)}
 EMBEDDING = {"model.embed_tokens.lora_embedding_A": ZERO(8, 5), "model.embed_tokens.lora_embedding_B": ZERO(20, 8)}
 HEAD = {"lm_head.weight": ZERO(5, 20)}
+SCORE = {"score.weight": ZERO(3, 20)}
+DEEP_SCORE = {"score.dense.weight": ZERO(20, 20), "score.out_proj.weight": ZERO(3, 20)}
+LM_HEAD = {f"lm_head.lora_{AB}.weight": ZERO(8, 8) for AB in "AB"}
+STARCODER = {
+    f"model.layers.{i}.mlp.c_{c}.lora_{AB}.weight": ZERO(8, 8) for i in (0, 1) for c in ("fc", "proj") for AB in "AB"
+}
 TOKENS = {"model.embed_tokens.token_adapter.trainable_tokens_delta": ZERO(2, 20)}
 CONVOLUTION = {"conv.lora_A.weight": ZERO(8, 3, 2, 2), "conv.lora_B.weight": ZERO(4, 8, 1, 1)}
 ATTENTION = {"attn.lora_A": ZERO(8, 4), "attn.lora_B": ZERO(12, 8)}
@@ -217,30 +224,48 @@ RULES = {
     "modules_to_save": (
         {"modules_to_save": ["lm_head"], "tensors": HEAD}, "modules_to_save=", ALL_BUT_PEFT, []
     ),
+    "score": (
+        {"modules_to_save": ["classifier", "score"], "tensors": SCORE}, "modules_to_save=",
+        ["tgi", "llama.cpp", "kaito"], [],
+    ),
+    "deep score": ({"modules_to_save": ["score"], "tensors": DEEP_SCORE}, "modules_to_save=", ALL_BUT_PEFT, []),
     "plain tensors": ({"tensors": HEAD}, "lm_head.weight", ALL_BUT_PEFT, []),
     "bias": ({"bias": "lora_only", "tensors": ALL_BIASES}, "bias='lora_only'", ALL_BUT_PEFT, []),
     "tokens": (
         {"trainable_token_indices": [1, 2], "tensors": TOKENS}, "trainable_tokens_delta", ALL_BUT_PEFT, []
     ),
-    "lora_bias": ({"lora_bias": True, "tensors": BIAS}, "lora_bias=True", ALL_BUT_PEFT, []),
+    "lora_bias": (
+        {"lora_bias": True, "tensors": BIAS}, r"lora_bias=True: .* with peft \(merge_and_unload\)", ALL_BUT_PEFT, []
+    ),
     "rank 32": ({"ranks": {Q: 32}}, "rank 32: it takes at most 16 unless", ["vllm", "kaito"], []),
     "rank 16": ({"ranks": {Q: 16}}, "", [], []),
     "rank 12": ({"ranks": {Q: 12}}, "rank 12: it pads ranks", [], ["tgi"]),
     "rank 2": ({"ranks": {Q: 2}}, "rank 2: it pads ranks", [], ["tgi"]),
     "no r": ({"remove": ["r"]}, "no r in adapter_config.json: it requires them", [], ["vllm", "kaito"]),
-    "no alpha": ({"remove": ["lora_alpha"]}, "no lora_alpha in", [], ["vllm", "kaito"]),
+    "no alpha": ({"remove": ["lora_alpha"]}, "no lora_alpha in", [], ["vllm", "llama.cpp", "kaito"]),
     "no targets": ({"remove": ["target_modules"]}, "no target_modules in", [], ["vllm", "kaito"]),
     "gate_up_proj": ({"tensors": FUSED}, "gate_up_proj, .*it has no such layers", ["tgi"], []),
+    "lm_head": ({"tensors": LM_HEAD}, "lm_head: it has no such layers", ["tgi"], []),
+    "layers of Starcoder2": ({"tensors": STARCODER}, "", [], []),
     "qkv_proj": ({"tensors": QKV}, "", [], []),
     "embedding": ({"tensors": EMBEDDING}, "embed_tokens", ["tgi"], []),
+    "table": (
+        {"tensors": EMBEDDING | TABLE}, "base_layer.weight: .*; export leaves it out|lora_embedding_A: it leaves",
+        ["tgi"], ["vllm", "llama.cpp", "kaito"],
+    ),
     "some blocks": ({"drop": [f"0.{V}"]}, rf"model.layers.\*.{V}: it drops a kind of layer", ["tgi"], []),
+    "the first blocks": ({"layers_to_transform": [0, 1]}, rf"layers.\*.{Q}.*: it drops a kind of layer", ["tgi"], []),
     "convolution": ({"tensors": CONVOLUTION}, "conv.lora_A", ALL_BUT_PEFT, []),
     "attention": ({"tensors": ATTENTION}, "attn.lora_A", ALL_BUT_PEFT, []),
     "attention of today": ({"tensors": ATTENTION_TOO}, "attn.base_layer.out_proj.lora_A", ALL_BUT_PEFT, []),
-    "parameters": ({"target_parameters": ["x.y"]}, r"target_parameters=\['x.y'\]: it does not know", ALL_BUT_PEFT, []),
+    "parameters": ({"target_parameters": ["x.y"]}, r"target_parameters=\['x.y'\]: it takes", ALL_BUT_PEFT, []),
     "Conv1D": ({"fan_in_fan_out": True}, "fan_in_fan_out=True", ALL_BUT_PEFT, []),
     "PiSSA": ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'", ALL_BUT_PEFT, []),
     "a start that leaves the base": ({"init_lora_weights": "gaussian"}, "", [], []),
+    "fields of a later peft": (
+        {"peft_version": "0.21.2", "corda_config": None}, "fields corda_config, peft_version: its peft is older",
+        [], ["kaito"],
+    ),
     "unknown setting": ({"use_qalora": True}, "use_qalora=True: it does not know", ALL_BUT_PEFT, []),
 }  # fmt: skip
 
