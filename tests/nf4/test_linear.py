@@ -141,6 +141,13 @@ def test_autocast():
     assert layer.nested_absmax.dtype == torch.float32
 
 
+def test_an_x_that_is_no_float_is_refused():
+    """Decoded to whole numbers, most weights would be 0."""
+    q = phicore.nf4.quantize(torch.randn(OUT, IN))
+    with pytest.raises(TypeError, match=r"x is torch\.int64, .* must be a float"):
+        phicore.nf4.linear(torch.ones(4, IN, dtype=torch.int64), q)
+
+
 def test_shapes_that_do_not_fit_are_refused():
     q = phicore.nf4.quantize(torch.randn(OUT, IN))
     with pytest.raises(ValueError, match=rf"x of shape \(4, 36\) does not fit .* \[{OUT}, {IN}\]"):
