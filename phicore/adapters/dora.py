@@ -245,9 +245,10 @@ class DoRALinear(DoRALayer, LowRankLinear):
         if self.fuses(x):
             v, wa = base_layer.low_rank(self.base, x, A, B, self.factor, with_rows=True)
             return v, wa.t()
-        rows = flat(x)  # so that the product can be added to in place
+        own = not base_layer.has_hooks(self.base)  # the product is nobody else's
+        rows = flat(x) if own else x  # flat, so that it can be added to in place
         z, wa = base_layer.project_with_rows(self.base, rows, A.detach().to(x.dtype))
-        v = low_rank_update(z, rows, A, B, self.factor, self.active_dropout, in_place=True)
+        v = low_rank_update(z, rows, A, B, self.factor, self.active_dropout, in_place=own)
         return v.view(*x.shape[:-1], self.out_features), wa.t()
 
     # ===== on a GPU =====
