@@ -33,7 +33,7 @@ from phicore.adapters.tied import (
 )
 from phicore.adapters.token_rows import token_rows
 from phicore.adapters.trained import TrainedBias, TrainedPart, biases_beside, has_bias, new_bias, trains_bias
-from phicore.modules import Model, has_own_forward, matches, no_match, replace, select
+from phicore.modules import Model, matches, no_match, replace, select
 from phicore.nf4.linear import NF4Linear
 
 
@@ -147,11 +147,6 @@ def plan(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, nn.Module], di
         weight: Any = None if isinstance(module, NF4Linear | LowRankLayer) else module.weight
         if weight is not None and not weight.is_floating_point():
             raise TypeError(f"{name} has {weight.dtype} weights; adapters need a floating-point or NF4 layer")
-        if config.dora and has_own_forward(module):
-            raise ValueError(
-                f"{name} is a {type(module).__name__} whose forward is not nn.Linear's; DoRA computes with its weight, "
-                f"and would pass that over"
-            )
         if config.init == "loftq" and not isinstance(module, nn.Linear):
             raise ValueError(
                 f'init "loftq" codes dense nn.Linear layers to NF4 itself, and {name} is a {type(module).__name__}; '
@@ -164,7 +159,10 @@ def plan(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, nn.Module], di
                 f'init "{config.init}" decomposes a whole weight and cannot start the parts of {name}; use "kaiming" '
                 f'or "gaussian", or fused_targets="map"'
             )
-        layer_class(module, config.dora).pair_shapes(module, pattern_value(config.rank_pattern, name, config.rank))
+        try:
+            layer_class(module, config.dora).pair_shapes(module, pattern_value(config.rank_pattern, name, config.rank))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
     return targets, saved
 
 

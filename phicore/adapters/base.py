@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from phicore.adapters.dense import dense_low_rank
 from phicore.adapters.step import Frozen
+from phicore.modules import has_own_forward
 from phicore.nf4.linear import autocast, autocast_dtype
 from phicore.products import emulated, matmul
 from phicore.transforms import transformed
@@ -185,6 +186,11 @@ def dense_weight(base: Base, dtype: torch.dtype) -> Tensor:
 
 def with_weight(base: Base, weight: Tensor) -> Base:
     """A layer like base, hooks and all, with another frozen weight; everything else is shared with base."""
+    if has_own_forward(base):
+        raise ValueError(
+            f"a {type(base).__name__} has a forward of its own, and what that does with its weight it would do with a "
+            f"merged one; keep the adapter as it is, or leave this layer out of it"
+        )
     return with_parameter(base, "weight", nn.Parameter(weight, requires_grad=False))
 
 
@@ -195,11 +201,22 @@ def with_parameter(base: Base, name: str, parameter: nn.Parameter) -> Base:
             f"{type(base).__name__} computes its {name} (a parametrization, weight norm or pruning), so nothing can be "
             f"merged into it; remove that first (torch.nn.utils.parametrize.remove_parametrizations)"
         )
-    layer = copy.copy(base)
-    for registry in ("_parameters", "_buffers", "_modules"):
-        layer.__dict__[registry] = dict(base.__dict__[registry])
+    layer = shallow_copy(base)
     setattr(layer, name, parameter)
     return layer
+
+
+def shallow_copy(base: Base) -> Base:
+    """A module like base, hooks and all, that shares its tensors and modules until others are set."""
+    if "forward" in vars(base):
+        raise ValueError(
+            f"the forward of a {type(base).__name__} was replaced, as accelerate does to offload, and runs with the "
+            f"weights that it had then, so nothing can be merged; load the model without that"
+        )
+    module = copy.copy(base)
+    for registry in ("_parameters", "_buffers", "_modules"):
+        module.__dict__[registry] = dict(base.__dict__[registry])
+    return module
 
 
 def compute_dtype(base: Base) -> torch.dtype:

@@ -10,6 +10,7 @@ from phicore.adapters.dora_scale import fuses_scaling, scale_columns
 from phicore.adapters.lora import LowRankLayer, LowRankLinear, dense_product, low_rank_update
 from phicore.adapters.scaled_rows import scaled_rows
 from phicore.adapters.step import low_rank_step
+from phicore.modules import has_own_forward
 from phicore.nf4.linear import autocast
 from phicore.nf4.ops import flat
 from phicore.transforms import transformed
@@ -65,6 +66,16 @@ class DoRALayer(LowRankLayer):
     """
 
     base_norm_squared: Tensor
+
+    @classmethod
+    def pair_shapes(cls, base: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        innermost = base.innermost if isinstance(base, LowRankLayer) else base
+        if has_own_forward(innermost):
+            raise ValueError(
+                f"a {type(innermost).__name__} has a forward of its own; DoRA computes with its weight, and would pass "
+                f"that over"
+            )
+        return super().pair_shapes(base, rank)
 
     def _complete(self) -> None:
         super()._complete()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import phicore
-from phicore.adapters import adapter_layers
+from phicore.adapters import FusedDoRALinear, adapter_layers
 from phicore.adapters.lora import LowRankLinear
 from tests.adapters.toys import CONFIG, DORA, NF4, adapted, build, trainable, x_for
 
@@ -439,12 +439,36 @@ def test_layers_with_their_own_forward(unchanged):
     with pytest.warns(UserWarning, match=r"leaves out layers with a forward of their own \(Doubled\): 0$"):
         attached = phicore.attach(copy.deepcopy(model), phicore.LoRAConfig(rank=2))
     assert [type(layer) for layer in attached] == [Doubled, phicore.LoRALinear]
-    with unchanged(model), pytest.raises(ValueError, match=r"0 is a Doubled whose forward is not nn\.Linear's; DoRA"):
+    with unchanged(model), pytest.raises(ValueError, match=r"0: a Doubled has a forward of its own; DoRA"):
         phicore.attach(model, phicore.LoRAConfig(rank=2, target_modules=["0"], dora=True))
     x = torch.randn(3, 6)
-    torch.testing.assert_close(
-        phicore.attach(copy.deepcopy(model), phicore.LoRAConfig(rank=2, target_modules=["0"]))(x), model(x)
-    )
+    attached = phicore.attach(copy.deepcopy(model), phicore.LoRAConfig(rank=2, target_modules=["0"]))
+    torch.testing.assert_close(attached(x), model(x))
+    with unchanged(attached):
+        with pytest.raises(ValueError, match=r"0: a Doubled has a forward of its own; DoRA"):  # over the first adapter
+            phicore.attach(attached, phicore.LoRAConfig(rank=2, target_modules=["0"], dora=True), "second")
+        with pytest.raises(ValueError, match=r"0: a Doubled has a forward of its own, and what"):
+            phicore.merge(attached)
+    with pytest.raises(ValueError, match="a Doubled has a forward of its own; DoRA"):
+        FusedDoRALinear(Doubled(6, 6), {"q": 4, "k": 2}, 2)
+
+
+@DORA
+def test_convolutions_with_their_own_forward(unchanged, dora):
+    class Standardised(nn.Conv1d):
+        def forward(self, x: Tensor) -> Tensor:
+            return self._conv_forward(x, self.weight - self.weight.mean((1, 2), keepdim=True), self.bias)
+
+    model, config = nn.Sequential(Standardised(3, 4, 2)), phicore.LoRAConfig(rank=2, target_modules=["0"], dora=dora)
+    if dora:
+        with unchanged(model), pytest.raises(ValueError, match="0: a Standardised has a forward of its own; DoRA"):
+            phicore.attach(model, config)
+        return
+    x = torch.randn(2, 3, 5)
+    y = model(x)
+    torch.testing.assert_close(phicore.attach(model, config)(x), y)
+    with unchanged(model), pytest.raises(ValueError, match="0: a Standardised has a forward of its own, and what"):
+        phicore.merge(model)
 
 
 def test_a_computed_weight_takes_no_merge(unchanged):
