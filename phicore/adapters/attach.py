@@ -34,6 +34,7 @@ from phicore.adapters.tied import (
 from phicore.adapters.token_rows import token_rows
 from phicore.adapters.trained import TrainedBias, TrainedPart, biases_beside, has_bias, new_bias, trains_bias
 from phicore.modules import Model, matches, no_match, replace, select
+from phicore.nf4.convert import check_layer, coded
 from phicore.nf4.linear import NF4Linear
 
 
@@ -147,11 +148,13 @@ def plan(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, nn.Module], di
         weight: Any = None if isinstance(module, NF4Linear | LowRankLayer) else module.weight
         if weight is not None and not weight.is_floating_point():
             raise TypeError(f"{name} has {weight.dtype} weights; adapters need a floating-point or NF4 layer")
-        if config.init == "loftq" and not isinstance(module, nn.Linear):
-            raise ValueError(
-                f'init "loftq" codes dense nn.Linear layers to NF4 itself, and {name} is a {type(module).__name__}; '
-                f"attach before quantizing, and to nn.Linear layers only"
-            )
+        if config.init == "loftq":
+            if not isinstance(module, nn.Linear):
+                raise ValueError(
+                    f'init "loftq" codes dense nn.Linear layers to NF4 itself, and {name} is a '
+                    f"{type(module).__name__}; attach before quantizing, and to nn.Linear layers only"
+                )
+            check_layer(name, module, all(parameter.is_meta for parameter in model.parameters()))
         if config.init in ("pissa", "olora") and not isinstance(module, linear_kinds()):
             raise ValueError(f'init "{config.init}" is for linear layers, and {name} is a {type(module).__name__}')
         if config.init not in ("kaiming", "gaussian") and name in parts:
@@ -271,7 +274,7 @@ def attach(model: Model, config: LoRAConfig, name: str = "default") -> Model:
             continue
         dense, base = module, module
         if config.init == "loftq":
-            base = NF4Linear.from_linear(cast(nn.Linear, dense))
+            base = coded(cast(nn.Linear, dense))
         rank, alpha = (
             layer_setting(model, pattern, path, default)
             for pattern, default in ((config.rank_pattern, config.rank), (config.alpha_pattern, config.alpha))

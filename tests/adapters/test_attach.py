@@ -441,6 +441,8 @@ def test_layers_with_their_own_forward(unchanged):
     assert [type(layer) for layer in attached] == [Doubled, phicore.LoRALinear]
     with unchanged(model), pytest.raises(ValueError, match=r"0: a Doubled has a forward of its own; DoRA"):
         phicore.attach(model, phicore.LoRAConfig(rank=2, target_modules=["0"], dora=True))
+    with unchanged(model), pytest.raises(ValueError, match=r"0 is a Doubled .* would compute otherwise as NF4Linear"):
+        phicore.attach(model, phicore.LoRAConfig(rank=2, target_modules=["1", "0"], init="loftq"))
     x = torch.randn(3, 6)
     attached = phicore.attach(copy.deepcopy(model), phicore.LoRAConfig(rank=2, target_modules=["0"]))
     torch.testing.assert_close(attached(x), model(x))
