@@ -396,6 +396,15 @@ def test_what_matches_nothing_is_refused(toy, unchanged, options, message):
         phicore.attach(model, phicore.LoRAConfig(**options))
 
 
+def test_weights_of_8_bits_need_an_adapter_dtype(unchanged):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = nn.Parameter(model[1].weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    with unchanged(model), pytest.raises(TypeError, match=r"1 has torch\.float8_e4m3fn weights, .* set adapter_dtype"):
+        phicore.attach(model, phicore.LoRAConfig(rank=2))
+    attached = phicore.attach(model, phicore.LoRAConfig(rank=2, adapter_dtype=torch.bfloat16))
+    assert attached[1].lora_A.dtype == torch.bfloat16
+
+
 def test_integer_weights_are_refused(toy, unchanged):
     model = toy()
     model.blocks[1].down_proj.weight = nn.Parameter(torch.zeros(20, 33, dtype=torch.int8), requires_grad=False)
