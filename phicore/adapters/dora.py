@@ -112,7 +112,9 @@ class DoRALayer(LowRankLayer):
         """Sums ||W||^2 anew. Needed only after the base's weight was changed by hand; loading and casting do it."""
         if not self.lora_A.is_meta:
             weight = self.dense_base()
-            self.base_norm_squared = (weight * weight).sum(1)
+            squared = (weight * weight).sum(1)
+            # FSDP2 shards parameters and leaves buffers whole.
+            self.base_norm_squared = squared.full_tensor() if hasattr(squared, "full_tensor") else squared
 
     @property
     def factor(self) -> float:

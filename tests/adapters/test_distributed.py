@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -73,6 +74,22 @@ def same_gradients(
         torch.testing.assert_close(whole, expected[name])
 
 
+def load_sharded(meta: bool) -> None:
+    """A state that is loaded into a sharded DoRA model, whether it was made with its values or without."""
+    x = torch.randn(8, 64, generator=torch.Generator().manual_seed(3))
+    expected = build(True, False)
+    with torch.device("meta" if meta else "cpu"):
+        model = build(True, False)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in model[:2]:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    if meta:
+        model.to_empty(device="cpu")
+    set_model_state_dict(model, expected.state_dict(), options=StateDictOptions(full_state_dict=True))
+    torch.testing.assert_close(model(x), expected(x))
+
+
 ATTENTION = ("attention", True, False, False)
 FUSED = ("fused", True, False, False)
 EXPERTS = ("experts", False, False, False)
@@ -133,6 +150,11 @@ def ranks(started, tmp_path_factory):
 @pytest.mark.parametrize(("dora", "nf4"), METHODS)
 def test_two_ranks_have_the_gradients_of_one_process(ranks, how, dora, nf4):
     ranks(compare, dora, nf4, how)
+
+
+@pytest.mark.parametrize("meta", [False, True])
+def test_a_state_is_loaded_into_sharded_dora(ranks, meta):
+    ranks(load_sharded, meta)
 
 
 @pytest.mark.parametrize("kind", KINDS)
