@@ -105,6 +105,15 @@ def test_an_adapter_is_not_read_past(randomize, dora):
     torch.testing.assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(x), y)
 
 
+def test_a_trained_copy_is_read_only_where_it_answers(randomize):
+    model = nn.ModuleDict({"fc": nn.Linear(4, 4), "embed": nn.Embedding(5, 4)})
+    config = phicore.LoRAConfig(rank=2, target_modules=["fc"], modules_to_save=["embed"])
+    embed = randomize(phicore.attach(model, config))["embed"]
+    assert embed.weight is embed.trained.weight
+    with phicore.disabled(model):
+        assert embed.weight is embed.base.weight
+
+
 def test_rows_of_a_batch_have_no_one_weight(randomize):
     model = phicore.attach(ReadsWeights(), phicore.LoRAConfig(rank=2, target_modules=["plain"]))
     with phicore.adapters.mixed(model, ["default", None]), pytest.raises(ValueError, match="mix adapters in a batch"):

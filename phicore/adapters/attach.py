@@ -84,11 +84,12 @@ class TrainedCopy(TrainedPart):
         return copy.deepcopy(answering, kept)  # its tensors are shared with the copy that trains
 
     def __getattr__(self, name: str) -> Any:
-        # Code that reads a head's or an embedding's weight finds the trained one.
+        # Code that reads a head's or an embedding's weight finds that of the module that answers.
         try:
             return nn.Module.__getattr__(self, name)
         except AttributeError:
-            return getattr(nn.Module.__getattr__(self, "trained"), name)
+            answering = "trained" if vars(self).get("enabled") else "base"  # it is missing while a copy is made
+            return getattr(nn.Module.__getattr__(self, answering), name)
 
 
 AdapterLayer = LowRankLayer | TrainedPart | LoRAExperts
