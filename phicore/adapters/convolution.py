@@ -95,6 +95,15 @@ class LowRankConvolution(LowRankLayer):
         """[out] -> [out, 1, ...], which broadcasts over a convolution's output."""
         return values.view(-1, *(1,) * len(self.innermost.kernel_size))
 
+    def laid_out(self, weight: Tensor) -> Tensor:
+        layer = self.innermost
+        if layer.groups > 1:
+            raise ValueError(
+                f"the weight of a convolution with groups={layer.groups} is read past its forward, and holds no "
+                f"adapter, which reads all channels; leave the layer out of the adapter"
+            )
+        return weight.view(layer.weight.shape)
+
     def plain(self, weight: Tensor) -> nn.Module:
         layer = self.innermost
         shape = (layer.out_channels, layer.in_channels, *layer.kernel_size)
