@@ -109,7 +109,8 @@ class DoRALayer(LowRankLayer):
 
     @torch.no_grad()
     def refresh_base_norm(self) -> None:
-        """Sums ||W||^2 anew. Needed only after the base's weight was changed by hand; loading and casting do it."""
+        """Sums ||W||^2 anew. Needed only after the base's weight was changed by hand; loading and casting do it, and so
+        does each pass over a base that trains (frozen again, it needs this once more)."""
         if not self.lora_A.is_meta:
             weight = self.dense_base()
             squared = (weight * weight).sum(1)
@@ -152,12 +153,20 @@ class DoRALayer(LowRankLayer):
     def _direction(self) -> Tensor:
         return self.dense_base() + self.product()  # V', [out, in]
 
+    def _follow_base(self) -> None:
+        """Sums ||W||^2 anew where W trains, which `attach` has none do."""
+        base = self.base  # of most, the parameters are its own, and seen at once
+        parameters = base.parameters() if base._modules else base._parameters.values()
+        if any(parameter is not None and parameter.requires_grad for parameter in parameters):
+            self.refresh_base_norm()
+
     @torch.no_grad()
     def _norm(self, WA: Tensor) -> tuple[Tensor, bool]:
         """||V'|| per row, [out], in base_norm_squared's dtype; and whether it is known that none is zero."""
         A, B = self.matrices()
         if transformed():  # which know no branch on data, and go past no_grad in forward mode
             return torch.linalg.vector_norm(self._direction().detach(), dim=1), False
+        self._follow_base()
         norm_squared = factored_norm_squared(self.base_norm_squared, WA, A, B, self.factor)
         cancelled = self._cancelled(norm_squared, WA)
         # Tensors, since torch.cond takes no numbers that differ between layers.
@@ -268,6 +277,7 @@ class DoRALinear(DoRALayer, LowRankLinear):
 
     def _fused(self, x: Tensor) -> Tensor:
         """forward by operators that fuse its steps, as far as the base, dropout and torch.compile let them."""
+        self._follow_base()
         A, B = self.matrices()
         v, WA = self._direction_product(x)
         y, norm_squared = scale_columns(v, self.base_norm_squared, WA, A, B, self.magnitude, self.bias, self.factor)

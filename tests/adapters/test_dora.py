@@ -453,6 +453,18 @@ def test_base_norm_follows_a_weight_changed_by_hand(layer_of, randomize):
     torch.testing.assert_close(layer(x), reference(layer, 3 * W, b, x)[0])
 
 
+@pytest.mark.parametrize("kind", ["linear", "lora+linear"])
+def test_base_norm_follows_a_base_that_trains(layer_of, randomize, kind):
+    base, _, _ = layer_of(kind, OUT, IN)
+    layer, x = random_adapter(base, randomize).requires_grad_(True), torch.randn(5, IN, dtype=torch.float64)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1e-3)
+    for forward in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        for _ in range(2):
+            forward(x).square().mean().backward()
+            optimizer.step()
+        torch.testing.assert_close(forward(x), x @ layer.merged_weight().T + layer.bias)
+
+
 def test_deepcopy_is_independent(layer_of, randomize):
     layer = random_adapter(layer_of("nf4", OUT, IN)[0], randomize)
     other = copy.deepcopy(layer)
