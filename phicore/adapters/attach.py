@@ -145,6 +145,11 @@ def plan(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, nn.Module], di
         for key in pattern:
             if not any(pattern_value({key: True}, name, False) for name in names):
                 raise ValueError(no_match(f'{what} key "{key}"', key, names))
+    all_meta = all(parameter.is_meta for parameter in model.parameters())
+    for name, module in (targets | saved).items():
+        offloaded = not all_meta or "forward" in vars(module)  # by accelerate, which may offload a model whole
+        if offloaded and any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
+            raise ValueError(f"{name} has its weights on meta: it is offloaded; load the model whole")
     for name, module in targets.items():
         weight: Any = None if isinstance(module, NF4Linear | LowRankLayer) else module.weight
         if weight is not None and not weight.is_floating_point():
@@ -157,7 +162,7 @@ def plan(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, nn.Module], di
                     f'init "loftq" codes dense nn.Linear layers to NF4 itself, and {name} is a '
                     f"{type(module).__name__}; attach before quantizing, and to nn.Linear layers only"
                 )
-            check_layer(name, module, all(parameter.is_meta for parameter in model.parameters()))
+            check_layer(name, module, all_meta)
         if config.init in ("pissa", "olora") and not isinstance(module, linear_kinds()):
             raise ValueError(f'init "{config.init}" is for linear layers, and {name} is a {type(module).__name__}')
         if config.init not in ("kaiming", "gaussian") and name in parts:

@@ -405,6 +405,19 @@ def test_weights_of_8_bits_need_an_adapter_dtype(unchanged):
     assert attached[1].lora_A.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("options", [{"target_modules": ["1"]}, {"target_modules": ["0"], "modules_to_save": ["1"]}])
+def test_what_is_offloaded_is_refused(unchanged, options):
+    """Its adapter would have no values either."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, device="meta"))
+    with unchanged(model[0]), pytest.raises(ValueError, match="1 has its weights on meta: it is offloaded"):
+        phicore.attach(model, phicore.LoRAConfig(rank=2, **options))
+    assert type(model[1]) is nn.Linear
+    whole = nn.Sequential(nn.Linear(4, 4, device="meta"))
+    whole[0].forward = whole[0].forward  # as accelerate's cpu_offload leaves it
+    with pytest.raises(ValueError, match="0 has its weights on meta: it is offloaded"):
+        phicore.attach(whole, phicore.LoRAConfig(rank=2))
+
+
 def test_integer_weights_are_refused(toy, unchanged):
     model = toy()
     model.blocks[1].down_proj.weight = nn.Parameter(torch.zeros(20, 33, dtype=torch.int8), requires_grad=False)
