@@ -257,7 +257,7 @@ def attach(model: Model, config: LoRAConfig, name: str = "default") -> Model:
 
     Raises:
         ValueError: a target that matches nothing (with near misses), an adapter of this name that is there already, a
-            merged model. The model is then unchanged.
+            merged model, one that torch has wrapped for several ranks. The model is then unchanged.
         TypeError: a target whose weights are not floating-point, a config that is no LoRAConfig; the model is then
             unchanged.
     """
@@ -267,6 +267,7 @@ def attach(model: Model, config: LoRAConfig, name: str = "default") -> Model:
         raise ValueError(f'the model has an adapter named "{name}" already; give another name')
     if any(merged_layers(model)):
         raise ValueError("the model's adapters are merged; unmerge it before attaching another")
+    _check_not_wrapped(model)
     targets, saved = plan(model, config)
     parts = splits(model, config, targets)
     stacks = plan_parameters(model, config, targets, saved)
@@ -322,6 +323,20 @@ def attach(model: Model, config: LoRAConfig, name: str = "default") -> Model:
             parameter.requires_grad_(True)
     keep_off_fused_paths(model)
     return model
+
+
+WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}  # the last is fully_shard's
+
+
+def _check_not_wrapped(model: nn.Module) -> None:
+    """Raises ValueError for a model whose gradients torch sums over ranks."""
+    for path, module in model.named_modules():
+        kinds = {kind.__name__ for kind in type(module).__mro__ if kind.__module__.startswith("torch.")}
+        if kinds & WRAPPERS:
+            raise ValueError(
+                f"{path or 'the model'} is a {min(kinds & WRAPPERS)}, which sums the gradients of those parameters "
+                f"over ranks that it was made with, and not of an adapter; attach first, and wrap the model then"
+            )
 
 
 def _adapter(

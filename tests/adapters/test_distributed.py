@@ -131,6 +131,16 @@ def compare_all_kinds(dora: bool, how: str) -> None:
         compare_kind(kind, dora, how)
 
 
+def attach_to_wrapped() -> None:
+    """Ranks would train an adapter each, on their own."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    config = phicore.LoRAConfig(rank=2)
+    with pytest.raises(ValueError, match=r"the model is a DistributedDataParallel, .* attach first"):
+        phicore.attach(DistributedDataParallel(Block()), config)
+    with pytest.raises(ValueError, match=r"0 is a FSDPModule, .* attach first"):
+        phicore.attach(nn.Sequential(fully_shard(Block(), mesh=mesh)), config)
+
+
 @pytest.fixture(scope="module")
 def started():
     groups: list[Ranks] = []
@@ -150,6 +160,10 @@ def ranks(started, tmp_path_factory):
 @pytest.mark.parametrize(("dora", "nf4"), METHODS)
 def test_two_ranks_have_the_gradients_of_one_process(ranks, how, dora, nf4):
     ranks(compare, dora, nf4, how)
+
+
+def test_a_wrapped_model_takes_no_adapter(ranks):
+    ranks(attach_to_wrapped)
 
 
 @pytest.mark.parametrize("meta", [False, True])
