@@ -111,6 +111,7 @@ def plan(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, nn.Module], di
         for name, module in found.items():
             if any(isinstance(inner, AdapterLayer) for inner in module.modules()):
                 raise ValueError(f'modules_to_save entry "{entry}" matches {name}, which has an adapter in it already')
+            _check_trains_whole(entry, name, module)
         saved |= found
     saved = _in_every_name(saved, every)
     whole = tuple(f"{path}." for path in saved)
@@ -175,6 +176,21 @@ def plan(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, nn.Module], di
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     return targets, saved
+
+
+def _check_trains_whole(entry: str, path: str, module: nn.Module) -> None:
+    """Raises ValueError for a module of modules_to_save of which some weight, or everything, cannot train."""
+    for inner, part in module.named_modules(prefix=path):
+        integers = [name for name, p in part.named_parameters(recurse=False) if not p.is_floating_point()]
+        if integers or isinstance(part, NF4Linear):
+            raise ValueError(
+                f'modules_to_save entry "{entry}" matches {path}, and {inner} is a {type(part).__name__} whose weight '
+                f"is coded and cannot train; leave it out where the model is quantized (exclude_modules of quantize_)"
+            )
+    if not any(True for _ in module.parameters()):
+        raise ValueError(
+            f'modules_to_save entry "{entry}" matches {path}, a {type(module).__name__} without parameters'
+        )
 
 
 def _in_every_name(named: dict[str, nn.Module], every: Mapping[str, nn.Module]) -> dict[str, nn.Module]:

@@ -300,6 +300,22 @@ def test_a_trained_copy_is_no_target(toy, unchanged):
             phicore.attach(model, phicore.LoRAConfig(target_modules=[target]), "second")
 
 
+def test_what_cannot_train_is_not_saved_whole(unchanged):
+    model = nn.ModuleDict(
+        {"fc": nn.Linear(64, 4), "head": nn.Sequential(nn.Linear(64, 4, bias=False)), "relu": nn.ReLU()}
+    )
+    with unchanged(model), pytest.raises(ValueError, match='"relu" matches relu, a ReLU without parameters'):
+        phicore.attach(model, phicore.LoRAConfig(rank=2, target_modules=["fc"], modules_to_save=["relu"]))
+    phicore.quantize_(model)
+    config = phicore.LoRAConfig(rank=2, target_modules=["fc"], modules_to_save=["head"])
+    with unchanged(model), pytest.raises(ValueError, match=r"and head\.0 is a NF4Linear .* leave it out"):
+        phicore.attach(model, config)
+    model.head = nn.Module()
+    model.head.weight = nn.Parameter(torch.zeros(4, dtype=torch.int8), requires_grad=False)
+    with unchanged(model), pytest.raises(ValueError, match="and head is a Module whose weight is coded"):
+        phicore.attach(model, config)
+
+
 def test_a_shared_module_has_one_trained_copy(toy, randomize):
     model = toy(shared=True)
     twice = nn.LayerNorm(20)
