@@ -155,7 +155,7 @@ def plan(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, nn.Module], di
         weight: Any = None if isinstance(module, NF4Linear | LowRankLayer) else module.weight
         if weight is not None and not weight.is_floating_point():
             raise TypeError(f"{name} has {weight.dtype} weights; adapters need a floating-point or NF4 layer")
-        if weight is not None and (config.adapter_dtype or weight.dtype).itemsize < 2:
+        if weight is not None and config.adapter_dtype is None and weight.dtype.itemsize < 2:
             raise TypeError(f"{name} has {weight.dtype} weights, in which no adapter trains; set adapter_dtype")
         if config.init == "loftq":
             if not isinstance(module, nn.Linear):

@@ -130,6 +130,8 @@ class LoRAConfig:
                 check_expression("layers_pattern", name)
                 check_expression("layers_pattern, which is put behind a prefix", ends_with(name))
         check_types(self)
+        if (dtype := self.adapter_dtype) is not None and (not dtype.is_floating_point or dtype.itemsize < 2):
+            raise ValueError(f"adapter_dtype must be a floating-point dtype of 16 bits or more, got {dtype}")
         tokens = self.trainable_token_indices
         if isinstance(tokens, int):
             raise ValueError(f"trainable_token_indices must be a list of whole numbers, got {tokens!r}")

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import torch
 
 import phicore
 from phicore.adapters.config import scaling
@@ -64,6 +65,8 @@ def test_a_pattern_that_cannot_stand_behind_a_prefix_is_named(field):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"adapter_dtype": torch.int8}, r"adapter_dtype must be a floating-point dtype .*, got torch\.int8"),
+        ({"adapter_dtype": torch.float8_e5m2}, "adapter_dtype must be .* of 16 bits or more"),
         ({"bias": "some"}, "bias must be one of none, all, lora_only, got 'some'"),
         ({"trainable_token_indices": [3, 3]}, "trainable_token_indices must be .* one comes twice"),
         ({"trainable_token_indices": {"embed": [1.0]}}, r"trainable_token_indices\['embed'\] must be .* 1.0 is none"),
