@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from phicore.lazy import lazy_weight
+from phicore.modules import has_own_forward
 from phicore.nf4 import kernels, ops
 from phicore.nf4.low_rank import nf4_low_rank
 from phicore.nf4.tensor import NF4Tensor, check_block_size, parts_layout, quantize
@@ -133,7 +134,10 @@ class NF4Linear(nn.Module):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, block_size: int = 64, double_quant: bool = True) -> "NF4Linear":
-        """Encodes an nn.Linear; the bias is shared with it. Raises as `quantize` does."""
+        """Encodes an nn.Linear; the bias is shared with it. Raises TypeError for another layer, also for a subclass
+        with a forward of its own, and else as `quantize` does."""
+        if not isinstance(linear, nn.Linear) or has_own_forward(linear):
+            raise TypeError(f"NF4Linear computes what nn.Linear does, and takes no {type(linear).__name__}")
         layer = cls.from_nf4(quantize(linear.weight, block_size, double_quant), linear.bias)
         return layer.train(linear.training)
 
