@@ -16,7 +16,7 @@ from phicore.adapters.config import Init, LoRAConfig, scaling
 from phicore.adapters.dropout import dropped_projection
 from phicore.adapters.step import low_rank_step
 from phicore.lazy import lazy_weight
-from phicore.nf4.linear import autocast
+from phicore.nf4.linear import NF4Linear, autocast
 from phicore.nf4.ops import flat
 from phicore.transforms import transformed
 
@@ -424,8 +424,7 @@ class LowRankLinear(LowRankLayer):
 
     @classmethod
     def fits(cls, base: nn.Module) -> bool:
-        known = hasattr(base, "in_features") and hasattr(base, "out_features")
-        return known or isinstance(base, transposed_kinds())
+        return isinstance(base, (nn.Linear, NF4Linear, LowRankLinear, *transposed_kinds()))
 
     @classmethod
     def pair_shapes(cls, base: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
