@@ -32,7 +32,7 @@ def build(dora: bool, nf4: bool) -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(Block(), Block(), nn.Linear(64, 8))
     if nf4:
-        phicore.quantize_(model)
+        phicore.quantize_(model, exclude_modules=["2"])
     config = phicore.LoRAConfig(rank=4, alpha=7, dora=dora, target_modules=["up", "down"], modules_to_save=["2"])
     phicore.attach(model, config)
     generator = torch.Generator().manual_seed(1)
