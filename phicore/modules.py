@@ -32,13 +32,16 @@ def matches(name: str, targets: str | Sequence[str]) -> bool:
     return any(name == target or name.endswith("." + target) for target in targets)
 
 
+PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 PLAIN_BY_NAME = {"FalconLinear"}  # transformers' with a forward of their own that computes as nn.Linear's
 
 
 def has_own_forward(layer: nn.Module) -> bool:
-    """Whether a layer is an nn.Linear by its class but computes otherwise, as routers of mixtures do."""
+    """Whether a layer is an nn.Linear or a convolution by its class but computes otherwise, as routers of mixtures and
+    convolutions with standardised weights do."""
     kind = type(layer)
-    return isinstance(layer, nn.Linear) and kind.forward is not nn.Linear.forward and kind.__name__ not in PLAIN_BY_NAME
+    own = any(isinstance(layer, plain) and kind.forward is not plain.forward for plain in PLAIN)
+    return own and kind.__name__ not in PLAIN_BY_NAME
 
 
 def ends_with(expression: str) -> str:

@@ -105,6 +105,53 @@ def test_an_adapter_is_not_read_past(randomize, dora):
     torch.testing.assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(x), y)
 
 
+class ReadsTables(nn.Module):
+    """Computes its logits with its embedding's table, as Whisper does, and with a convolution's kernels."""
+
+    def __init__(self, groups: int = 1) -> None:
+        super().__init__()
+        self.embed, self.conv = nn.Embedding(11, 8), nn.Conv1d(8, 8, 3, padding=1, groups=groups)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        conv = self.conv
+        x = nn.functional.conv1d(self.embed(tokens).mT, conv.weight, conv.bias, padding=1, groups=conv.base.groups)
+        return x.mT @ self.embed.weight.T
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_nor_is_that_of_an_embedding_and_a_convolution(randomize, dora):
+    model, config = ReadsTables(), phicore.LoRAConfig(rank=2, target_modules=["embed", "conv"], dora=dora)
+    randomize(phicore.attach(model.double(), config))
+    tokens = torch.randint(11, (2, 5))
+    y = model(tokens)
+    y.sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    torch.testing.assert_close(y, model.conv(model.embed(tokens).mT).mT @ model.embed(torch.arange(11)).T)
+    torch.testing.assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(tokens), y)
+    embed, conv = model.embed.base, model.conv.base
+    with phicore.disabled(model):
+        torch.testing.assert_close(model(tokens), conv(embed(tokens).mT).mT @ embed.weight.T)
+
+
+def test_the_kernels_of_groups_hold_no_adapter(randomize):
+    model = randomize(phicore.attach(ReadsTables(2), phicore.LoRAConfig(rank=2, target_modules=["conv"])))
+    tokens = torch.randint(11, (2, 5))
+    assert model.conv.weight.shape == (8, 4, 3)
+    with pytest.raises(ValueError, match=r"groups=2 is read past its forward, .* leave the layer out"):
+        model(tokens)
+    with phicore.disabled(model):
+        model(tokens)
+
+
+def test_a_trained_copy_is_read_only_where_it_answers(randomize):
+    model = nn.ModuleDict({"fc": nn.Linear(4, 4), "embed": nn.Embedding(5, 4)})
+    config = phicore.LoRAConfig(rank=2, target_modules=["fc"], modules_to_save=["embed"])
+    embed = randomize(phicore.attach(model, config))["embed"]
+    assert embed.weight is embed.trained.weight
+    with phicore.disabled(model):
+        assert embed.weight is embed.base.weight
+
+
 def test_rows_of_a_batch_have_no_one_weight(randomize):
     model = phicore.attach(ReadsWeights(), phicore.LoRAConfig(rank=2, target_modules=["plain"]))
     with phicore.adapters.mixed(model, ["default", None]), pytest.raises(ValueError, match="mix adapters in a batch"):

@@ -33,7 +33,8 @@ from phicore.adapters.tied import (
 )
 from phicore.adapters.token_rows import token_rows
 from phicore.adapters.trained import TrainedBias, TrainedPart, biases_beside, has_bias, new_bias, trains_bias
-from phicore.modules import Model, has_own_forward, matches, no_match, replace, select
+from phicore.modules import Model, matches, no_match, replace, select
+from phicore.nf4.convert import check_layer, coded
 from phicore.nf4.linear import NF4Linear
 
 
@@ -83,11 +84,12 @@ class TrainedCopy(TrainedPart):
         return copy.deepcopy(answering, kept)  # its tensors are shared with the copy that trains
 
     def __getattr__(self, name: str) -> Any:
-        # Code that reads a head's or an embedding's weight finds the trained one.
+        # Code that reads a head's or an embedding's weight finds that of the module that answers.
         try:
             return nn.Module.__getattr__(self, name)
         except AttributeError:
-            return getattr(nn.Module.__getattr__(self, "trained"), name)
+            answering = "trained" if vars(self).get("enabled") else "base"  # it is missing while a copy is made
+            return getattr(nn.Module.__getattr__(self, answering), name)
 
 
 AdapterLayer = LowRankLayer | TrainedPart | LoRAExperts
@@ -109,6 +111,7 @@ def plan(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, nn.Module], di
         for name, module in found.items():
             if any(isinstance(inner, AdapterLayer) for inner in module.modules()):
                 raise ValueError(f'modules_to_save entry "{entry}" matches {name}, which has an adapter in it already')
+            _check_trains_whole(entry, name, module)
         saved |= found
     saved = _in_every_name(saved, every)
     whole = tuple(f"{path}." for path in saved)
@@ -143,20 +146,24 @@ def plan(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, nn.Module], di
         for key in pattern:
             if not any(pattern_value({key: True}, name, False) for name in names):
                 raise ValueError(no_match(f'{what} key "{key}"', key, names))
+    all_meta = all(parameter.is_meta for parameter in model.parameters())
+    for name, module in (targets | saved).items():
+        offloaded = not all_meta or "forward" in vars(module)  # by accelerate, which may offload a model whole
+        if offloaded and any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
+            raise ValueError(f"{name} has its weights on meta: it is offloaded; load the model whole")
     for name, module in targets.items():
         weight: Any = None if isinstance(module, NF4Linear | LowRankLayer) else module.weight
         if weight is not None and not weight.is_floating_point():
             raise TypeError(f"{name} has {weight.dtype} weights; adapters need a floating-point or NF4 layer")
-        if config.dora and has_own_forward(module):
-            raise ValueError(
-                f"{name} is a {type(module).__name__} whose forward is not nn.Linear's; DoRA computes with its weight, "
-                f"and would pass that over"
-            )
-        if config.init == "loftq" and not isinstance(module, nn.Linear):
-            raise ValueError(
-                f'init "loftq" codes dense nn.Linear layers to NF4 itself, and {name} is a {type(module).__name__}; '
-                f"attach before quantizing, and to nn.Linear layers only"
-            )
+        if weight is not None and config.adapter_dtype is None and weight.dtype.itemsize < 2:
+            raise TypeError(f"{name} has {weight.dtype} weights, in which no adapter trains; set adapter_dtype")
+        if config.init == "loftq":
+            if not isinstance(module, nn.Linear):
+                raise ValueError(
+                    f'init "loftq" codes dense nn.Linear layers to NF4 itself, and {name} is a '
+                    f"{type(module).__name__}; attach before quantizing, and to nn.Linear layers only"
+                )
+            check_layer(name, module, all_meta)
         if config.init in ("pissa", "olora") and not isinstance(module, linear_kinds()):
             raise ValueError(f'init "{config.init}" is for linear layers, and {name} is a {type(module).__name__}')
         if config.init not in ("kaiming", "gaussian") and name in parts:
@@ -164,8 +171,26 @@ def plan(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, nn.Module], di
                 f'init "{config.init}" decomposes a whole weight and cannot start the parts of {name}; use "kaiming" '
                 f'or "gaussian", or fused_targets="map"'
             )
-        layer_class(module, config.dora).pair_shapes(module, pattern_value(config.rank_pattern, name, config.rank))
+        try:
+            layer_class(module, config.dora).pair_shapes(module, pattern_value(config.rank_pattern, name, config.rank))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
     return targets, saved
+
+
+def _check_trains_whole(entry: str, path: str, module: nn.Module) -> None:
+    """Raises ValueError for a module of modules_to_save of which some weight, or everything, cannot train."""
+    for inner, part in module.named_modules(prefix=path):
+        integers = [name for name, p in part.named_parameters(recurse=False) if not p.is_floating_point()]
+        if integers or isinstance(part, NF4Linear):
+            raise ValueError(
+                f'modules_to_save entry "{entry}" matches {path}, and {inner} is a {type(part).__name__} whose weight '
+                f"is coded and cannot train; leave it out where the model is quantized (exclude_modules of quantize_)"
+            )
+    if not any(True for _ in module.parameters()):
+        raise ValueError(
+            f'modules_to_save entry "{entry}" matches {path}, a {type(module).__name__} without parameters'
+        )
 
 
 def _in_every_name(named: dict[str, nn.Module], every: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -248,7 +273,7 @@ def attach(model: Model, config: LoRAConfig, name: str = "default") -> Model:
 
     Raises:
         ValueError: a target that matches nothing (with near misses), an adapter of this name that is there already, a
-            merged model. The model is then unchanged.
+            merged model, one that torch has wrapped for several ranks. The model is then unchanged.
         TypeError: a target whose weights are not floating-point, a config that is no LoRAConfig; the model is then
             unchanged.
     """
@@ -258,6 +283,7 @@ def attach(model: Model, config: LoRAConfig, name: str = "default") -> Model:
         raise ValueError(f'the model has an adapter named "{name}" already; give another name')
     if any(merged_layers(model)):
         raise ValueError("the model's adapters are merged; unmerge it before attaching another")
+    _check_not_wrapped(model)
     targets, saved = plan(model, config)
     parts = splits(model, config, targets)
     stacks = plan_parameters(model, config, targets, saved)
@@ -273,7 +299,7 @@ def attach(model: Model, config: LoRAConfig, name: str = "default") -> Model:
             continue
         dense, base = module, module
         if config.init == "loftq":
-            base = NF4Linear.from_linear(cast(nn.Linear, dense))
+            base = coded(cast(nn.Linear, dense))
         rank, alpha = (
             layer_setting(model, pattern, path, default)
             for pattern, default in ((config.rank_pattern, config.rank), (config.alpha_pattern, config.alpha))
@@ -313,6 +339,20 @@ def attach(model: Model, config: LoRAConfig, name: str = "default") -> Model:
             parameter.requires_grad_(True)
     keep_off_fused_paths(model)
     return model
+
+
+WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}  # the last is fully_shard's
+
+
+def _check_not_wrapped(model: nn.Module) -> None:
+    """Raises ValueError for a model whose gradients torch sums over ranks."""
+    for path, module in model.named_modules():
+        kinds = {kind.__name__ for kind in type(module).__mro__ if kind.__module__.startswith("torch.")}
+        if kinds & WRAPPERS:
+            raise ValueError(
+                f"{path or 'the model'} is a {min(kinds & WRAPPERS)}, which sums the gradients of those parameters "
+                f"over ranks that it was made with, and not of an adapter; attach first, and wrap the model then"
+            )
 
 
 def _adapter(

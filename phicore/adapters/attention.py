@@ -54,11 +54,17 @@ def projections(attention: nn.MultiheadAttention) -> dict[str, Any]:
 def _settings(attention: nn.MultiheadAttention) -> dict[str, Any]:
     """What a module holds beside tensors and submodules, hooks and all."""
     tensors = ("_parameters", "_buffers", "_modules", "bias_k", "bias_v")  # torch has the last two as None here
-    return {name: value for name, value in attention.__dict__.items() if name not in tensors}
+    own = (*tensors, "_compiled_call_impl")  # which calls the module that it was made for
+    return {name: value for name, value in attention.__dict__.items() if name not in own}
 
 
 def check_kind(attention: nn.MultiheadAttention, path: str) -> None:
-    """Raises ValueError for a subclass, whose own forward an OpenAttention would not know."""
+    """Raises ValueError for a subclass or a replaced forward, which an OpenAttention would not know."""
+    if "forward" in vars(attention):
+        raise ValueError(
+            f"the forward of {path} was replaced, as accelerate does to offload, and would pass adapters by; load the "
+            f"model without that"
+        )
     if type(attention) not in (nn.MultiheadAttention, OpenAttention):
         raise ValueError(
             f"{path} is a {type(attention).__name__}, a subclass of nn.MultiheadAttention with ways of its own; only "

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from phicore.adapters.dense import dense_low_rank
 from phicore.adapters.step import Frozen
+from phicore.modules import has_own_forward
 from phicore.nf4.linear import autocast, autocast_dtype
-from phicore.products import emulated
+from phicore.products import emulated, matmul
 from phicore.transforms import transformed
 
 Base: TypeAlias = Any  # an nn.Module as described above; nn.Module's own typing would hide its attributes
@@ -40,7 +41,10 @@ def features(base: Base) -> tuple[int, int]:
 
 
 def project(base: Base, x: Tensor) -> Tensor:
-    """x @ W^T, without the bias: [..., in] -> [..., out]."""
+    """x @ W^T, without the bias: [..., in] -> [..., out]. A base with hooks is called, so that they run."""
+    if has_hooks(base):
+        y, bias = base(x), base.bias
+        return y if bias is None else y - bias.to(y.dtype)
     method = getattr(base, "project", None)
     if method is not None:
         return method(x)
@@ -59,6 +63,10 @@ def project_with_rows(base: Base, x: Tensor, rows: Tensor) -> tuple[Tensor, Tens
     Returns:
         [..., out] in x's dtype and [r, out] in x's or a wider one.
     """
+    if has_hooks(base):  # which are for x alone
+        y = project(base, x)
+        with torch.no_grad():
+            return y, matmul(rows, dense_weight(base, rows.dtype).t())
     method = getattr(base, "project_with_rows", None)
     if method is not None:
         return method(x, rows)
@@ -72,12 +80,12 @@ def project_with_rows(base: Base, x: Tensor, rows: Tensor) -> tuple[Tensor, Tens
 def fuses_low_rank(base: Base, x: Tensor) -> bool:
     """Whether `low_rank` is there for this base and gains for this x. A base with hooks is called, so that they run."""
     fuses = getattr(base, "fuses_low_rank", None)
-    return fuses_dense(base, x) if fuses is None else fuses(x) and not _has_hooks(base)
+    return fuses_dense(base, x) if fuses is None else fuses(x) and not has_hooks(base)
 
 
 def fuses_dense(base: Base, x: Tensor) -> bool:
     """Whether `dense_linear` may take the place of calling this base, and gains for this x."""
-    return _emulated(base, x) and not _has_hooks(base)
+    return _emulated(base, x) and not has_hooks(base)
 
 
 def dense_linear(base: Base, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -112,7 +120,7 @@ def frozen_weight(base: Base, x: Tensor) -> Frozen | None:
     plain = x.device.type == "cpu" and type(x) in (Tensor, nn.Parameter)  # and not, say, one that has no numbers
     if not plain or torch.compiler.is_compiling() or transformed():
         return None
-    if emulated(x, autocast_dtype(x)) or _has_hooks(base):
+    if emulated(x, autocast_dtype(x)) or has_hooks(base):
         return None
     method = getattr(base, "frozen_weight", None)
     if method is not None:
@@ -125,7 +133,8 @@ def _cast(weight: Tensor, *, dtype: torch.dtype) -> Tensor:
     return weight.to(dtype)
 
 
-def _has_hooks(base: Base) -> bool:
+def has_hooks(base: Base) -> bool:
+    """Whether code of others runs where a base is called: hooks, or what stands in its forward's place."""
     hooks = (base._forward_pre_hooks, base._forward_hooks, base._backward_pre_hooks, base._backward_hooks)
     return any(hooks) or "forward" in vars(base)
 
@@ -177,6 +186,11 @@ def dense_weight(base: Base, dtype: torch.dtype) -> Tensor:
 
 def with_weight(base: Base, weight: Tensor) -> Base:
     """A layer like base, hooks and all, with another frozen weight; everything else is shared with base."""
+    if has_own_forward(base):
+        raise ValueError(
+            f"a {type(base).__name__} has a forward of its own, and what that does with its weight it would do with a "
+            f"merged one; keep the adapter as it is, or leave this layer out of it"
+        )
     return with_parameter(base, "weight", nn.Parameter(weight, requires_grad=False))
 
 
@@ -187,11 +201,22 @@ def with_parameter(base: Base, name: str, parameter: nn.Parameter) -> Base:
             f"{type(base).__name__} computes its {name} (a parametrization, weight norm or pruning), so nothing can be "
             f"merged into it; remove that first (torch.nn.utils.parametrize.remove_parametrizations)"
         )
-    layer = copy.copy(base)
-    for registry in ("_parameters", "_buffers", "_modules"):
-        layer.__dict__[registry] = dict(base.__dict__[registry])
+    layer = shallow_copy(base)
     setattr(layer, name, parameter)
     return layer
+
+
+def shallow_copy(base: Base) -> Base:
+    """A module like base, hooks and all, that shares its tensors and modules until others are set."""
+    if "forward" in vars(base):
+        raise ValueError(
+            f"the forward of a {type(base).__name__} was replaced, as accelerate does to offload, and runs with the "
+            f"weights that it had then, so nothing can be merged; load the model without that"
+        )
+    module = copy.copy(base)
+    for registry in ("_parameters", "_buffers", "_modules"):
+        module.__dict__[registry] = dict(base.__dict__[registry])
+    return module
 
 
 def compute_dtype(base: Base) -> torch.dtype:

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, TypeVar, get_args
 
@@ -113,6 +113,9 @@ class LoRAConfig:
             names = getattr(self, what)
             if isinstance(names, str) or not all(isinstance(name, str) for name in names):
                 raise ValueError(f"{what} must be a list of names, got {names!r}")
+        targets = self.target_modules
+        if targets and not (isinstance(targets, Collection) and all(isinstance(name, str) for name in targets)):
+            raise ValueError(f"target_modules must be a string or a list of names, got {targets!r}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout!r}")
         if self.init not in INITS:
@@ -130,6 +133,10 @@ class LoRAConfig:
                 check_expression("layers_pattern", name)
                 check_expression("layers_pattern, which is put behind a prefix", ends_with(name))
         check_types(self)
+        dtype = self.adapter_dtype
+        trains = isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize >= 2
+        if dtype is not None and not trains:
+            raise ValueError(f"adapter_dtype must be a floating-point torch.dtype of 16 bits or more, got {dtype!r}")
         tokens = self.trainable_token_indices
         if isinstance(tokens, int):
             raise ValueError(f"trainable_token_indices must be a list of whole numbers, got {tokens!r}")

@@ -4,7 +4,7 @@ Shapes are PEFT's: A [rank, in_channels, *kernel], whatever the base's groups, a
 ...], grouped like the base. A group of B's outputs so reads a group of A's ranks, and these read all input channels.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +74,10 @@ class LowRankConvolution(LowRankLayer):
         raise NotImplementedError
 
     def project_base(self, x: Tensor) -> Tensor:
-        """x through the base, without the bias."""
+        """x through the base, without the bias. A base with hooks is called, so that they run."""
+        if base_layer.has_hooks(self.base):
+            y, bias = self.base(x), cast(Tensor | None, self.base.bias)
+            return y if bias is None else y - self.per_channel(bias.to(y.dtype))
         if isinstance(self.base, LowRankConvolution):
             return self.base.project(x)
         layer = self.innermost
@@ -91,6 +94,15 @@ class LowRankConvolution(LowRankLayer):
     def per_channel(self, values: Tensor) -> Tensor:
         """[out] -> [out, 1, ...], which broadcasts over a convolution's output."""
         return values.view(-1, *(1,) * len(self.innermost.kernel_size))
+
+    def laid_out(self, weight: Tensor) -> Tensor:
+        layer = self.innermost
+        if layer.groups > 1:
+            raise ValueError(
+                f"the weight of a convolution with groups={layer.groups} is read past its forward, and holds no "
+                f"adapter, which reads all channels; leave the layer out of the adapter"
+            )
+        return weight.view(layer.weight.shape)
 
     def plain(self, weight: Tensor) -> nn.Module:
         layer = self.innermost

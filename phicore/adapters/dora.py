@@ -10,6 +10,7 @@ from phicore.adapters.dora_scale import fuses_scaling, scale_columns
 from phicore.adapters.lora import LowRankLayer, LowRankLinear, dense_product, low_rank_update
 from phicore.adapters.scaled_rows import scaled_rows
 from phicore.adapters.step import low_rank_step
+from phicore.modules import has_own_forward
 from phicore.nf4.linear import autocast
 from phicore.nf4.ops import flat
 from phicore.transforms import transformed
@@ -66,6 +67,16 @@ class DoRALayer(LowRankLayer):
 
     base_norm_squared: Tensor
 
+    @classmethod
+    def pair_shapes(cls, base: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        innermost = base.innermost if isinstance(base, LowRankLayer) else base
+        if has_own_forward(innermost):
+            raise ValueError(
+                f"a {type(innermost).__name__} has a forward of its own; DoRA computes with its weight, and would pass "
+                f"that over"
+            )
+        return super().pair_shapes(base, rank)
+
     def _complete(self) -> None:
         super()._complete()
         accumulate = base_layer.accumulate_dtype(self.dtype)
@@ -98,10 +109,13 @@ class DoRALayer(LowRankLayer):
 
     @torch.no_grad()
     def refresh_base_norm(self) -> None:
-        """Sums ||W||^2 anew. Needed only after the base's weight was changed by hand; loading and casting do it."""
+        """Sums ||W||^2 anew. Needed only after the base's weight was changed by hand; loading and casting do it, and so
+        does each pass over a base that trains (frozen again, it needs this once more)."""
         if not self.lora_A.is_meta:
             weight = self.dense_base()
-            self.base_norm_squared = (weight * weight).sum(1)
+            squared = (weight * weight).sum(1)
+            # FSDP2 shards parameters and leaves buffers whole.
+            self.base_norm_squared = squared.full_tensor() if hasattr(squared, "full_tensor") else squared
 
     @property
     def factor(self) -> float:
@@ -139,12 +153,20 @@ class DoRALayer(LowRankLayer):
     def _direction(self) -> Tensor:
         return self.dense_base() + self.product()  # V', [out, in]
 
+    def _follow_base(self) -> None:
+        """Sums ||W||^2 anew where W trains, which `attach` has none do."""
+        base = self.base  # of most, the parameters are its own, and seen at once
+        parameters = base.parameters() if base._modules else base._parameters.values()
+        if any(parameter is not None and parameter.requires_grad for parameter in parameters):
+            self.refresh_base_norm()
+
     @torch.no_grad()
     def _norm(self, WA: Tensor) -> tuple[Tensor, bool]:
         """||V'|| per row, [out], in base_norm_squared's dtype; and whether it is known that none is zero."""
         A, B = self.matrices()
         if transformed():  # which know no branch on data, and go past no_grad in forward mode
             return torch.linalg.vector_norm(self._direction().detach(), dim=1), False
+        self._follow_base()
         norm_squared = factored_norm_squared(self.base_norm_squared, WA, A, B, self.factor)
         cancelled = self._cancelled(norm_squared, WA)
         # Tensors, since torch.cond takes no numbers that differ between layers.
@@ -245,15 +267,17 @@ class DoRALinear(DoRALayer, LowRankLinear):
         if self.fuses(x):
             v, wa = base_layer.low_rank(self.base, x, A, B, self.factor, with_rows=True)
             return v, wa.t()
-        rows = flat(x)  # so that the product can be added to in place
+        own = not base_layer.has_hooks(self.base)  # the product is nobody else's
+        rows = flat(x) if own else x  # flat, so that it can be added to in place
         z, wa = base_layer.project_with_rows(self.base, rows, A.detach().to(x.dtype))
-        v = low_rank_update(z, rows, A, B, self.factor, self.active_dropout, in_place=True)
+        v = low_rank_update(z, rows, A, B, self.factor, self.active_dropout, in_place=own)
         return v.view(*x.shape[:-1], self.out_features), wa.t()
 
     # ===== on a GPU =====
 
     def _fused(self, x: Tensor) -> Tensor:
         """forward by operators that fuse its steps, as far as the base, dropout and torch.compile let them."""
+        self._follow_base()
         A, B = self.matrices()
         v, WA = self._direction_product(x)
         y, norm_squared = scale_columns(v, self.base_norm_squared, WA, A, B, self.magnitude, self.bias, self.factor)

@@ -62,8 +62,11 @@ class LowRankEmbedding(LowRankLayer):
         with base_layer.without_autocast(y.device):  # a lookup keeps its dtype there, and so does what is added to it
             return add_product(y, u.to(y.dtype), self.lora_B, self.factor)
 
+    def laid_out(self, weight: Tensor) -> Tensor:
+        return weight.t()
+
     def plain(self, weight: Tensor) -> nn.Module:
-        return base_layer.with_weight(self.innermost, weight.t().contiguous())
+        return base_layer.with_weight(self.innermost, self.laid_out(weight).contiguous())
 
 
 class LoRAEmbedding(LowRankEmbedding):

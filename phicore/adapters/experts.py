@@ -5,7 +5,6 @@ out] where the module says is_transposed (GPT-OSS). Their module reads it in its
 adapter cannot stand beside a product: it adapts the weight, and the module runs with that in its place.
 """
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -195,9 +194,7 @@ class LoRAExperts(nn.Module):
         """A module of the base's kind with the adapted weights, summed in float32 and rounded once, and the largest
         relative error of that rounding. Everything else is shared with the base."""
         innermost = self.innermost
-        module = copy.copy(innermost)
-        for registry in ("_parameters", "_buffers", "_modules"):
-            module.__dict__[registry] = dict(innermost.__dict__[registry])
+        module = base_layer.shallow_copy(innermost)
         errors = [0.0]
         for name, exact in self.weights(exact=True).items():
             weight = exact.to(innermost.get_parameter(name).dtype)

@@ -73,7 +73,7 @@ class FusedLinear(LowRankLinear):
         super().__init__(base, total, whole, dropout, rslora=rslora, init=init, **options)
 
     def _make_pair(self, base: nn.Module, where: dict[str, Any]) -> None:
-        inner, _ = base_layer.features(base)
+        (_, inner), _ = self.pair_shapes(base, self.rank)
         pairs = {name: Pair(inner, self.sizes[name], rank, where) for name, rank in self.ranks.items()}
         self.parts = nn.ModuleDict({name: pairs[name] for name in self.sizes if name in pairs})
 

@@ -16,7 +16,7 @@ from phicore.adapters.config import Init, LoRAConfig, scaling
 from phicore.adapters.dropout import dropped_projection
 from phicore.adapters.step import low_rank_step
 from phicore.lazy import lazy_weight
-from phicore.nf4.linear import autocast
+from phicore.nf4.linear import NF4Linear, autocast
 from phicore.nf4.ops import flat
 from phicore.transforms import transformed
 
@@ -260,8 +260,30 @@ class LowRankLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The base's weight, for code that reads a layer's weight (its dtype, say)."""
-        return self.base.weight  # type: ignore[return-value]
+        """The weight that this layer amounts to, of the base's shape and dtype and with gradients, for code that
+        computes with a layer's weight past its forward: made when it is used, without dropout.
+
+        Raises (when it is used):
+            ValueError: the adapter answers for some rows of a batch, or a grouped convolution has an adapter, for
+                which there is no one weight.
+        """
+
+        def make() -> Tensor:
+            if not self.enabled:
+                return self.base.weight  # type: ignore[return-value]
+            if self.rows is not None:
+                raise ValueError("a layer whose weight is read past its forward cannot mix adapters in a batch")
+            return self.laid_out(self.dense_weight(self.dtype))
+
+        return lazy_weight(self.innermost.weight.shape, self.dtype, self.lora_A.device, make)
+
+    def laid_out(self, weight: Tensor) -> Tensor:
+        """A weight [out, in] as the innermost base holds it.
+
+        Raises:
+            ValueError: the base cannot hold it.
+        """
+        raise NotImplementedError
 
     @property
     def bias(self) -> Tensor | None:
@@ -388,24 +410,8 @@ class LowRankLinear(LowRankLayer):
         self.lora_A.copy_(A / self.scaling**0.5)
         self.lora_B.copy_(B / self.scaling**0.5)
 
-    @property
-    def weight(self) -> Tensor:
-        """The weight that this layer amounts to, of the base's shape and dtype and with gradients, for code that
-        computes with a layer's weight past its forward: made when it is used, without dropout.
-
-        Raises (when it is used):
-            ValueError: the adapter answers for some rows of a batch, for which there is no one weight.
-        """
-        in_by_out = isinstance(self.innermost, transposed_kinds())
-        size = (self.in_features, self.out_features) if in_by_out else (self.out_features, self.in_features)
-
-        def make() -> Tensor:
-            if self.rows is not None:
-                raise ValueError("a layer whose weight is read past its forward cannot mix adapters in a batch")
-            weight = self.dense_weight(self.dtype)
-            return weight.t() if in_by_out else weight
-
-        return lazy_weight(torch.Size(size), self.dtype, self.lora_A.device, make)
+    def laid_out(self, weight: Tensor) -> Tensor:
+        return weight.t() if isinstance(self.innermost, transposed_kinds()) else weight
 
     def fuses(self, x: Tensor) -> bool:
         """Whether the base's product takes the low-rank term along; dropout needs x once whole and once dropped."""
@@ -418,8 +424,7 @@ class LowRankLinear(LowRankLayer):
 
     @classmethod
     def fits(cls, base: nn.Module) -> bool:
-        known = hasattr(base, "in_features") and hasattr(base, "out_features")
-        return known or isinstance(base, transposed_kinds())
+        return isinstance(base, (nn.Linear, NF4Linear, LowRankLinear, *transposed_kinds()))
 
     @classmethod
     def pair_shapes(cls, base: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -444,11 +449,8 @@ class LowRankLinear(LowRankLayer):
         raise NotImplementedError
 
     def plain(self, weight: Tensor) -> nn.Module:
-        innermost = self.innermost
-        if isinstance(innermost, transposed_kinds()):
-            return base_layer.with_weight(innermost, weight.t().contiguous())
-        if isinstance(innermost, nn.Linear):
-            return base_layer.with_weight(innermost, weight)
+        if isinstance(self.innermost, (nn.Linear, *transposed_kinds())):
+            return base_layer.with_weight(self.innermost, self.laid_out(weight).contiguous())
         layer = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")  # in place of a coded one
         layer.weight = nn.Parameter(weight, requires_grad=False)
         if self.bias is not None:

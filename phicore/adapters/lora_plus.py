@@ -33,7 +33,8 @@ def lora_plus_groups(
     training = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
     if not training:
         raise ValueError("no parameter requires a gradient; attach an adapter first")
-    b = [parameter for name, parameter in training if name.rpartition(".")[2] == "lora_B"]
-    rest = [parameter for name, parameter in training if name.rpartition(".")[2] != "lora_B"]
+    names = ("lora_B", "embedding_B")  # the latter where a tied head stands before its embedding
+    b = [parameter for name, parameter in training if name.rpartition(".")[2] in names]
+    rest = [parameter for name, parameter in training if name.rpartition(".")[2] not in names]
     groups = ({"params": rest, "lr": learning_rate}, {"params": b, "lr": ratio * learning_rate})
     return [group for group in groups if group["params"]]

@@ -35,7 +35,8 @@ def merge(model: nn.Module, *, requantize: bool = False) -> dict[str, float]:
         The relative error of each merged weight against the exact sum, ||stored - exact|| / ||exact||, by name.
 
     Raises:
-        ValueError: the model has no adapter, or is merged already.
+        ValueError: the model has no adapter, is one, or is merged already; a layer that cannot be merged (one with a
+            forward of its own, or that computes its weight). The model is then unchanged.
     """
     if any(merged_layers(model)):
         raise ValueError("the model is merged already")
@@ -44,16 +45,25 @@ def merge(model: nn.Module, *, requantize: bool = False) -> dict[str, float]:
         outermost.setdefault(path, layer)
     if not outermost:
         raise ValueError("the model has no adapter to merge")
+    if "" in outermost:
+        raise ValueError(
+            f"the model itself is a {type(model).__name__}, which a plain layer cannot take the place of; put it into "
+            f"another module, and merge that"
+        )
     made: dict[AdapterLayer, tuple[nn.Module, float]] = {}
     shared: dict[int, nn.Parameter] = {}
-    for layer in outermost.values():
-        if layer not in made:
+    for path, layer in outermost.items():
+        if layer in made:
+            continue
+        try:
             if isinstance(layer, TrainedPart):
                 made[layer] = (layer.merged(shared), 0.0)
             elif isinstance(layer, LoRAExperts):
                 made[layer] = layer.merged()
             else:
                 made[layer] = _merged_once(layer, made) or _merged_layer(layer, requantize)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
     for path, layer in outermost.items():
         merged, _ = made[layer]
         merged.__dict__["merged_from"] = layer  # past nn.Module's registry: not a submodule, not in state dicts

@@ -54,7 +54,7 @@ class _ScaledRows(torch.autograd.Function):
         grad_bias = None
         if ctx.needs_input_grad[2]:
             grad_bias = flat(grad).sum(0).to(ctx.bias_dtype)
-        if torch.is_grad_enabled():  # the backward pass is itself differentiated
+        if torch.is_grad_enabled() or transformed():  # of the backward pass itself
             return (grad * scale).to(v.dtype), flat(grad * v.to(scale.dtype)).sum(0), grad_bias
         if v.dtype == scale.dtype:
             product = flat(grad) * flat(v)

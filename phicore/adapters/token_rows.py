@@ -14,7 +14,7 @@ from phicore.adapters import base as base_layer
 from phicore.adapters.embedding import LowRankEmbedding, check_lookup
 from phicore.adapters.lora import LowRankLayer, Rows, updated_rows
 from phicore.adapters.trained import TrainedPart
-from phicore.modules import matches, no_match
+from phicore.modules import has_own_forward, matches, no_match
 
 
 class TrainedRows(TrainedPart):
@@ -196,10 +196,10 @@ def input_embedding(model: nn.Module, every: Mapping[str, nn.Module]) -> str:
 def _check_kind(path: str, module: nn.Module) -> None:
     if isinstance(module, LowRankLayer | TrainedPart):
         raise ValueError(f"trainable_token_indices means rows of {path}, which has an adapter already")
-    if not isinstance(module, nn.Embedding | nn.Linear):
+    if not isinstance(module, nn.Embedding | nn.Linear) or has_own_forward(module):
         raise ValueError(
             f"trainable_token_indices means rows of {path}, whose table is a {type(module).__name__}'s; only those of "
-            f"nn.Embedding and nn.Linear can train"
+            f"nn.Embedding and nn.Linear, and of no linear layer with a forward of its own, can train"
         )
 
 

@@ -55,23 +55,17 @@ def quantize_(
     all_meta = all(parameter.is_meta for parameter in model.parameters())
     # All weights are looked at before the first is replaced, so that an error leaves no half-quantised model.
     for name, layer in chosen.items():
-        _check_plain(name, layer, all_meta)
-        weight = layer.weight
-        if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise TypeError(f"{name}.weight is {weight.dtype}; NF4 encodes float32, bfloat16 or float16 weights")
-        if weight.numel() and not weight.is_meta and not torch.stack(weight.detach().aminmax()).isfinite().all():
-            raise ValueError(f"{name}.weight holds NaN or Inf, for which NF4 has no code; the model is unchanged")
+        check_layer(name, layer, all_meta)
     done: dict[nn.Module, NF4Linear] = {}
     for name, layer in chosen.items():
         if layer not in done:  # a layer that stands in two places stays one layer
-            done[layer] = NF4Linear.from_linear(layer, block_size, double_quant)
-            done[layer].__dict__.update({name: vars(layer)[name] for name in HOOKS})  # the dicts, which handles know
+            done[layer] = coded(layer, block_size, double_quant)
         replace(model, name, done[layer])
         if progress is not None:
             progress(name)
     chosen.clear()
     done.clear()
-    layer = weight = None  # the last references to the dense weights
+    layer = None  # the last reference to the dense weights
     _give_back_freed_memory()
     for finish in finishers:
         finish(model)
@@ -81,8 +75,21 @@ def quantize_(
 HOOKS = [name for name in vars(nn.Module()) if name.startswith(("_forward", "_backward"))]
 
 
-def _check_plain(name: str, layer: nn.Linear, all_meta: bool) -> None:
-    """Raises ValueError for a layer that an NF4Linear would not be the same as."""
+def coded(layer: nn.Linear, block_size: int = 64, double_quant: bool = True) -> NF4Linear:
+    """An NF4Linear to stand in a layer's place, with its hooks."""
+    made = NF4Linear.from_linear(layer, block_size, double_quant)
+    made.__dict__.update({name: vars(layer)[name] for name in HOOKS})  # the dicts, which handles know
+    return made
+
+
+def check_layer(name: str, layer: nn.Linear, all_meta: bool) -> None:
+    """Raises ValueError or TypeError for a layer that has no NF4 code, or that an NF4Linear would not be the same as.
+
+    Args:
+        name: of the layer.
+        layer: is not changed.
+        all_meta: whether the model has no values yet, in any of its weights.
+    """
     replaced = "forward" in vars(layer)
     if replaced or has_own_forward(layer):
         raise ValueError(
@@ -100,6 +107,11 @@ def _check_plain(name: str, layer: nn.Linear, all_meta: bool) -> None:
         raise ValueError(f"{name} has no shape yet; run a batch through the model first")
     if layer.weight.is_meta and not all_meta:
         raise ValueError(f"{name}.weight is on meta and other weights are not: it is offloaded; load the model whole")
+    weight = layer.weight
+    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"{name}.weight is {weight.dtype}; NF4 encodes float32, bfloat16 or float16 weights")
+    if weight.numel() and not weight.is_meta and not torch.stack(weight.detach().aminmax()).isfinite().all():
+        raise ValueError(f"{name}.weight holds NaN or Inf, for which NF4 has no code; the model is unchanged")
 
 
 def _give_back_freed_memory() -> None:

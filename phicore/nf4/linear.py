@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from phicore.lazy import lazy_weight
+from phicore.modules import has_own_forward
 from phicore.nf4 import kernels, ops
 from phicore.nf4.low_rank import nf4_low_rank
 from phicore.nf4.tensor import NF4Tensor, check_block_size, parts_layout, quantize
@@ -28,6 +29,7 @@ def linear(x: Tensor, weight: NF4Tensor, bias: Tensor | None = None) -> Tensor:
         [..., out] in x's dtype (autocast's under autocast).
 
     Raises:
+        TypeError: x is not floating-point.
         ValueError: weight is not two-dimensional, or x's or bias's last dimension does not fit it.
     """
     if len(weight.shape) != 2:
@@ -52,6 +54,8 @@ def _linear(
         raise RuntimeError(
             f"x is on {x.device}, and the NF4 weight of shape {list(shape)} on meta: it was never loaded"
         )
+    if not x.is_floating_point():
+        raise TypeError(f"x is {x.dtype}, and an NF4 weight is decoded to x's dtype, which must be a float")
     if x.shape[-1] != shape[1]:
         raise ValueError(f"x of shape {tuple(x.shape)} does not fit an NF4 weight of shape [out, in] = {list(shape)}")
     if bias is not None and tuple(bias.shape) != (shape[0],):
@@ -130,7 +134,10 @@ class NF4Linear(nn.Module):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, block_size: int = 64, double_quant: bool = True) -> "NF4Linear":
-        """Encodes an nn.Linear; the bias is shared with it. Raises as `quantize` does."""
+        """Encodes an nn.Linear; the bias is shared with it. Raises TypeError for another layer, also for a subclass
+        with a forward of its own, and else as `quantize` does."""
+        if not isinstance(linear, nn.Linear) or has_own_forward(linear):
+            raise TypeError(f"NF4Linear computes what nn.Linear does, and takes no {type(linear).__name__}")
         layer = cls.from_nf4(quantize(linear.weight, block_size, double_quant), linear.bias)
         return layer.train(linear.training)
 

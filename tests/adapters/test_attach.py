@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import phicore
-from phicore.adapters import adapter_layers
+from phicore.adapters import FusedDoRALinear, adapter_layers
 from phicore.adapters.lora import LowRankLinear
 from tests.adapters.toys import CONFIG, DORA, NF4, adapted, build, trainable, x_for
 
@@ -300,6 +300,22 @@ def test_a_trained_copy_is_no_target(toy, unchanged):
             phicore.attach(model, phicore.LoRAConfig(target_modules=[target]), "second")
 
 
+def test_what_cannot_train_is_not_saved_whole(unchanged):
+    model = nn.ModuleDict(
+        {"fc": nn.Linear(64, 4), "head": nn.Sequential(nn.Linear(64, 4, bias=False)), "relu": nn.ReLU()}
+    )
+    with unchanged(model), pytest.raises(ValueError, match='"relu" matches relu, a ReLU without parameters'):
+        phicore.attach(model, phicore.LoRAConfig(rank=2, target_modules=["fc"], modules_to_save=["relu"]))
+    phicore.quantize_(model)
+    config = phicore.LoRAConfig(rank=2, target_modules=["fc"], modules_to_save=["head"])
+    with unchanged(model), pytest.raises(ValueError, match=r"and head\.0 is a NF4Linear .* leave it out"):
+        phicore.attach(model, config)
+    model.head = nn.Module()
+    model.head.weight = nn.Parameter(torch.zeros(4, dtype=torch.int8), requires_grad=False)
+    with unchanged(model), pytest.raises(ValueError, match="and head is a Module whose weight is coded"):
+        phicore.attach(model, config)
+
+
 def test_a_shared_module_has_one_trained_copy(toy, randomize):
     model = toy(shared=True)
     twice = nn.LayerNorm(20)
@@ -396,6 +412,28 @@ def test_what_matches_nothing_is_refused(toy, unchanged, options, message):
         phicore.attach(model, phicore.LoRAConfig(**options))
 
 
+def test_weights_of_8_bits_need_an_adapter_dtype(unchanged):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = nn.Parameter(model[1].weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    with unchanged(model), pytest.raises(TypeError, match=r"1 has torch\.float8_e4m3fn weights, .* set adapter_dtype"):
+        phicore.attach(model, phicore.LoRAConfig(rank=2))
+    attached = phicore.attach(model, phicore.LoRAConfig(rank=2, adapter_dtype=torch.bfloat16))
+    assert attached[1].lora_A.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("options", [{"target_modules": ["1"]}, {"target_modules": ["0"], "modules_to_save": ["1"]}])
+def test_what_is_offloaded_is_refused(unchanged, options):
+    """Its adapter would have no values either."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, device="meta"))
+    with unchanged(model[0]), pytest.raises(ValueError, match="1 has its weights on meta: it is offloaded"):
+        phicore.attach(model, phicore.LoRAConfig(rank=2, **options))
+    assert type(model[1]) is nn.Linear
+    whole = nn.Sequential(nn.Linear(4, 4, device="meta"))
+    whole[0].forward = whole[0].forward  # as accelerate's cpu_offload leaves it
+    with pytest.raises(ValueError, match="0 has its weights on meta: it is offloaded"):
+        phicore.attach(whole, phicore.LoRAConfig(rank=2))
+
+
 def test_integer_weights_are_refused(toy, unchanged):
     model = toy()
     model.blocks[1].down_proj.weight = nn.Parameter(torch.zeros(20, 33, dtype=torch.int8), requires_grad=False)
@@ -439,12 +477,38 @@ def test_layers_with_their_own_forward(unchanged):
     with pytest.warns(UserWarning, match=r"leaves out layers with a forward of their own \(Doubled\): 0$"):
         attached = phicore.attach(copy.deepcopy(model), phicore.LoRAConfig(rank=2))
     assert [type(layer) for layer in attached] == [Doubled, phicore.LoRALinear]
-    with unchanged(model), pytest.raises(ValueError, match=r"0 is a Doubled whose forward is not nn\.Linear's; DoRA"):
+    with unchanged(model), pytest.raises(ValueError, match=r"0: a Doubled has a forward of its own; DoRA"):
         phicore.attach(model, phicore.LoRAConfig(rank=2, target_modules=["0"], dora=True))
+    with unchanged(model), pytest.raises(ValueError, match=r"0 is a Doubled .* would compute otherwise as NF4Linear"):
+        phicore.attach(model, phicore.LoRAConfig(rank=2, target_modules=["1", "0"], init="loftq"))
     x = torch.randn(3, 6)
-    torch.testing.assert_close(
-        phicore.attach(copy.deepcopy(model), phicore.LoRAConfig(rank=2, target_modules=["0"]))(x), model(x)
-    )
+    attached = phicore.attach(copy.deepcopy(model), phicore.LoRAConfig(rank=2, target_modules=["0"]))
+    torch.testing.assert_close(attached(x), model(x))
+    with unchanged(attached):
+        with pytest.raises(ValueError, match=r"0: a Doubled has a forward of its own; DoRA"):  # over the first adapter
+            phicore.attach(attached, phicore.LoRAConfig(rank=2, target_modules=["0"], dora=True), "second")
+        with pytest.raises(ValueError, match=r"0: a Doubled has a forward of its own, and what"):
+            phicore.merge(attached)
+    with pytest.raises(ValueError, match="a Doubled has a forward of its own; DoRA"):
+        FusedDoRALinear(Doubled(6, 6), {"q": 4, "k": 2}, 2)
+
+
+@DORA
+def test_convolutions_with_their_own_forward(unchanged, dora):
+    class Standardised(nn.Conv1d):
+        def forward(self, x: Tensor) -> Tensor:
+            return self._conv_forward(x, self.weight - self.weight.mean((1, 2), keepdim=True), self.bias)
+
+    model, config = nn.Sequential(Standardised(3, 4, 2)), phicore.LoRAConfig(rank=2, target_modules=["0"], dora=dora)
+    if dora:
+        with unchanged(model), pytest.raises(ValueError, match="0: a Standardised has a forward of its own; DoRA"):
+            phicore.attach(model, config)
+        return
+    x = torch.randn(2, 3, 5)
+    y = model(x)
+    torch.testing.assert_close(phicore.attach(model, config)(x), y)
+    with unchanged(model), pytest.raises(ValueError, match="0: a Standardised has a forward of its own, and what"):
+        phicore.merge(model)
 
 
 def test_a_computed_weight_takes_no_merge(unchanged):

@@ -303,6 +303,11 @@ def test_a_subclass_is_refused_and_hooks_stay(randomize, unchanged):
     with unchanged(model), pytest.raises(ValueError, match="attention is a Other, a subclass"):
         phicore.attach(model, phicore.LoRAConfig(target_modules=["attention"]))
 
+    model = model_of()
+    model.attention.forward = model.attention.forward  # bound to this very module, as accelerate does
+    with unchanged(model), pytest.raises(ValueError, match="the forward of attention was replaced"):
+        phicore.attach(model, phicore.LoRAConfig(target_modules=["attention"]))
+
     model, calls, x = model_of(), [], torch.randn(LENGTH, N, WIDTH, dtype=torch.float64)
     handle = model.attention.register_forward_hook(lambda *_: calls.append(1))
     adapted(model, randomize)
@@ -348,3 +353,11 @@ def test_other_batches_and_masks_are_run_without_compiling_again(randomize, mask
         masks = masks if masked else {}
         torch.testing.assert_close(compiled(x, x, x, **masks)[0], attention(x, x, x, **masks)[0])
     assert counter.frame_count == 2  # the first sees a number, the second that it changes
+
+
+def test_one_that_was_compiled_in_place_does_not_pass_adapters_by(randomize):
+    model, x = model_of(), torch.randn(LENGTH, N, WIDTH, dtype=torch.float64)
+    model.attention.compile(backend="eager")
+    plain = adapted(model_of(), randomize)
+    adapted(model, randomize).load_state_dict(plain.state_dict())
+    torch.testing.assert_close(model(x, x, x)[0], plain(x, x, x)[0])

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import torch
 
 import phicore
 from phicore.adapters.config import scaling
@@ -64,6 +65,11 @@ def test_a_pattern_that_cannot_stand_behind_a_prefix_is_named(field):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"adapter_dtype": torch.int8}, r"adapter_dtype must be a floating-point torch.dtype .*, got torch\.int8"),
+        ({"adapter_dtype": torch.float8_e5m2}, "adapter_dtype must be .* of 16 bits or more"),
+        ({"adapter_dtype": "bfloat16"}, "adapter_dtype must be .*, got 'bfloat16'"),
+        ({"target_modules": [1]}, r"target_modules must be a string or a list of names, got \[1\]"),
+        ({"target_modules": iter(["q"])}, "target_modules must be a string or a list of names, got <list_iterator"),
         ({"bias": "some"}, "bias must be one of none, all, lora_only, got 'some'"),
         ({"trainable_token_indices": [3, 3]}, "trainable_token_indices must be .* one comes twice"),
         ({"trainable_token_indices": {"embed": [1.0]}}, r"trainable_token_indices\['embed'\] must be .* 1.0 is none"),

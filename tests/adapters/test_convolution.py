@@ -174,3 +174,13 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="groups=2 needs a rank"):
         phicore.attach(model, phicore.LoRAConfig(rank=3, target_modules=["1", "0"]))
     assert type(model[1]) is nn.Linear
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@BOTH
+def test_a_base_with_hooks_is_called(kind, randomize, bias):
+    layer, x, seen = randomize(kind(nn.Conv1d(3, 4, 2, bias=bias), 2)), torch.randn(2, 3, 5), []
+    expected = layer(x)
+    layer.base.register_forward_hook(lambda *_: seen.append("hook"))
+    torch.testing.assert_close(layer(x), expected)
+    assert seen == ["hook"]

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -31,7 +32,7 @@ def build(dora: bool, nf4: bool) -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(Block(), Block(), nn.Linear(64, 8))
     if nf4:
-        phicore.quantize_(model)
+        phicore.quantize_(model, exclude_modules=["2"])
     config = phicore.LoRAConfig(rank=4, alpha=7, dora=dora, target_modules=["up", "down"], modules_to_save=["2"])
     phicore.attach(model, config)
     generator = torch.Generator().manual_seed(1)
@@ -71,6 +72,22 @@ def same_gradients(
     for name, gradient in gradients.items():
         whole = gradient if how == "ddp" else gradient.full_tensor()
         torch.testing.assert_close(whole, expected[name])
+
+
+def load_sharded(meta: bool) -> None:
+    """A state that is loaded into a sharded DoRA model, whether it was made with its values or without."""
+    x = torch.randn(8, 64, generator=torch.Generator().manual_seed(3))
+    expected = build(True, False)
+    with torch.device("meta" if meta else "cpu"):
+        model = build(True, False)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in model[:2]:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    if meta:
+        model.to_empty(device="cpu")
+    set_model_state_dict(model, expected.state_dict(), options=StateDictOptions(full_state_dict=True))
+    torch.testing.assert_close(model(x), expected(x))
 
 
 ATTENTION = ("attention", True, False, False)
@@ -114,6 +131,16 @@ def compare_all_kinds(dora: bool, how: str) -> None:
         compare_kind(kind, dora, how)
 
 
+def attach_to_wrapped() -> None:
+    """Ranks would train an adapter each, on their own."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    config = phicore.LoRAConfig(rank=2)
+    with pytest.raises(ValueError, match=r"the model is a DistributedDataParallel, .* attach first"):
+        phicore.attach(DistributedDataParallel(Block()), config)
+    with pytest.raises(ValueError, match=r"0 is a FSDPModule, .* attach first"):
+        phicore.attach(nn.Sequential(fully_shard(Block(), mesh=mesh)), config)
+
+
 @pytest.fixture(scope="module")
 def started():
     groups: list[Ranks] = []
@@ -133,6 +160,15 @@ def ranks(started, tmp_path_factory):
 @pytest.mark.parametrize(("dora", "nf4"), METHODS)
 def test_two_ranks_have_the_gradients_of_one_process(ranks, how, dora, nf4):
     ranks(compare, dora, nf4, how)
+
+
+def test_a_wrapped_model_takes_no_adapter(ranks):
+    ranks(attach_to_wrapped)
+
+
+@pytest.mark.parametrize("meta", [False, True])
+def test_a_state_is_loaded_into_sharded_dora(ranks, meta):
+    ranks(load_sharded, meta)
 
 
 @pytest.mark.parametrize("kind", KINDS)

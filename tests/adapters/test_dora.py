@@ -453,6 +453,18 @@ def test_base_norm_follows_a_weight_changed_by_hand(layer_of, randomize):
     torch.testing.assert_close(layer(x), reference(layer, 3 * W, b, x)[0])
 
 
+@pytest.mark.parametrize("kind", ["linear", "lora+linear"])
+def test_base_norm_follows_a_base_that_trains(layer_of, randomize, kind):
+    base, _, _ = layer_of(kind, OUT, IN)
+    layer, x = random_adapter(base, randomize).requires_grad_(True), torch.randn(5, IN, dtype=torch.float64)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1e-3)
+    for forward in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        for _ in range(2):
+            forward(x).square().mean().backward()
+            optimizer.step()
+        torch.testing.assert_close(forward(x), x @ layer.merged_weight().T + layer.bias)
+
+
 def test_deepcopy_is_independent(layer_of, randomize):
     layer = random_adapter(layer_of("nf4", OUT, IN)[0], randomize)
     other = copy.deepcopy(layer)
@@ -521,3 +533,19 @@ def test_compiled_under_autocast_equals_eager(layer_of, relative_error):
         x = torch.randn(5, 12, requires_grad=True)
         for a, b in zip(step(layer, x), step(compiled, x), strict=True):
             assert relative_error(a, b) < 0.03
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", ["linear", "nf4", "lora+linear"])
+def test_a_base_with_hooks_is_called(layer_of, randomize, kind, bias):
+    base, _, _ = layer_of(kind, OUT, IN, bias=bias)
+    layer, x, seen = random_adapter(base, randomize), torch.randn(2, 3, IN, dtype=torch.float64), []
+    expected, y = layer(x), base(x)
+    base.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
+    torch.testing.assert_close(layer(x), expected)
+    ((x_seen, y_seen),) = seen  # once, and afterwards still what it was
+    assert x_seen is x
+    torch.testing.assert_close(y_seen, y)
+    seen.clear()
+    phicore.DoRALinear(layer, 2)(x)  # through the protocol of an adapter over another
+    assert len(seen) == 1

@@ -323,8 +323,10 @@ def test_what_is_not_linear_is_refused(unchanged, make):
         make(base)
 
 
-def test_half_a_linear_layer_is_none():
+def test_what_only_looks_linear_is_refused():
+    """How its weight lies, and what its forward does with it, is not known."""
     layer = nn.Identity()
-    layer.in_features = 4
+    layer.in_features = layer.out_features = 4
+    layer.weight = nn.Parameter(torch.randn(4, 4))
     with pytest.raises(TypeError, match=r"LoRALinear adapts nn\.Linear, .*, got Identity"):
         phicore.LoRALinear(layer)

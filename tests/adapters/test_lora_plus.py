@@ -29,6 +29,15 @@ def test_every_b_learns_faster_and_everything_is_in_one_group():
     }  # fmt: skip
 
 
+def test_a_tied_head_may_stand_before_its_embedding():
+    tied = nn.ModuleDict({"head": nn.Linear(4, 9, bias=False), "embed": nn.Embedding(9, 4)})
+    tied["head"].weight = tied["embed"].weight
+    phicore.attach(tied, phicore.LoRAConfig(rank=2, target_modules=["embed"], ensure_weight_tying=True))
+    _, b = lora_plus_groups(tied.named_parameters(), learning_rate=1e-3, ratio=16)
+    assert b["lr"] == 16e-3
+    assert [p is tied["embed"].lora_B for p in b["params"]] == [True]
+
+
 def test_a_model_without_adapters_has_one_group():
     assert len(lora_plus_groups(nn.Linear(2, 2).named_parameters(), 1e-3, 16)) == 1
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import phicore
 from phicore.adapters import adapter_layers
-from tests.adapters.toys import CONFIG, DORA, NF4, adapted, build, trainable, x_for
+from tests.adapters.toys import CONFIG, DORA, NF4, Experts, adapted, build, trainable, x_for
 
 
 @NF4
@@ -117,3 +117,23 @@ def test_a_merged_model_saves_and_copies_like_a_plain_one(toy, randomize):
     phicore.unmerge(other)
     assert not list(adapter_layers(model))
     torch.testing.assert_close(other(x), model(x))
+
+
+def test_a_bare_adapter_layer_is_not_merged(unchanged):
+    layer = phicore.LoRALinear(nn.Linear(4, 3), rank=2)
+    with unchanged(layer), pytest.raises(ValueError, match=r"the model itself is a LoRALinear, .* another module"):
+        phicore.merge(layer)
+
+
+@pytest.mark.parametrize("kind", ["linear", "experts", "bias"])
+def test_a_layer_whose_forward_was_replaced_is_not_merged(unchanged, randomize, kind):
+    """accelerate binds a layer's forward to that layer, and a merged copy would answer with the weights of before."""
+    layer, options = nn.Linear(8, 8), {"target_modules": ["0"]}
+    if kind == "experts":
+        layer, options = Experts(), {"target_modules": [], "target_parameters": ["0.up"]}
+    if kind == "bias":
+        options = {"target_modules": ["1"], "bias": "all"}
+    layer.forward = layer.forward
+    model = adapted(nn.Sequential(layer, nn.Linear(5 if kind == "experts" else 8, 2)), randomize, **options)
+    with unchanged(model), pytest.raises(ValueError, match=r"^0: the forward of a .* was replaced, as accelerate does"):
+        phicore.merge(model)

@@ -146,6 +146,20 @@ def test_what_is_refused(toy, unchanged):
     coded = phicore.quantize_(toy(dtype=torch.float32))
     with unchanged(coded), pytest.raises(ValueError, match=r"loftq.* is a NF4Linear; attach before quantizing"):
         phicore.attach(coded, phicore.LoRAConfig(init="loftq"))
+    dense = toy(dtype=torch.float32)
+    with torch.no_grad():
+        dense.blocks[1].down_proj.weight[0, 0] = float("nan")
+    with unchanged(dense), pytest.raises(ValueError, match=r"blocks\.1\.down_proj\.weight holds NaN or Inf"):
+        phicore.attach(dense, phicore.LoRAConfig(init="loftq"))
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4))
     with unchanged(model), pytest.raises(ValueError, match='"pissa" is for linear layers, and 0 is a Embedding'):
         phicore.attach(model, phicore.LoRAConfig(init="pissa", target_modules=["1", "0"]))
+
+
+def test_loftq_keeps_the_hooks_of_a_layer():
+    model, seen = nn.Sequential(nn.Linear(64, 4)), []
+    handle = model[0].register_forward_hook(lambda *_: seen.append("hook"))
+    phicore.attach(model, phicore.LoRAConfig(rank=2, init="loftq"))(torch.randn(2, 64))
+    handle.remove()
+    model(torch.randn(2, 64))
+    assert seen == ["hook"]

@@ -238,3 +238,14 @@ def test_a_list_needs_a_model_that_names_its_embedding(unchanged):
 def test_max_norm_is_refused():
     with pytest.raises(ValueError, match=r"max_norm=1\.0 rewrites its own table"):
         TrainedRows(nn.Embedding(9, 4, max_norm=1.0), "default", [1])
+
+
+def test_a_head_with_a_forward_of_its_own_is_refused(unchanged):
+    class Scaled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) / 2
+
+    model = nn.ModuleDict({"fc": nn.Linear(4, 4), "head": Scaled(4, 9)})
+    config = phicore.LoRAConfig(rank=2, target_modules=["fc"], trainable_token_indices={"head": [1]})
+    with unchanged(model), pytest.raises(ValueError, match="rows of head, whose table is a Scaled's"):
+        phicore.attach(model, config)

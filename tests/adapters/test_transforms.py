@@ -239,3 +239,16 @@ def test_one_graph_within_torch_compile(dora):
     torch.testing.assert_close(alone, loss(parameters, x[0]))
     compiled = torch.compile(per_example, backend="aot_eager", fullgraph=True)(parameters, x)
     torch.testing.assert_close(compiled, per_example(parameters, x))
+
+
+def test_several_gradients_of_one_output(case):
+    """vmap of a backward pass, as torch.vmap's documentation makes Jacobians: the forward pass has run without it."""
+    layer, x = case
+    leaves, y = with_leaves(layer, parameters_of(layer), x[0])
+    grads = torch.randn(3, *y.shape, dtype=DTYPE)
+
+    def backward(g: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(y, list(leaves.values()), g, retain_graph=True)
+
+    for found, *expected in zip(vmap(backward)(grads), *map(backward, grads), strict=True):
+        torch.testing.assert_close(found, torch.stack(expected))

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import linear as dense_linear
+from transformers.pytorch_utils import Conv1D
 
 import phicore
 from phicore.nf4 import ops
@@ -139,6 +140,25 @@ def test_autocast():
     torch.testing.assert_close(x.grad, w.float().sum(0).expand(4, IN), rtol=2e-2, atol=2e-2)
     assert layer.absmax.dtype == torch.uint8  # autocast's own rule would have cast the scales
     assert layer.nested_absmax.dtype == torch.float32
+
+
+def test_layers_that_compute_otherwise_are_refused():
+    """Conv1D holds its weight as [in, out], and would be transposed without a word."""
+
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    for layer in (Conv1D(64, 64), Doubled(64, 64)):
+        with pytest.raises(TypeError, match=f"takes no {type(layer).__name__}"):
+            phicore.NF4Linear.from_linear(layer)
+
+
+def test_an_x_that_is_no_float_is_refused():
+    """Decoded to whole numbers, most weights would be 0."""
+    q = phicore.nf4.quantize(torch.randn(OUT, IN))
+    with pytest.raises(TypeError, match=r"x is torch\.int64, .* must be a float"):
+        phicore.nf4.linear(torch.ones(4, IN, dtype=torch.int64), q)
 
 
 def test_shapes_that_do_not_fit_are_refused():
