@@ -34,7 +34,7 @@ from phicore.training.config import TrainConfig, fixed_settings
 from phicore.training.data import step_indices
 from phicore.training.distributed import gather_rows, on_first_rank, rank, sum_over_ranks, world_size
 from phicore.training.frozen import check_same_frozen
-from phicore.training.loss import causal_lm_loss, masked_mean
+from phicore.training.loss import causal_lm_loss, masked_mean, sum_and_count
 from phicore.training.metrics import MetricsLog, Progress, peak_memory_bytes
 from phicore.training.modes import mode, stop_signals
 from phicore.training.output import after_restart, hold_output, prepare_output
@@ -221,7 +221,7 @@ class Trainer:
         Raises:
             FileExistsError: the output holds a run, and neither resume nor overwrite is set; or a run is at work there.
             OSError: the output cannot be written.
-            TypeError: the model returns no logits, see `causal_lm_loss`.
+            TypeError: the loss function returns no sum and count, or the model no logits, see `causal_lm_loss`.
             ValueError: resuming with other settings (each change is listed), or a step without a labelled token;
                 examples that cannot be made a batch, or have no labels.
             FloatingPointError: a loss or gradient norm that is not finite, naming the step and the rank where it arose;
@@ -305,7 +305,7 @@ class Trainer:
             batch = to_device(self.collate_fn([self.train_data[i] for i in part]), self.device)
             waited += time.perf_counter() - wait
             with nullcontext() if reduce_each or number == len(parts) else self.optimizer.no_sync():
-                loss, n = self.loss_fn(self.model, batch)
+                loss, n = sum_and_count(self.loss_fn(self.model, batch))
                 loss.backward()
             loss_sum, count = loss_sum + float(loss.detach()), count + float(n)
             tokens += count_tokens(batch, float(n))
@@ -383,7 +383,7 @@ class Trainer:
             by_length = sorted(range(len(data)), key=lambda i: length_of(data[i]))[rank() :: world_size()]
             for part in chunks(by_length, self.config.eval_batch_size):
                 batch = to_device(self.collate_fn([data[i] for i in part]), self.device)
-                loss, n = self.loss_fn(self.model, batch)
+                loss, n = sum_and_count(self.loss_fn(self.model, batch))
                 loss_sum, count = loss_sum + float(loss), count + float(n)
         loss_sum, count = sum_over_ranks([loss_sum, count], self.device)
         return masked_mean(loss_sum, count, "evaluation")

@@ -370,6 +370,30 @@ def test_a_model_that_returns_no_logits_is_told(tmp_path: Path, kind: type) -> N
         trainer.fit()
 
 
+@pytest.mark.parametrize(
+    ("returned", "told"),
+    [
+        (lambda loss: loss, "a Tensor"),
+        (lambda loss: {"loss": loss, "logits": loss}, "a dict with loss, logits"),
+        (lambda loss: (loss, 1, 2), "a tuple"),
+    ],
+)
+@pytest.mark.parametrize("evaluate", [False, True])
+def test_a_loss_function_that_returns_no_sum_and_count_is_told(
+    tmp_path: Path, returned: Any, told: str, evaluate: bool
+) -> None:
+    """As that of transformers' Trainer, which returns the mean alone."""
+
+    def loss_fn(model: nn.Module, batch: Any) -> Any:
+        return returned(model(batch["input_ids"]).mean())
+
+    trainer = Trainer(
+        small_model(), TrainConfig(output=str(tmp_path), **SETTINGS), examples(), examples(), loss_fn=loss_fn
+    )
+    with pytest.raises(TypeError, match=f"loss_fn returned {told}; it must return two values: the loss summed"):
+        trainer.evaluate() if evaluate else trainer.fit()
+
+
 def test_an_error_of_the_users_code_leaves_the_model_as_it_was(tmp_path: Path, tiny: Build) -> None:
     model = tiny("llama").eval()
     config = TrainConfig(output=str(tmp_path), gradient_checkpointing=True, **SETTINGS)
