@@ -56,7 +56,7 @@ class TrainResult:
 
     Attributes:
         steps: optimizer steps done, those before a resumption included.
-        loss: of the last step, per token.
+        loss: of the last step, per token; one before a resumption too.
         tokens: trained on, those before a resumption included.
         seconds: spent in this process's steps, evaluation and saving left out.
         tokens_per_second: over this process's steps.
@@ -144,6 +144,7 @@ class Trainer:
         self.checkpoints = self.output / "checkpoints"
         self.step = 0  # optimizer steps done
         self.tokens = 0
+        self.loss = math.nan  # of the last step
         self._has_begun = False  # a run in the output, or gone on with the one there
         self.stop_requested = False  # of this process
         self._stop_agreed = False  # of any, as all know
@@ -240,7 +241,7 @@ class Trainer:
                 raise
         progress = Progress(config.steps, self.step, shown=rank() == 0)
         recomputed = checkpointed_blocks(self.model) if config.gradient_checkpointing else nullcontext()
-        loss, seconds, first_tokens, saved_step = math.nan, 0.0, self.tokens, self.step
+        seconds, first_tokens, saved_step = 0.0, self.tokens, self.step
         try:
             with stop_signals(self.request_stop), recomputed, mode(self.model, training=True):
                 while self.step < config.steps and not self._is_stopping():
@@ -250,10 +251,10 @@ class Trainer:
                     if not seconds:
                         distributed.set_timeout(config.step_timeout, self._writers)
                     seconds += time.perf_counter() - start
-                    loss = facts["loss"]
+                    self.loss = facts["loss"]
                     speed = (self.tokens - first_tokens) / seconds
                     say = self.step == 1 or self.step % config.log_every == 0 or self.step == config.steps
-                    text = f"loss {loss:.4f}  {speed:.0f} tokens/s"
+                    text = f"loss {self.loss:.4f}  {speed:.0f} tokens/s"
                     progress.step(self.step, text, say=say)
                     if say and log is not None:
                         with self._watch.during(f"the metrics of step {self.step}"):
@@ -279,9 +280,8 @@ class Trainer:
         if stopped:
             raise SystemExit(0)
         done = self.tokens - first_tokens
-        return TrainResult(
-            self.step, loss, self.tokens, seconds, done / seconds if seconds else 0.0, peak_memory_bytes(self.device)
-        )
+        speed = done / seconds if seconds else 0.0
+        return TrainResult(self.step, self.loss, self.tokens, seconds, speed, peak_memory_bytes(self.device))
 
     def _hold(self) -> Callable[[], None]:
         """Takes the output on rank 0, see `hold_output`."""
@@ -421,6 +421,7 @@ class Trainer:
         state = {
             "step": self.step,
             "tokens": self.tokens,
+            "loss": None if math.isnan(self.loss) else self.loss,
             "settings": self._settings(),
             "tensors": describe({**self.parameters, **buffers}),
             "param_groups": shard["param_groups"],
@@ -450,6 +451,7 @@ class Trainer:
             buffers = dict(self.model.named_buffers())
             load_checkpoint(newest, state, self.optimizer, self.parameters, buffers, self.config.seed)
             self.step, self.tokens = state["step"], state["tokens"]
+            self.loss = math.nan if (loss := state.get("loss")) is None else loss  # another trainer's has none
         self._has_begun = True
 
     def _find(self) -> tuple[Path | None, dict[str, Any] | None]:
