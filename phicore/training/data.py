@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, overload
 
 import torch
@@ -20,22 +20,32 @@ class TokenDataset(Sequence[Example]):
 
     A token counts as loss-bearing when the model predicts it: it has a label and is not the first.
 
+    Args:
+        records, encoded: as many of both.
+        sequence_length: to which they were cut.
+        ends: tokens at which generation stops, or may.
+
     Attributes:
         records: the records, in the file's order.
         truncated: examples that were cut to sequence_length.
         without_loss: examples whose tokens, after the cut, carry no loss. They are kept: dropping them would shift
             the order of the data.
         straddling: examples where a token spans the end of the prompt and the start of the answer.
+        open_ended: uncut examples whose last learnt token is none of `ends`: nothing in them teaches the model to stop.
         tokens: tokens of all examples after the cut.
         loss_tokens: those of them that carry loss.
     """
 
-    def __init__(self, records: Sequence[Record], encoded: Sequence[Encoded], sequence_length: int) -> None:
+    def __init__(
+        self, records: Sequence[Record], encoded: Sequence[Encoded], sequence_length: int, ends: Collection[int]
+    ) -> None:
         self.records = list(records)
         self.sequence_length = sequence_length
         self.longest = max((e.length for e in encoded), default=0)
         self.truncated = sum(e.truncated for e in encoded)
         self.straddling = sum(e.straddles for e in encoded)
+        learnt = [[label for label in e.labels if label != IGNORE_INDEX] for e in encoded if not e.truncated]
+        self.open_ended = sum(labels[-1] not in ends for labels in learnt if labels)
         with_loss = [sum(label != IGNORE_INDEX for label in e.labels[1:]) for e in encoded]
         self.without_loss = with_loss.count(0)
         self.tokens = sum(len(e.input_ids) for e in encoded)
@@ -74,6 +84,11 @@ class TokenDataset(Sequence[Example]):
                 f"In {self.straddling} of {n} examples one token spans the end of the prompt and the start of the "
                 f"answer and is not learnt; move the space between the two from the prompt to the answer."
             )
+        if self.open_ended:
+            sentences.append(
+                f"In {self.open_ended} of {n} examples the answer ends without a special token, so the model does not "
+                f"learn to stop; take a chat template that puts eos, or another special token, after a turn."
+            )
         extra = sorted({key for record in self.records for key in record.extra})
         if extra:
             sentences.append(f"Keys that are not used were ignored: {', '.join(extra)}.")
@@ -106,7 +121,8 @@ def load_dataset(
             encoded.append(encode(record, tokenizer, sequence_length))
         except ValueError as error:
             raise ValueError(f"{os.fspath(path)}, line {record.line}: {error}") from error
-    dataset = TokenDataset(records, encoded, sequence_length)
+    ends = {tokenizer.eos_token_id, *tokenizer.added_tokens_decoder}
+    dataset = TokenDataset(records, encoded, sequence_length, ends)
     if dataset.loss_tokens == 0:
         raise ValueError(
             f"no example of {os.fspath(path)} has a token that carries loss within {sequence_length} tokens (the "

@@ -45,6 +45,20 @@ def test_dataset_counts_and_reports(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(("end", "told"), [("", True), ("<|im_end|>", False), ("<|endoftext|>\n", False)])
+def test_answers_that_end_in_no_special_token_are_told(end: str, told: bool, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "data.jsonl", {"messages": [ASK, ANSWER]}, {"text": "a"})
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content }}{% if m.role == 'assistant' %}" + end + "{% endif %}\n"
+        "{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    report = load_dataset(path, tokenizer, LONG).report()
+    assert (report is not None) == told
+    if report is not None:
+        assert "In 1 of 2 examples the answer ends without a special token, so the model does not learn to" in report
+
+
 def test_dataset_items_are_tensors_and_slices_lists(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "data.jsonl", *({"text": "abc"[: i + 1]} for i in range(3)))
     tokenizer = tokenizer_of()
