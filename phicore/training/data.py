@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, overload
 
 import torch
@@ -37,26 +37,29 @@ class TokenDataset(Sequence[Example]):
     """
 
     def __init__(
-        self, records: Sequence[Record], encoded: Sequence[Encoded], sequence_length: int, ends: Collection[int]
+        self, records: Sequence[Record], encoded: Iterable[Encoded], sequence_length: int, ends: Collection[int]
     ) -> None:
         self.records = list(records)
         self.sequence_length = sequence_length
-        self.longest = max((e.length for e in encoded), default=0)
-        self.truncated = sum(e.truncated for e in encoded)
-        self.straddling = sum(e.straddles for e in encoded)
-        learnt = [[label for label in e.labels if label != IGNORE_INDEX] for e in encoded if not e.truncated]
-        self.open_ended = sum(labels[-1] not in ends for labels in learnt if labels)
-        with_loss = [sum(label != IGNORE_INDEX for label in e.labels[1:]) for e in encoded]
-        self.without_loss = with_loss.count(0)
-        self.tokens = sum(len(e.input_ids) for e in encoded)
-        self.loss_tokens = sum(with_loss)
-        self._examples = [
-            {
-                "input_ids": torch.tensor(e.input_ids, dtype=torch.int64),
-                "labels": torch.tensor(e.labels, dtype=torch.int64),
-            }
-            for e in encoded
-        ]
+        self.longest = self.truncated = self.without_loss = self.straddling = self.open_ended = 0
+        self.tokens = self.loss_tokens = 0
+        self._examples: list[Example] = []
+        for e in encoded:  # one at a time: as lists, a file's tokens take four times this memory
+            learnt = [label for label in e.labels if label != IGNORE_INDEX]
+            with_loss = sum(label != IGNORE_INDEX for label in e.labels[1:])
+            self.longest = max(self.longest, e.length)
+            self.truncated += e.truncated
+            self.without_loss += with_loss == 0
+            self.straddling += e.straddles
+            self.open_ended += bool(learnt) and not e.truncated and learnt[-1] not in ends
+            self.tokens += len(e.input_ids)
+            self.loss_tokens += with_loss
+            self._examples.append(
+                {
+                    "input_ids": torch.tensor(e.input_ids, dtype=torch.int64),
+                    "labels": torch.tensor(e.labels, dtype=torch.int64),
+                }
+            )
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -115,14 +118,16 @@ def load_dataset(
     if limit is not None and limit <= 0:
         raise ValueError(f"limit must be above 0, or None for all records, got {limit}")
     records = read_records(path)[:limit]
-    encoded = []
-    for record in records:
-        try:
-            encoded.append(encode(record, tokenizer, sequence_length))
-        except ValueError as error:
-            raise ValueError(f"{os.fspath(path)}, line {record.line}: {error}") from error
+
+    def encoded() -> Iterator[Encoded]:
+        for record in records:
+            try:
+                yield encode(record, tokenizer, sequence_length)
+            except ValueError as error:
+                raise ValueError(f"{os.fspath(path)}, line {record.line}: {error}") from error
+
     ends = {tokenizer.eos_token_id, *tokenizer.added_tokens_decoder}
-    dataset = TokenDataset(records, encoded, sequence_length, ends)
+    dataset = TokenDataset(records, encoded(), sequence_length, ends)
     if dataset.loss_tokens == 0:
         raise ValueError(
             f"no example of {os.fspath(path)} has a token that carries loss within {sequence_length} tokens (the "

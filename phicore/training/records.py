@@ -120,10 +120,12 @@ def _parse_messages(value: Any) -> tuple[list[dict[str, str]], list[str]]:
 def _string(value: Any, what: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{what} is a JSON {_kind(value)}; it must be a string")
-    if any("\ud800" <= c <= "\udfff" for c in value):  # JSON can write half a surrogate pair, no tokenizer takes it
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can write half a surrogate pair, no tokenizer takes it
         raise ValueError(
             f"{what} holds half a surrogate pair (a broken \\ud83d-like escape); write the whole character"
-        )
+        ) from error
     return value
 
 

@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+import weakref
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from phicore.training import data
 from phicore.training.batches import make_batch
 from phicore.training.data import collate, load_dataset, order, step_indices
-from phicore.training.encoding import IGNORE_INDEX, encode
+from phicore.training.encoding import IGNORE_INDEX, Encoded, encode
 from phicore.training.records import read_records
 from tests.chat_data import ANSWER, ASK, write_jsonl
 from tests.chat_tokenizers import LONG, chat_tokenizer, tokenizer_of
@@ -43,6 +46,31 @@ def test_dataset_counts_and_reports(tmp_path: Path) -> None:
         "move the space between the two from the prompt to the answer. "
         "Keys that are not used were ignored: id, source."
     )
+
+
+def test_a_file_is_never_whole_in_lists_of_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take four times the memory of the tensors that they become."""
+
+    class Tokens(list[int]):
+        """A list that can be counted."""
+
+        __hash__ = object.__hash__
+
+    alive: weakref.WeakSet[Tokens] = weakref.WeakSet()
+    most = 0
+
+    def counted(*arguments: Any) -> Encoded:
+        nonlocal most
+        encoded = encode(*arguments)
+        tokens = Tokens(encoded.input_ids)
+        alive.add(tokens)
+        most = max(most, len(alive))
+        return replace(encoded, input_ids=tokens)
+
+    monkeypatch.setattr(data, "encode", counted)
+    path = write_jsonl(tmp_path / "data.jsonl", *({"text": "a" * (i + 1)} for i in range(9)))
+    assert len(load_dataset(path, tokenizer_of(), LONG)) == 9
+    assert most <= 2
 
 
 @pytest.mark.parametrize(("end", "told"), [("", True), ("<|im_end|>", False), ("<|endoftext|>\n", False)])
