@@ -1,5 +1,6 @@
 """Datasets of tokenised examples, the batches made of them, and the order in which a run visits them."""
 
+import functools
 import hashlib
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -250,6 +251,9 @@ def _part_of_epoch(
     return row[first - start : stop - start]
 
 
+@functools.lru_cache(
+    maxsize=2
+)  # of ten million examples it takes 0.8 s, which each step would; one may span two epochs
 def _permutation(n: int, seed: int, epoch: int) -> torch.Tensor:
     """int64 [n]."""
     # Hashed, since seed + epoch would give (0, 1) the order of (1, 0), and torch's CPU generator keeps 32 bits.

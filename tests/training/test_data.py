@@ -260,3 +260,12 @@ def test_examples_may_be_lists_and_have_a_mask() -> None:
 def test_examples_that_are_no_tokens_are_named(example: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         make_batch([example])
+
+
+def test_an_epoch_is_shuffled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    shuffled = []
+    randperm = torch.randperm
+    monkeypatch.setattr(torch, "randperm", lambda n, **options: (shuffled.append(n), randperm(n, **options))[1])
+    visited = [i for step in range(10) for i in step_indices(20, 12345, step, 3)]  # an epoch and a half
+    assert shuffled == [20, 20]
+    assert visited == (order(20, 12345, 0) + order(20, 12345, 1))[:30]
