@@ -94,6 +94,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
+        if not self.output:
+            raise ValueError("output must name a directory, got ''; the current one is '.'")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)!r}")
