@@ -187,6 +187,15 @@ class Trainer:
         lengths = lengths_of(self.train_data) if config.group_by_length else None
         return json.loads(json.dumps(dict(identity or {}))), parameters, lengths
 
+    def _check_parameters(self) -> None:
+        known = set(self.parameters.values())
+        new = [name for name, p in self.model.named_parameters() if p.requires_grad and p not in known]
+        if new:
+            raise ValueError(
+                f"{new[0]} (of {len(new)}) requires a gradient and did not when the Trainer was made, or was not "
+                f"there, so it would not train; make the Trainer once the model is as it shall train"
+            )
+
     def _describe(self) -> list[str]:
         """What must be equal on all ranks, an item a line."""
         given = {**asdict(self.config), **self._settings()}
@@ -224,7 +233,8 @@ class Trainer:
             OSError: the output cannot be written.
             TypeError: the loss function returns no sum and count, or the model no logits, see `causal_lm_loss`.
             ValueError: resuming with other settings (each change is listed), or a step without a labelled token;
-                examples that cannot be made a batch, or have no labels.
+                examples that cannot be made a batch, or have no labels; a parameter that requires a gradient only since
+                the Trainer was made.
             FloatingPointError: a loss or gradient norm that is not finite, naming the step and the rank where it arose;
                 the step is not taken, on any rank.
             LostRankError: another rank ended, failed or did not answer within the time-out, naming it and its step.
@@ -232,6 +242,7 @@ class Trainer:
         """
         config = self.config
         with self._watch.during("the start"):
+            distributed.everywhere(self._check_parameters)
             release = self._hold()
             try:
                 self._start()

@@ -465,6 +465,20 @@ def test_group_by_length_refuses_examples_without_one(tmp_path: Path) -> None:
         regression(tmp_path, group_by_length=True)
 
 
+def test_what_trains_only_since_the_trainer_was_made_is_told(tmp_path: Path) -> None:
+    model = small_model()
+    model.head.requires_grad_(False)
+    trainer = Trainer(model, TrainConfig(output=str(tmp_path), **SETTINGS), examples())
+    model.head.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"head\.weight \(of 2\) requires a gradient and did not when .* not train"):
+        trainer.fit()
+    model.head.requires_grad_(False)
+    trainer.fit()
+    model.head = nn.Linear(6, 12)
+    with pytest.raises(ValueError, match=r"head\.weight \(of 2\) .* or was not there"):
+        trainer.fit()
+
+
 def test_a_newer_trainer_takes_the_model_over(tmp_path: Path) -> None:
     """As when a cell of a notebook runs again, while the older one is still there."""
     model = small_model()
