@@ -138,6 +138,18 @@ def test_tokens_are_counted_without_padding(tmp_path: Path) -> None:
     assert items == sum(int(mask.sum()) for _, _, mask in regression_data())
 
 
+def test_a_mask_of_pairs_of_tokens_counts_none(tmp_path: Path) -> None:
+    """As of packed examples, of what is added to scores: it holds minus infinity."""
+
+    def pairs(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        ids = torch.stack([row["input_ids"] for row in rows])  # [2, 4]
+        return {"input_ids": ids, "labels": ids, "attention_mask": torch.full((2, 1, 4, 4), -math.inf).triu(1)}
+
+    rows = [{"input_ids": torch.arange(4)}] * 4
+    config = TrainConfig(output=str(tmp_path), **{**SETTINGS, "steps": 3, "batch_size": 2, "accumulation": 1})
+    assert Trainer(small_model(), config, rows, collate_fn=pairs).fit().tokens == 3 * 2 * 3  # those that carry loss
+
+
 def test_every_line_tells_the_same_facts(tmp_path: Path) -> None:
     small_trainer(tmp_path, steps=7, log_every=3).fit()
     lines = metrics(tmp_path)
