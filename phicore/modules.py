@@ -182,9 +182,10 @@ def select(
     inside = tuple(f"{name}." for name in left_out)
     chosen = {n: module for n, module in chosen.items() if n not in left_out and not n.startswith(inside)}
     if not chosen:
+        accepted, there = ", ".join(sorted(k.__name__ for k in kinds)), ", ".join([*candidates][:10]) or "none"
         raise ValueError(
             f"target_modules={target_modules!r} with exclude_modules={list(exclude_modules)!r} leaves no module of "
-            f"{type(model).__name__} (it has {len(candidates)} layers that could be chosen)"
+            f"{type(model).__name__}; of the layers that can be chosen here ({accepted}) it has {there}"
         )
     return chosen
 

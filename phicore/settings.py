@@ -3,7 +3,7 @@
 import types
 from dataclasses import fields
 from numbers import Integral, Real
-from os import PathLike
+from os import PathLike, fspath
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 ACCEPTED: dict[Any, Any] = {int: Integral, float: Real, str: (str, PathLike)}  # numpy's numbers too, and paths
@@ -13,7 +13,8 @@ PLAIN = {bool: "True or False", int: "a whole number", float: "a number", str: "
 def check_types(settings: Any) -> None:
     """Raises TypeError for a bool, int, float, str or choice that is something else; other fields are left alone.
 
-    An int is a float too; a bool is neither, though Python takes it for one.
+    An int is a float too; a bool is neither, though Python takes it for one. Numbers of numpy and paths become Python's
+    own and text, as files hold them.
     """
     hints = get_type_hints(type(settings))
     for field in fields(settings):
@@ -22,6 +23,9 @@ def check_types(settings: Any) -> None:
             value = getattr(settings, field.name)
             if not any(_is(value, kind) for kind in kinds):
                 raise TypeError(f"{field.name} must be {' or '.join(map(_named, kinds))}, got {value!r}")
+            if not isinstance(value, bool | int | float | str | None):
+                plain = fspath if isinstance(value, PathLike) else int if isinstance(value, Integral) else float
+                setattr(settings, field.name, plain(value))
 
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:

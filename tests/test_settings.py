@@ -1,6 +1,8 @@
 """Settings of a wrong type are named, with what is accepted."""
 
+import json
 import math
+from dataclasses import asdict
 
 import numpy
 import pytest
@@ -30,7 +32,10 @@ def test_of_a_run(settings, message):
 
 
 def test_numbers_of_numpy_and_whole_ones_for_others_are_taken(tmp_path):
-    TrainConfig(steps=numpy.int64(3), learning_rate=1, max_norm=numpy.float32(0.5), output=tmp_path)
+    config = TrainConfig(steps=numpy.int64(3), learning_rate=1, max_norm=numpy.float32(0.5), output=tmp_path)
+    assert json.loads(json.dumps(asdict(config))) == asdict(config)  # as a checkpoint holds it
+    assert (config.steps, config.max_norm, config.output) == (3, 0.5, str(tmp_path))
+    assert json.dumps(LoRAConfig(dropout=numpy.float32(0.5)).dropout) == "0.5"
 
 
 @pytest.mark.parametrize(
@@ -38,6 +43,7 @@ def test_numbers_of_numpy_and_whole_ones_for_others_are_taken(tmp_path):
     [
         ({"learning_rate": math.inf}, "learning_rate must be finite, got inf"),
         ({"seed": 2**64}, "seed must fit into 64 bits"),
+        ({"output": ""}, "output must name a directory, got ''; the current one is '.'"),
     ],
 )
 def test_of_a_run_out_of_range(settings, message):

@@ -6,6 +6,7 @@ wins.
 
 import io
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -29,14 +30,19 @@ def parse(options: type[T], arguments: Sequence[str], command: str, description:
     except (OSError, ValueError) as error:
         print(f"phicore {command}: {error}", file=sys.stderr)
         raise SystemExit(2) from error
-    return tyro.cli(
-        options,
-        prog=f"phicore {command}",
-        description=f"{description}\n\nEvery option can also stand in a TOML or YAML file, under its name with or "
-        "without underscores (learning_rate = 2e-4), that --config FILE names; what is typed wins.",
-        args=given,
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
+    try:
+        return tyro.cli(
+            options,
+            prog=f"phicore {command}",
+            description=f"{description}\n\nEvery option can also stand in a TOML or YAML file, under its name with or "
+            "without underscores (learning_rate = 2e-4), that --config FILE names; what is typed wins.",
+            args=given,
+            config=(tyro.conf.OmitArgPrefixes,),
+        )
+    except SystemExit as stop:
+        if stop.code and files:  # tyro names what it does not take, and knows of no file
+            print(f"{', '.join(files)} and what was typed: {shlex.join(given)}", file=sys.stderr)
+        raise
 
 
 def parse_everywhere(
@@ -103,8 +109,8 @@ def file_arguments(path: str) -> list[str]:
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f'no such config file: "{path}"')
-    text = file.read_text(encoding="utf-8-sig")
     try:
+        text = file.read_text(encoding="utf-8-sig")
         if file.suffix == ".toml":
             entries = _toml(text)
         elif file.suffix in (".yaml", ".yml"):
@@ -136,7 +142,8 @@ def _argument(path: str, key: str, value: Any) -> list[str]:
         if any(isinstance(inner, dict | list) for inner in value.values()):
             raise ValueError(f"{path}: {key} is nested too deep; options are flat")
         return [flag, *(str(part) for item in value.items() for part in item)]
-    return [flag, str(value)]
+    # One word, since a value may begin with "-"; and a home directory, which no shell puts in place of a file's "~".
+    return [f"{flag}={os.path.expanduser(str(value))}"]
 
 
 def _toml(text: str) -> dict[str, Any]:

@@ -34,6 +34,7 @@ def check_options(options: "FinetuneOptions") -> None:
         ("sequence_length", 1),
         ("eval_limit", 1),
         ("answers", 0),
+        ("samples", 0),
         ("max_new_tokens", 1),
         ("threads", 0),
     ):

@@ -64,10 +64,9 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def count_tokens(batch: Batch, items: float) -> int:
-    """Tokens of a batch, padding left out; for other data, the items that the loss counted."""
-    if isinstance(batch, Mapping) and isinstance(batch.get("attention_mask"), Tensor):
-        return int(batch["attention_mask"].sum())
-    return int(items)
+    """Tokens of a batch without padding, as its attention mask [B, T] tells; else the items that the loss counted."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return int(mask.count_nonzero()) if isinstance(mask, Tensor) and mask.dim() == 2 else int(items)
 
 
 def length_of(example: Any) -> int:

@@ -94,6 +94,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
+        if not self.output:
+            raise ValueError("output must name a directory, got ''; the current one is '.'")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)!r}")
@@ -109,6 +111,11 @@ class TrainConfig:
         for name in ("learning_rate", "lora_plus_ratio", "min_learning_rate", "weight_decay"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name} must be finite, got {getattr(self, name)!r}")
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"min_learning_rate must not be above learning_rate, where the decay begins; got "
+                f"{self.min_learning_rate!r} and {self.learning_rate!r}"
+            )
         if not -(2**63) <= self.seed < 2**64:
             raise ValueError(f"seed must fit into 64 bits, got {self.seed}")
         if self.zero_stage not in (1, 2):

@@ -1,8 +1,9 @@
 """Datasets of tokenised examples, the batches made of them, and the order in which a run visits them."""
 
+import functools
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, overload
 
 import torch
@@ -20,33 +21,46 @@ class TokenDataset(Sequence[Example]):
 
     A token counts as loss-bearing when the model predicts it: it has a label and is not the first.
 
+    Args:
+        records, encoded: as many of both.
+        sequence_length: to which they were cut.
+        ends: tokens at which generation stops, or may.
+
     Attributes:
         records: the records, in the file's order.
         truncated: examples that were cut to sequence_length.
         without_loss: examples whose tokens, after the cut, carry no loss. They are kept: dropping them would shift
             the order of the data.
         straddling: examples where a token spans the end of the prompt and the start of the answer.
+        open_ended: uncut examples whose last learnt token is none of `ends`: nothing in them teaches the model to stop.
         tokens: tokens of all examples after the cut.
         loss_tokens: those of them that carry loss.
     """
 
-    def __init__(self, records: Sequence[Record], encoded: Sequence[Encoded], sequence_length: int) -> None:
+    def __init__(
+        self, records: Sequence[Record], encoded: Iterable[Encoded], sequence_length: int, ends: Collection[int]
+    ) -> None:
         self.records = list(records)
         self.sequence_length = sequence_length
-        self.longest = max((e.length for e in encoded), default=0)
-        self.truncated = sum(e.truncated for e in encoded)
-        self.straddling = sum(e.straddles for e in encoded)
-        with_loss = [sum(label != IGNORE_INDEX for label in e.labels[1:]) for e in encoded]
-        self.without_loss = with_loss.count(0)
-        self.tokens = sum(len(e.input_ids) for e in encoded)
-        self.loss_tokens = sum(with_loss)
-        self._examples = [
-            {
-                "input_ids": torch.tensor(e.input_ids, dtype=torch.int64),
-                "labels": torch.tensor(e.labels, dtype=torch.int64),
-            }
-            for e in encoded
-        ]
+        self.longest = self.truncated = self.without_loss = self.straddling = self.open_ended = 0
+        self.tokens = self.loss_tokens = 0
+        self._examples: list[Example] = []
+        for e in encoded:  # one at a time: as lists, a file's tokens take four times this memory
+            learnt = [label for label in e.labels if label != IGNORE_INDEX]
+            with_loss = sum(label != IGNORE_INDEX for label in e.labels[1:])
+            self.longest = max(self.longest, e.length)
+            self.truncated += e.truncated
+            self.without_loss += with_loss == 0
+            self.straddling += e.straddles
+            self.open_ended += bool(learnt) and not e.truncated and learnt[-1] not in ends
+            self.tokens += len(e.input_ids)
+            self.loss_tokens += with_loss
+            self._examples.append(
+                {
+                    "input_ids": torch.tensor(e.input_ids, dtype=torch.int64),
+                    "labels": torch.tensor(e.labels, dtype=torch.int64),
+                }
+            )
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -74,6 +88,11 @@ class TokenDataset(Sequence[Example]):
                 f"In {self.straddling} of {n} examples one token spans the end of the prompt and the start of the "
                 f"answer and is not learnt; move the space between the two from the prompt to the answer."
             )
+        if self.open_ended:
+            sentences.append(
+                f"In {self.open_ended} of {n} examples the answer ends without a special token, so the model does not "
+                f"learn to stop; take a chat template that puts eos, or another special token, after a turn."
+            )
         extra = sorted({key for record in self.records for key in record.extra})
         if extra:
             sentences.append(f"Keys that are not used were ignored: {', '.join(extra)}.")
@@ -100,13 +119,16 @@ def load_dataset(
     if limit is not None and limit <= 0:
         raise ValueError(f"limit must be above 0, or None for all records, got {limit}")
     records = read_records(path)[:limit]
-    encoded = []
-    for record in records:
-        try:
-            encoded.append(encode(record, tokenizer, sequence_length))
-        except ValueError as error:
-            raise ValueError(f"{os.fspath(path)}, line {record.line}: {error}") from error
-    dataset = TokenDataset(records, encoded, sequence_length)
+
+    def encoded() -> Iterator[Encoded]:
+        for record in records:
+            try:
+                yield encode(record, tokenizer, sequence_length)
+            except ValueError as error:
+                raise ValueError(f"{os.fspath(path)}, line {record.line}: {error}") from error
+
+    ends = {tokenizer.eos_token_id, *tokenizer.added_tokens_decoder}
+    dataset = TokenDataset(records, encoded(), sequence_length, ends)
     if dataset.loss_tokens == 0:
         raise ValueError(
             f"no example of {os.fspath(path)} has a token that carries loss within {sequence_length} tokens (the "
@@ -229,6 +251,9 @@ def _part_of_epoch(
     return row[first - start : stop - start]
 
 
+@functools.lru_cache(
+    maxsize=2
+)  # of ten million examples it takes 0.8 s, which each step would; one may span two epochs
 def _permutation(n: int, seed: int, epoch: int) -> torch.Tensor:
     """int64 [n]."""
     # Hashed, since seed + epoch would give (0, 1) the order of (1, 0), and torch's CPU generator keeps 32 bits.

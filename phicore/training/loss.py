@@ -34,8 +34,8 @@ def causal_lm_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tenso
         The summed loss, float32 [], and the number of labelled tokens, int64 [].
 
     Raises:
-        TypeError: the model returns something else.
-        ValueError: the batch lacks input_ids or labels.
+        TypeError: the model returns something else; input_ids or labels are no tensors.
+        ValueError: the batch lacks input_ids or labels, or has what the model takes and is not given here.
     """
     if not isinstance(batch, Mapping) or not {*TOKENS} <= batch.keys():
         raise ValueError(
@@ -44,6 +44,19 @@ def causal_lm_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tenso
         )
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     accepted = inspect.signature(inner.forward).parameters
+    others = batch.keys() - {*TOKENS, "attention_mask"}
+    for key in TOKENS:
+        if not isinstance(batch[key], Tensor):
+            raise TypeError(
+                f"{key} of the batch is a {type(batch[key]).__name__}, and causal_lm_loss needs a tensor. Lists become "
+                f"one in examples of nothing but input_ids, labels and attention_mask: take other keys out of them "
+                f"(here {', '.join(sorted(others)) or 'none'}), make them tensors, or give the Trainer a collate_fn"
+            )
+    if passed_over := sorted(others & accepted.keys()):
+        raise ValueError(
+            f"the batch has {', '.join(passed_over)}, which {type(inner).__name__} takes and causal_lm_loss does not "
+            f"give it; take that out of the examples, or give the Trainer a loss_fn that passes it on"
+        )
     ids, labels = batch["input_ids"], batch["labels"][:, 1:]  # position t predicts the label at t + 1: [B, T - 1]
     inputs: dict[str, Any] = {}
     row = without_padding(inner, accepted, batch)
@@ -181,6 +194,20 @@ def output_head(model: nn.Module) -> nn.Linear | None:
     if any(watched) or compiled or any(isinstance(m, _NormBase) for m in model.modules()):
         return None
     return head
+
+
+def sum_and_count(returned: Any) -> tuple[Tensor, Tensor | int]:
+    """What a loss function returned, if it is what the loop needs of one.
+
+    Raises:
+        TypeError: it is something else, such as the mean loss alone.
+    """
+    if not (isinstance(returned, tuple) and len(returned) == 2):
+        raise TypeError(
+            f"loss_fn returned a {kind_of(returned)}; it must return two values: the loss summed over the batch, and "
+            f"the number of tokens (or items) that it sums over. Of a mean over n of them: return loss * n, n"
+        )
+    return returned
 
 
 def masked_mean(total: float, count: float, where: str) -> float:

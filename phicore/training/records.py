@@ -54,7 +54,8 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
             except UnicodeDecodeError as error:
                 byte = error.object[error.start]
                 raise ValueError(
-                    f"{os.fspath(path)}, line {number}: not UTF-8 (byte 0x{byte:02x}); save the file as UTF-8"
+                    f"{os.fspath(path)}, line {number}: not UTF-8 (byte 0x{byte:02x}); save the file as UTF-8, "
+                    f"not compressed"
                 ) from error
             except ValueError as error:
                 raise ValueError(f"{os.fspath(path)}, line {number}: {error}") from error
@@ -66,7 +67,7 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
 def _parse(line: str, number: int) -> Record:
     """The record that a line holds. Raises ValueError with what is wrong, without the place."""
     try:
-        value = json.loads(line)
+        value = json.loads(line.rstrip("\r\n"))  # behind a line's end, an error's column would be 1
     except (ValueError, RecursionError) as error:
         what = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
         raise ValueError(f"invalid JSON ({what}); each line must hold one whole JSON object") from error
@@ -119,10 +120,12 @@ def _parse_messages(value: Any) -> tuple[list[dict[str, str]], list[str]]:
 def _string(value: Any, what: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{what} is a JSON {_kind(value)}; it must be a string")
-    if any("\ud800" <= c <= "\udfff" for c in value):  # JSON can write half a surrogate pair, no tokenizer takes it
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can write half a surrogate pair, no tokenizer takes it
         raise ValueError(
             f"{what} holds half a surrogate pair (a broken \\ud83d-like escape); write the whole character"
-        )
+        ) from error
     return value
 
 

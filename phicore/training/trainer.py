@@ -34,7 +34,7 @@ from phicore.training.config import TrainConfig, fixed_settings
 from phicore.training.data import step_indices
 from phicore.training.distributed import gather_rows, on_first_rank, rank, sum_over_ranks, world_size
 from phicore.training.frozen import check_same_frozen
-from phicore.training.loss import causal_lm_loss, masked_mean
+from phicore.training.loss import causal_lm_loss, masked_mean, sum_and_count
 from phicore.training.metrics import MetricsLog, Progress, peak_memory_bytes
 from phicore.training.modes import mode, stop_signals
 from phicore.training.output import after_restart, hold_output, prepare_output
@@ -56,7 +56,7 @@ class TrainResult:
 
     Attributes:
         steps: optimizer steps done, those before a resumption included.
-        loss: of the last step, per token.
+        loss: of the last step, per token; one before a resumption too.
         tokens: trained on, those before a resumption included.
         seconds: spent in this process's steps, evaluation and saving left out.
         tokens_per_second: over this process's steps.
@@ -144,6 +144,7 @@ class Trainer:
         self.checkpoints = self.output / "checkpoints"
         self.step = 0  # optimizer steps done
         self.tokens = 0
+        self.loss = math.nan  # of the last step
         self._has_begun = False  # a run in the output, or gone on with the one there
         self.stop_requested = False  # of this process
         self._stop_agreed = False  # of any, as all know
@@ -186,6 +187,15 @@ class Trainer:
         lengths = lengths_of(self.train_data) if config.group_by_length else None
         return json.loads(json.dumps(dict(identity or {}))), parameters, lengths
 
+    def _check_parameters(self) -> None:
+        known = set(self.parameters.values())
+        new = [name for name, p in self.model.named_parameters() if p.requires_grad and p not in known]
+        if new:
+            raise ValueError(
+                f"{new[0]} (of {len(new)}) requires a gradient and did not when the Trainer was made, or was not "
+                f"there, so it would not train; make the Trainer once the model is as it shall train"
+            )
+
     def _describe(self) -> list[str]:
         """What must be equal on all ranks, an item a line."""
         given = {**asdict(self.config), **self._settings()}
@@ -221,9 +231,10 @@ class Trainer:
         Raises:
             FileExistsError: the output holds a run, and neither resume nor overwrite is set; or a run is at work there.
             OSError: the output cannot be written.
-            TypeError: the model returns no logits, see `causal_lm_loss`.
+            TypeError: the loss function returns no sum and count, or the model no logits, see `causal_lm_loss`.
             ValueError: resuming with other settings (each change is listed), or a step without a labelled token;
-                examples that cannot be made a batch, or have no labels.
+                examples that cannot be made a batch, or have no labels; a parameter that requires a gradient only since
+                the Trainer was made.
             FloatingPointError: a loss or gradient norm that is not finite, naming the step and the rank where it arose;
                 the step is not taken, on any rank.
             LostRankError: another rank ended, failed or did not answer within the time-out, naming it and its step.
@@ -231,6 +242,7 @@ class Trainer:
         """
         config = self.config
         with self._watch.during("the start"):
+            distributed.everywhere(self._check_parameters)
             release = self._hold()
             try:
                 self._start()
@@ -240,7 +252,7 @@ class Trainer:
                 raise
         progress = Progress(config.steps, self.step, shown=rank() == 0)
         recomputed = checkpointed_blocks(self.model) if config.gradient_checkpointing else nullcontext()
-        loss, seconds, first_tokens, saved_step = math.nan, 0.0, self.tokens, self.step
+        seconds, first_tokens, saved_step = 0.0, self.tokens, self.step
         try:
             with stop_signals(self.request_stop), recomputed, mode(self.model, training=True):
                 while self.step < config.steps and not self._is_stopping():
@@ -250,10 +262,10 @@ class Trainer:
                     if not seconds:
                         distributed.set_timeout(config.step_timeout, self._writers)
                     seconds += time.perf_counter() - start
-                    loss = facts["loss"]
+                    self.loss = facts["loss"]
                     speed = (self.tokens - first_tokens) / seconds
                     say = self.step == 1 or self.step % config.log_every == 0 or self.step == config.steps
-                    text = f"loss {loss:.4f}  {speed:.0f} tokens/s"
+                    text = f"loss {self.loss:.4f}  {speed:.0f} tokens/s"
                     progress.step(self.step, text, say=say)
                     if say and log is not None:
                         with self._watch.during(f"the metrics of step {self.step}"):
@@ -279,9 +291,8 @@ class Trainer:
         if stopped:
             raise SystemExit(0)
         done = self.tokens - first_tokens
-        return TrainResult(
-            self.step, loss, self.tokens, seconds, done / seconds if seconds else 0.0, peak_memory_bytes(self.device)
-        )
+        speed = done / seconds if seconds else 0.0
+        return TrainResult(self.step, self.loss, self.tokens, seconds, speed, peak_memory_bytes(self.device))
 
     def _hold(self) -> Callable[[], None]:
         """Takes the output on rank 0, see `hold_output`."""
@@ -305,7 +316,7 @@ class Trainer:
             batch = to_device(self.collate_fn([self.train_data[i] for i in part]), self.device)
             waited += time.perf_counter() - wait
             with nullcontext() if reduce_each or number == len(parts) else self.optimizer.no_sync():
-                loss, n = self.loss_fn(self.model, batch)
+                loss, n = sum_and_count(self.loss_fn(self.model, batch))
                 loss.backward()
             loss_sum, count = loss_sum + float(loss.detach()), count + float(n)
             tokens += count_tokens(batch, float(n))
@@ -383,7 +394,7 @@ class Trainer:
             by_length = sorted(range(len(data)), key=lambda i: length_of(data[i]))[rank() :: world_size()]
             for part in chunks(by_length, self.config.eval_batch_size):
                 batch = to_device(self.collate_fn([data[i] for i in part]), self.device)
-                loss, n = self.loss_fn(self.model, batch)
+                loss, n = sum_and_count(self.loss_fn(self.model, batch))
                 loss_sum, count = loss_sum + float(loss), count + float(n)
         loss_sum, count = sum_over_ranks([loss_sum, count], self.device)
         return masked_mean(loss_sum, count, "evaluation")
@@ -421,6 +432,7 @@ class Trainer:
         state = {
             "step": self.step,
             "tokens": self.tokens,
+            "loss": None if math.isnan(self.loss) else self.loss,
             "settings": self._settings(),
             "tensors": describe({**self.parameters, **buffers}),
             "param_groups": shard["param_groups"],
@@ -450,6 +462,7 @@ class Trainer:
             buffers = dict(self.model.named_buffers())
             load_checkpoint(newest, state, self.optimizer, self.parameters, buffers, self.config.seed)
             self.step, self.tokens = state["step"], state["tokens"]
+            self.loss = math.nan if (loss := state.get("loss")) is None else loss  # another trainer's has none
         self._has_begun = True
 
     def _find(self) -> tuple[Path | None, dict[str, Any] | None]:

@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM
 
 import phicore
 from phicore.cli import COMMANDS, PACKAGES, main, version_of
+from phicore.cli.finetune import FinetuneOptions
 from phicore.cli.generate import GenerateOptions, answers
+from phicore.cli.options import parse
 from phicore.formats.huggingface import load_model
 
 
@@ -214,6 +216,38 @@ def test_an_option_that_a_file_gives_twice_is_refused(
         main(["finetune", "--config", str(file)])
     assert stop.value.code == 2
     assert capsys.readouterr().err == f"phicore finetune: {file}: {told}; keep one of them\n"
+
+
+def test_a_files_values_are_taken_as_they_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = tmp_path / "c.toml"
+    file.write_text(
+        'model = "-m"\ndata = "~/my data.jsonl"\noutput = "~"\nseed = -1\nthreads = 2\ndouble_quant = false\n'
+        'target_modules = "q_proj"\ntrainable_token_indices = [1, 2]\n[rank_pattern]\nq_proj = 2\n'
+    )
+    options = parse(FinetuneOptions, ["--config", str(file), "--threads", "3"], "finetune", "")
+    assert (options.model, options.data) == ("-m", f"{tmp_path}/my data.jsonl")
+    assert (options.train.output, options.train.seed, options.threads) == (str(tmp_path), -1, 3)
+    adapter = options.adapter
+    assert (options.double_quant, adapter.target_modules, adapter.trainable_token_indices) == (
+        False,
+        ("q_proj",),
+        (1, 2),
+    )
+    assert adapter.rank_pattern == {"q_proj": 2}
+
+
+def test_what_is_wrong_with_a_file_is_told_with_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "c.toml"
+    for content, told in (
+        (b'output = "caf\xe9"\n', f"phicore finetune: {file}: 'utf-8' codec can't decode"),
+        (b'overwrite = "yes"\n', f"{file} and what was typed: --overwrite=yes --steps 3\n"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(SystemExit) as stop:
+            main(["finetune", "--config", str(file), "--steps", "3"])
+        assert stop.value.code == 2
+        assert told in capsys.readouterr().err
 
 
 def test_runs_as_a_module() -> None:

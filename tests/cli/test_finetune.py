@@ -302,6 +302,7 @@ def test_what_is_refused_is_named(
         (["--eval-every", "2"], "--eval-every is 2, but there is no --eval-data"),
         (["--eval-limit", "0"], "--eval-limit must be at least 1, got 0"),
         (["--answers", "-1"], "--answers must be at least 0, got -1"),
+        (["--samples", "-1"], "--samples must be at least 0, got -1"),
         (["--sequence-length", "0"], "--sequence-length must be at least 1, got 0"),
         (["--block-size", "48"], "block_size must be one of"),
         (["--init", "loftq", "--method", "lora"], "--init loftq codes the base to NF4"),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import prune
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import phicore
 from phicore.nf4 import convert
@@ -119,6 +120,12 @@ def test_errors_change_nothing(toy, unchanged):
     model.blocks[1].down_proj.double()
     with unchanged(model), pytest.raises(TypeError, match=r"blocks\.1\.down_proj\.weight is torch\.float64"):
         phicore.quantize_(model)
+
+
+def test_a_model_that_holds_its_weights_otherwise_is_told_what_is_taken():
+    model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=16))
+    with pytest.raises(ValueError, match=r"of the layers that can be chosen here \(Linear\) it has lm_head$"):
+        phicore.quantize_(model)  # all but the head are Conv1D
 
 
 def test_twice_says_that_nothing_is_left(toy, unchanged):

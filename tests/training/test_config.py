@@ -46,6 +46,12 @@ def test_the_learning_rate_is_above_zero(wrong: float) -> None:
         TrainConfig(learning_rate=wrong)
 
 
+def test_the_decay_does_not_end_above_where_it_begins() -> None:
+    TrainConfig(learning_rate=1e-4, min_learning_rate=1e-4)
+    with pytest.raises(ValueError, match=r"min_learning_rate must not be above learning_rate.* got 0\.001 and 0\.0001"):
+        TrainConfig(learning_rate=1e-4, min_learning_rate=1e-3)
+
+
 def test_resume_and_overwrite_exclude_each_other() -> None:
     with pytest.raises(ValueError, match="resume and overwrite exclude each other"):
         TrainConfig(resume=True, overwrite=True)

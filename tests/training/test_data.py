@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+import weakref
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from phicore.training import data
 from phicore.training.batches import make_batch
 from phicore.training.data import collate, load_dataset, order, step_indices
-from phicore.training.encoding import IGNORE_INDEX, encode
+from phicore.training.encoding import IGNORE_INDEX, Encoded, encode
 from phicore.training.records import read_records
 from tests.chat_data import ANSWER, ASK, write_jsonl
 from tests.chat_tokenizers import LONG, chat_tokenizer, tokenizer_of
@@ -43,6 +46,45 @@ def test_dataset_counts_and_reports(tmp_path: Path) -> None:
         "move the space between the two from the prompt to the answer. "
         "Keys that are not used were ignored: id, source."
     )
+
+
+def test_a_file_is_never_whole_in_lists_of_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take four times the memory of the tensors that they become."""
+
+    class Tokens(list[int]):
+        """A list that can be counted."""
+
+        __hash__ = object.__hash__
+
+    alive: weakref.WeakSet[Tokens] = weakref.WeakSet()
+    most = 0
+
+    def counted(*arguments: Any) -> Encoded:
+        nonlocal most
+        encoded = encode(*arguments)
+        tokens = Tokens(encoded.input_ids)
+        alive.add(tokens)
+        most = max(most, len(alive))
+        return replace(encoded, input_ids=tokens)
+
+    monkeypatch.setattr(data, "encode", counted)
+    path = write_jsonl(tmp_path / "data.jsonl", *({"text": "a" * (i + 1)} for i in range(9)))
+    assert len(load_dataset(path, tokenizer_of(), LONG)) == 9
+    assert most <= 2
+
+
+@pytest.mark.parametrize(("end", "told"), [("", True), ("<|im_end|>", False), ("<|endoftext|>\n", False)])
+def test_answers_that_end_in_no_special_token_are_told(end: str, told: bool, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "data.jsonl", {"messages": [ASK, ANSWER]}, {"text": "a"})
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content }}{% if m.role == 'assistant' %}" + end + "{% endif %}\n"
+        "{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    report = load_dataset(path, tokenizer, LONG).report()
+    assert (report is not None) == told
+    if report is not None:
+        assert "In 1 of 2 examples the answer ends without a special token, so the model does not learn to" in report
 
 
 def test_dataset_items_are_tensors_and_slices_lists(tmp_path: Path) -> None:
@@ -218,3 +260,12 @@ def test_examples_may_be_lists_and_have_a_mask() -> None:
 def test_examples_that_are_no_tokens_are_named(example: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         make_batch([example])
+
+
+def test_an_epoch_is_shuffled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    shuffled = []
+    randperm = torch.randperm
+    monkeypatch.setattr(torch, "randperm", lambda n, **options: (shuffled.append(n), randperm(n, **options))[1])
+    visited = [i for step in range(10) for i in step_indices(20, 12345, step, 3)]  # an epoch and a half
+    assert shuffled == [20, 20]
+    assert visited == (order(20, 12345, 0) + order(20, 12345, 1))[:30]

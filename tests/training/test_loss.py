@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from phicore.training.batches import make_batch
 from phicore.training.data import collate
 from phicore.training.loss import causal_lm_loss, masked_mean
 from tests.training.small_run import examples, small_model
@@ -121,3 +122,30 @@ def test_a_mean_of_nothing_is_refused() -> None:
     assert masked_mean(6.0, 4.0, "step 1") == 1.5
     with pytest.raises(ValueError, match=r"step 7: no token carries loss; .* Raise the sequence length"):
         masked_mean(0.0, 0.0, "step 7")
+
+
+class Placed(nn.Module):
+    """Takes places of tokens, as transformers' models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = small_model()
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        return self.inner(input_ids)
+
+
+def test_what_the_model_takes_is_not_passed_over() -> None:
+    """Places of packed examples, say: without them each would attend to the one before."""
+    ids = torch.arange(8).view(2, 4)
+    batch = {"input_ids": ids, "labels": ids, "position_ids": torch.tensor([[0, 1, 0, 1]] * 2), "source": [1, 2]}
+    with pytest.raises(ValueError, match="the batch has position_ids, which Placed takes and causal_lm_loss does not"):
+        causal_lm_loss(Placed(), batch)
+    loss, count = causal_lm_loss(small_model(), batch)  # takes no places
+    assert (loss.item() > 0, int(count)) == (True, 6)
+
+
+def test_lists_that_were_stacked_are_told() -> None:
+    rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3], "token_type_ids": [0, 0, 0]}] * 2
+    with pytest.raises(TypeError, match=r"input_ids of the batch is a list.* take other keys .*here token_type_ids"):
+        causal_lm_loss(small_model(), make_batch(rows))

@@ -1,5 +1,6 @@
 """Records: the three shapes of a line, and each broken line, named with its place and what is wrong."""
 
+import gzip
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,7 @@ def test_extra_keys_are_kept_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
+        ('{"text": "a"', "invalid JSON .*delimiter at column 13"),
         ("{'text': 1}", "invalid JSON .*at column 2.*one whole JSON object"),
         ('{"text": "a"} {"text": "b"}', "invalid JSON .Extra data"),
         ("[" * 100_000, "invalid JSON"),
@@ -92,6 +94,9 @@ def test_invalid_utf8_names_the_line(tmp_path: Path) -> None:
     path = tmp_path / "latin.jsonl"
     path.write_bytes(b'{"text": "a"}\n' + '{"text": "é"}\n'.encode("latin-1"))
     with pytest.raises(ValueError, match=r"latin\.jsonl, line 2: not UTF-8 \(byte 0xe9\); save the file as UTF-8"):
+        read_records(path)
+    path.write_bytes(gzip.compress(b'{"text": "a"}\n'))
+    with pytest.raises(ValueError, match=r"latin\.jsonl, line 1: not UTF-8 .*not compressed"):
         read_records(path)
     write_jsonl(path, {"text": "a"}, encoding="utf-16")
     with pytest.raises(ValueError, match=r"latin\.jsonl, line 1: not UTF-8"):

@@ -190,10 +190,11 @@ def test_saving_before_the_first_step_loses_no_run_that_is_there(tmp_path: Path)
 
 
 def test_a_finished_run_resumes_to_nothing(tmp_path: Path) -> None:
-    small_trainer(tmp_path).fit()
+    first = small_trainer(tmp_path).fit()
     before = history(tmp_path)
     result = small_trainer(tmp_path, resume=True).fit()
     assert (result.steps, result.seconds, result.tokens_per_second) == (8, 0.0, 0.0)
+    assert (result.loss, result.tokens) == (first.loss, first.tokens)
     assert history(tmp_path) == before
 
 

@@ -138,6 +138,18 @@ def test_tokens_are_counted_without_padding(tmp_path: Path) -> None:
     assert items == sum(int(mask.sum()) for _, _, mask in regression_data())
 
 
+def test_a_mask_of_pairs_of_tokens_counts_none(tmp_path: Path) -> None:
+    """As of packed examples, of what is added to scores: it holds minus infinity."""
+
+    def pairs(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        ids = torch.stack([row["input_ids"] for row in rows])  # [2, 4]
+        return {"input_ids": ids, "labels": ids, "attention_mask": torch.full((2, 1, 4, 4), -math.inf).triu(1)}
+
+    rows = [{"input_ids": torch.arange(4)}] * 4
+    config = TrainConfig(output=str(tmp_path), **{**SETTINGS, "steps": 3, "batch_size": 2, "accumulation": 1})
+    assert Trainer(small_model(), config, rows, collate_fn=pairs).fit().tokens == 3 * 2 * 3  # those that carry loss
+
+
 def test_every_line_tells_the_same_facts(tmp_path: Path) -> None:
     small_trainer(tmp_path, steps=7, log_every=3).fit()
     lines = metrics(tmp_path)
@@ -370,6 +382,30 @@ def test_a_model_that_returns_no_logits_is_told(tmp_path: Path, kind: type) -> N
         trainer.fit()
 
 
+@pytest.mark.parametrize(
+    ("returned", "told"),
+    [
+        (lambda loss: loss, "a Tensor"),
+        (lambda loss: {"loss": loss, "logits": loss}, "a dict with loss, logits"),
+        (lambda loss: (loss, 1, 2), "a tuple"),
+    ],
+)
+@pytest.mark.parametrize("evaluate", [False, True])
+def test_a_loss_function_that_returns_no_sum_and_count_is_told(
+    tmp_path: Path, returned: Any, told: str, evaluate: bool
+) -> None:
+    """As that of transformers' Trainer, which returns the mean alone."""
+
+    def loss_fn(model: nn.Module, batch: Any) -> Any:
+        return returned(model(batch["input_ids"]).mean())
+
+    trainer = Trainer(
+        small_model(), TrainConfig(output=str(tmp_path), **SETTINGS), examples(), examples(), loss_fn=loss_fn
+    )
+    with pytest.raises(TypeError, match=f"loss_fn returned {told}; it must return two values: the loss summed"):
+        trainer.evaluate() if evaluate else trainer.fit()
+
+
 def test_an_error_of_the_users_code_leaves_the_model_as_it_was(tmp_path: Path, tiny: Build) -> None:
     model = tiny("llama").eval()
     config = TrainConfig(output=str(tmp_path), gradient_checkpointing=True, **SETTINGS)
@@ -439,6 +475,20 @@ def test_group_by_length_puts_examples_of_like_length_into_a_step(tmp_path: Path
 def test_group_by_length_refuses_examples_without_one(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="group_by_length needs examples with input_ids, got tuple"):
         regression(tmp_path, group_by_length=True)
+
+
+def test_what_trains_only_since_the_trainer_was_made_is_told(tmp_path: Path) -> None:
+    model = small_model()
+    model.head.requires_grad_(False)
+    trainer = Trainer(model, TrainConfig(output=str(tmp_path), **SETTINGS), examples())
+    model.head.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"head\.weight \(of 2\) requires a gradient and did not when .* not train"):
+        trainer.fit()
+    model.head.requires_grad_(False)
+    trainer.fit()
+    model.head = nn.Linear(6, 12)
+    with pytest.raises(ValueError, match=r"head\.weight \(of 2\) .* or was not there"):
+        trainer.fit()
 
 
 def test_a_newer_trainer_takes_the_model_over(tmp_path: Path) -> None:
