@@ -128,9 +128,8 @@ def scale_columns(
     norm_squared = torch.empty(z.shape[1], dtype=torch.float32, device=z.device)
     if z.shape[1]:
         gram = A.float() @ A.float().T  # [rank, rank]
-        scale_columns_launch(
-            z, base_norm_squared, WA, gram, B, magnitude.contiguous(), scaling, bias, y, norm_squared
-        ).run()
+        magnitude, bias = magnitude.contiguous(), None if bias is None else bias.contiguous()
+        scale_columns_launch(z, base_norm_squared, WA, gram, B, magnitude, scaling, bias, y, norm_squared).run()
     return y, norm_squared
 
 

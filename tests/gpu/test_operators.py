@@ -75,6 +75,11 @@ def test_a_batch_without_rows(gpu, dtype):
     bodies.no_rows(gpu, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gaps_in_memory(gpu, dtype):
+    bodies.gaps(gpu, dtype)
+
+
 def test_more_than_2_to_the_31_weights(gpu):
     free = torch.cuda.mem_get_info(gpu)[0] if gpu.type == "cuda" else 0
     if free < 10 << 30:
