@@ -152,15 +152,22 @@ def encode_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return codec.encode_absmax(absmax)
     from phicore_kernels.quantize import encode_absmax as kernel
 
-    return kernel(absmax, dynamic_map(absmax.device))
+    return kernel(absmax, _code_map(absmax.device))
 
 
 def _weight(packed, absmax, nested_absmax, offset, shape, block_size) -> Any:
     from phicore_kernels.weight import Weight
 
-    code_map = None if nested_absmax is None else dynamic_map(packed.device)
+    code_map = None if nested_absmax is None else _code_map(packed.device)
     parts = (part if part is None else part.contiguous() for part in (packed, absmax, nested_absmax, offset))
     return Weight(*parts, code_map, *shape, block_size)
+
+
+@lru_cache(maxsize=32)
+def _code_map(device: torch.device) -> Tensor:
+    from phicore_kernels.device import to_stay
+
+    return to_stay(dynamic_map(torch.device("cpu")), device)
 
 
 def _rows(x: Tensor) -> int:
