@@ -52,7 +52,8 @@ def _scale_columns(
     if tl.program_id(1) == 0:
         tl.store(norm_squared + n, squared, mask=inside_n)
     m = tl.load(magnitude + n, mask=inside_n, other=0.0).to(tl.float32)
-    scale = tl.where(squared > 0, m / tl.sqrt(tl.where(squared > 0, squared, 1.0)), 0.0)
+    # sqrt_rn, since NVIDIA's plain root takes a norm below float32's normal range for zero.
+    scale = tl.where(squared > 0, m / tl.sqrt_rn(tl.where(squared > 0, squared, 1.0)), 0.0)
     shift = tl.zeros((BLOCK_N,), tl.float32)
     if bias is not None:
         shift = tl.load(bias + n, mask=inside_n, other=0.0).to(tl.float32)
