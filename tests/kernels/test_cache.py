@@ -32,6 +32,13 @@ def test_what_is_saved_is_added_and_read_back():
     assert [f.name for f in file.parent.iterdir()] == [file.name]  # no temporary is left
 
 
+def test_a_user_without_a_home_has_the_defaults(monkeypatch):
+    for name in ("XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name)
+    with mock.patch("pwd.getpwuid", side_effect=KeyError):  # a container's user id of its own
+        assert cache.load("a GPU") == cache.Tuned(None, {})
+
+
 def test_another_triton_has_a_file_of_its_own():
     cache.save("a GPU", crossover_rows=48)
     with mock.patch("triton.__version__", "99.0"):
