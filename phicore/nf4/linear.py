@@ -28,6 +28,7 @@ def linear(x: Tensor, weight: NF4Tensor, bias: Tensor | None = None) -> Tensor:
         [..., out] in x's dtype (autocast's under autocast).
 
     Raises:
+        TypeError: x is not a float tensor.
         ValueError: weight is not two-dimensional, or x's or bias's last dimension does not fit it.
     """
     if len(weight.shape) != 2:
@@ -52,6 +53,8 @@ def _linear(
         raise RuntimeError(
             f"x is on {x.device}, and the NF4 weight of shape {list(shape)} on meta: it was never loaded"
         )
+    if not x.is_floating_point():  # to integers the weight would be decoded as 0 and a few +-1
+        raise TypeError(f"x is {x.dtype}, and an NF4 weight is multiplied with floats; convert x first")
     if x.shape[-1] != shape[1]:
         raise ValueError(f"x of shape {tuple(x.shape)} does not fit an NF4 weight of shape [out, in] = {list(shape)}")
     if bias is not None and tuple(bias.shape) != (shape[0],):

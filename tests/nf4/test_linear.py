@@ -141,6 +141,16 @@ def test_autocast():
     assert layer.nested_absmax.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+def test_what_is_no_float_is_refused(dtype):
+    q, x = phicore.nf4.quantize(torch.randn(OUT, IN)), torch.ones(4, IN, dtype=dtype)
+    for multiply in (lambda: phicore.nf4.linear(x, q), lambda: phicore.NF4Linear.from_nf4(q)(x)):
+        with pytest.raises(TypeError, match=f"x is {dtype}, .* convert x first"):
+            multiply()
+    with pytest.raises(TypeError, match=f"decodes to a float dtype, got {dtype}"):
+        q.dequantize(dtype)
+
+
 def test_shapes_that_do_not_fit_are_refused():
     q = phicore.nf4.quantize(torch.randn(OUT, IN))
     with pytest.raises(ValueError, match=rf"x of shape \(4, 36\) does not fit .* \[{OUT}, {IN}\]"):
