@@ -22,11 +22,11 @@ class Tuned(NamedTuple):
 
 def path(gpu: str) -> Path:
     """Where the file of a GPU stands: under XDG_CACHE_HOME, or ~/.cache."""
-    from importlib.metadata import version
+    import triton  # whose distribution has other names where it comes with torch for ROCm or XPU
 
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    root = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))  # Path.home() raises without a home
     name = "".join(c if c.isalnum() else "-" for c in gpu)
-    return root / "phicore" / "kernels" / f"{name}-triton-{version('triton')}.json"
+    return root / "phicore" / "kernels" / f"{name}-triton-{triton.__version__}.json"
 
 
 @lru_cache(maxsize=32)

@@ -1,7 +1,7 @@
 """`python -m phicore_kernels.check [target ...]`: compiles every kernel for every target and reads the machine code.
 
 It fails where a kernel does not compile, spills registers, needs more shared memory than the GPU has, does a product
-without tensor cores or loads less than 16 bytes at once.
+without tensor cores, loads less than 16 bytes at once or takes small numbers for zero.
 """
 
 import re
@@ -28,6 +28,8 @@ def problems(entry: Entry, compiled: Compiled) -> list[str]:
         found.append("no tensor cores")
     if entry.vector and not any(re.search(VECTOR_LOADS[amd], line) for line in code):
         found.append("no 16-byte loads")
+    if ".ftz." in compiled.asm.get("ptx", ""):
+        found.append("takes float32's subnormal numbers for zero")
     return found
 
 

@@ -1,9 +1,11 @@
 """What the kernels ask of a GPU, in one place that tests can replace."""
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 
 class Gpu(NamedTuple):
@@ -49,3 +51,13 @@ def gpu_of(device: torch.device) -> Gpu:
         processors=limits["multiprocessor_count"],
         shared_limit=limits["max_shared_mem"],
     )
+
+
+def to_stay(table: Tensor, device: torch.device) -> Tensor:
+    """A table on a device, for as long as the process lives.
+
+    A thread of its own moves it: while torch.compile warms a CUDA graph up (mode="reduce-overhead"), all that the
+    calling thread allocates goes to the graph's pool, and torch raises if more than the results is left there.
+    """
+    with ThreadPoolExecutor(1) as other:
+        return other.submit(table.to, device).result()

@@ -52,7 +52,8 @@ def _scale_columns(
     if tl.program_id(1) == 0:
         tl.store(norm_squared + n, squared, mask=inside_n)
     m = tl.load(magnitude + n, mask=inside_n, other=0.0).to(tl.float32)
-    scale = tl.where(squared > 0, m / tl.sqrt(tl.where(squared > 0, squared, 1.0)), 0.0)
+    # sqrt_rn, since NVIDIA's plain root takes a norm below float32's normal range for zero.
+    scale = tl.where(squared > 0, m / tl.sqrt_rn(tl.where(squared > 0, squared, 1.0)), 0.0)
     shift = tl.zeros((BLOCK_N,), tl.float32)
     if bias is not None:
         shift = tl.load(bias + n, mask=inside_n, other=0.0).to(tl.float32)
@@ -128,9 +129,8 @@ def scale_columns(
     norm_squared = torch.empty(z.shape[1], dtype=torch.float32, device=z.device)
     if z.shape[1]:
         gram = A.float() @ A.float().T  # [rank, rank]
-        scale_columns_launch(
-            z, base_norm_squared, WA, gram, B, magnitude.contiguous(), scaling, bias, y, norm_squared
-        ).run()
+        magnitude, bias = magnitude.contiguous(), None if bias is None else bias.contiguous()
+        scale_columns_launch(z, base_norm_squared, WA, gram, B, magnitude, scaling, bias, y, norm_squared).run()
     return y, norm_squared
 
 

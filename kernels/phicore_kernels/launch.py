@@ -27,9 +27,17 @@ class Launch:
     options: dict[str, int]
 
     def run(self) -> None:
-        """Launches the kernel on the device of its tensors."""
-        tensor = next(value for value in self.arguments.values() if isinstance(value, Tensor))
-        with on_device(tensor):
+        """Launches the kernel on the device of its tensors.
+
+        Raises:
+            RuntimeError: tensors of several devices. The kernel would take the addresses for those of its own, and fail
+                so that no later call on that GPU works.
+        """
+        tensors = {name: value for name, value in self.arguments.items() if isinstance(value, Tensor)}
+        if len({tensor.device for tensor in tensors.values()}) > 1:
+            places = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
+            raise RuntimeError(f"a kernel takes tensors of one device, got {places}; move them to one with .to(device)")
+        with on_device(next(iter(tensors.values()))):
             # Products and sums are rounded one by one, as torch rounds them: a fused scale * nested + offset would
             # differ in its last bit, and with it some decoded weights.
             self.kernel[self.grid](**self.arguments, **self.constants, **self.options, enable_fp_fusion=False)

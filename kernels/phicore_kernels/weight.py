@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from phicore_kernels.device import to_stay
+
 GROUP = 32  # weights that a thread decodes together: 16 bytes, one load; no block of scales is smaller
 NESTED_BLOCK_SIZE = 256  # absmax values that share one nested absmax
 
@@ -67,7 +69,7 @@ class Weight(NamedTuple):
 @lru_cache(maxsize=32)
 def level_table(device: torch.device) -> Tensor:
     """LEVELS as float32 [16]."""
-    return torch.tensor(LEVELS, dtype=torch.float32, device=device)
+    return to_stay(torch.tensor(LEVELS, dtype=torch.float32, device="cpu"), device)
 
 
 def block_shift(weight: Weight) -> int:

@@ -143,7 +143,7 @@ def encode_blocks(flat: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
         return codec.encode_blocks(flat, block_size)
     from phicore_kernels.quantize import encode_blocks as kernel
 
-    return kernel(flat, block_size)
+    return kernel(flat.contiguous(), block_size)  # a weight with even gaps is flattened to a view
 
 
 def encode_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,14 +152,22 @@ def encode_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return codec.encode_absmax(absmax)
     from phicore_kernels.quantize import encode_absmax as kernel
 
-    return kernel(absmax, dynamic_map(absmax.device))
+    return kernel(absmax, _code_map(absmax.device))
 
 
 def _weight(packed, absmax, nested_absmax, offset, shape, block_size) -> Any:
     from phicore_kernels.weight import Weight
 
-    code_map = None if nested_absmax is None else dynamic_map(packed.device)
-    return Weight(packed, absmax, nested_absmax, offset, code_map, *shape, block_size)
+    code_map = None if nested_absmax is None else _code_map(packed.device)
+    parts = (part if part is None else part.contiguous() for part in (packed, absmax, nested_absmax, offset))
+    return Weight(*parts, code_map, *shape, block_size)
+
+
+@lru_cache(maxsize=32)
+def _code_map(device: torch.device) -> Tensor:
+    from phicore_kernels.device import to_stay
+
+    return to_stay(dynamic_map(torch.device("cpu")), device)
 
 
 def _rows(x: Tensor) -> int:

@@ -54,8 +54,8 @@ def _linear(
         raise RuntimeError(
             f"x is on {x.device}, and the NF4 weight of shape {list(shape)} on meta: it was never loaded"
         )
-    if not x.is_floating_point():
-        raise TypeError(f"x is {x.dtype}, and an NF4 weight is decoded to x's dtype, which must be a float")
+    if not x.is_floating_point():  # to integers the weight would be decoded as 0 and a few +-1
+        raise TypeError(f"x is {x.dtype}, and an NF4 weight is multiplied with floats; convert x first")
     if x.shape[-1] != shape[1]:
         raise ValueError(f"x of shape {tuple(x.shape)} does not fit an NF4 weight of shape [out, in] = {list(shape)}")
     if bias is not None and tuple(bias.shape) != (shape[0],):

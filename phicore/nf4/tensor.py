@@ -69,9 +69,12 @@ class NF4Tensor:
         return {name: part for name in names if (part := getattr(self, name)) is not None}
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight, of the shape it had, in dtype (default: its own)."""
+        """The weight, of the shape it had, in a float dtype (default: its own)."""
+        dtype = dtype or self.dtype
+        if not dtype.is_floating_point:
+            raise TypeError(f"NF4 decodes to a float dtype, got {dtype}; decode to {self.dtype} and convert that")
         parts = self.packed, self.absmax, self.nested_absmax, self.offset
-        return ops.dequantize(*parts, list(self.shape), self.block_size, dtype or self.dtype)
+        return ops.dequantize(*parts, list(self.shape), self.block_size, dtype)
 
 
 def parts_layout(

@@ -137,7 +137,11 @@ def test_a_run_that_ctrl_c_ends_says_what_there_is_of_it(
         return take_step(trainer)
 
     monkeypatch.setattr(phicore.Trainer, "_train_step", interrupted)
-    assert run(tiny_model, data, tmp_path, "--save-every", "2") == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start without it
+    try:
+        assert run(tiny_model, data, tmp_path, "--save-every", "2") == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("phicore finetune: interrupted; ")
     assert kept.format(tmp_path) in last

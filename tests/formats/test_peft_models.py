@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 import warnings
 
 import peft
@@ -265,4 +266,5 @@ def test_the_models_that_peft_converts_are_those_of_peft_and_transformers():
     families = weight_conversion._MODEL_TO_CONVERSION_PATTERN  # with those of transformers
     names = weight_conversion._MOE_TARGET_MODULE_MAPPING
     there = {kind: set(names[family]) for kind, family in families.items() if family in names and kind.islower()}
-    assert {kind: set(names) for kind, names in CONVERTED.items()} == there
+    newest = sys.version_info >= (3, 11)  # the last transformers for Python 3.10, 5.20, converts fewer
+    assert {kind: set(names) for kind, names in CONVERTED.items() if newest or kind in families} == there

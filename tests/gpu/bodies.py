@@ -260,6 +260,28 @@ def far(device: torch.device, rows: int, columns: int) -> None:
     assert not dense[-4:-2].any()
 
 
+def gaps(device: torch.device, dtype: torch.dtype) -> None:
+    """What has gaps in memory (parts, a weight to encode, a magnitude, a bias) is read as it is."""
+
+    def apart(t: Tensor) -> Tensor:
+        return torch.stack([t, t + 1], dim=-1)[..., 0]
+
+    parts, size, block_size, _ = on(random_weight(33, 64), device)
+    far = tuple(map(apart, parts))
+    x = draw(device, 3, 64, dtype=dtype, seed=1).detach()
+    dense = ops.nf4_dequantize(*parts, size, block_size, dtype)
+    assert torch.equal(ops.nf4_dequantize(*far, size, block_size, dtype), dense)
+    y = ops.nf4_linear(x, *parts, None, size, block_size)
+    assert torch.equal(ops.nf4_linear(x, *far, None, size, block_size), y)
+    given, expected = phicore.nf4.quantize(apart(dense)).parts(), phicore.nf4.quantize(dense).parts()
+    assert all(torch.equal(given[name], part) for name, part in expected.items())
+    A, B = (draw(device, *s, dtype=dtype, seed=i).detach() for i, s in ((2, (4, 64)), (3, (33, 4))))
+    m, b, norm = (draw(device, 33, dtype=torch.float32, seed=i).detach().abs() + 9 for i in (4, 5, 6))
+    WA = draw(device, 33, 4, dtype=torch.float32, seed=7).detach()
+    z, _ = scale_columns(y, norm, WA, A, B, m, b, 0.3)
+    assert torch.equal(scale_columns(y, norm, WA, A, B, apart(m), apart(b), 0.3)[0], z)
+
+
 class called:
     """A context that notes the names of the operators called in it, backward passes included."""
 

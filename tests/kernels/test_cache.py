@@ -1,5 +1,6 @@
 """What was tuned, on disk: kept by GPU, written whole, and left aside when damaged."""
 
+import importlib.metadata
 import json
 import os
 import warnings
@@ -31,11 +32,24 @@ def test_what_is_saved_is_added_and_read_back():
     assert [f.name for f in file.parent.iterdir()] == [file.name]  # no temporary is left
 
 
+def test_a_user_without_a_home_has_the_defaults(monkeypatch):
+    for name in ("XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name)
+    with mock.patch("pwd.getpwuid", side_effect=KeyError):  # a container's user id of its own
+        assert cache.load("a GPU") == cache.Tuned(None, {})
+
+
 def test_another_triton_has_a_file_of_its_own():
     cache.save("a GPU", crossover_rows=48)
-    with mock.patch("importlib.metadata.version", return_value="99.0"):
+    with mock.patch("triton.__version__", "99.0"):
         cache.load.cache_clear()
         assert cache.load("a GPU").crossover_rows is None
+
+
+def test_triton_may_be_installed_under_another_name():
+    missing = importlib.metadata.PackageNotFoundError("triton")  # it is triton-rocm or pytorch-triton-xpu there
+    with mock.patch("importlib.metadata.version", side_effect=missing):
+        assert cache.load("a GPU") == cache.Tuned(None, {})
 
 
 @pytest.mark.parametrize(

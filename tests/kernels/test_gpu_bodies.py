@@ -37,6 +37,7 @@ FP32, BF16, FP16 = bodies.DTYPES
         ("compiled_layer", ("dora", "aot_eager")),
         ("same_twice", (3, FP32)),
         ("no_rows", (FP16,)),
+        ("gaps", (BF16,)),
         ("far", (9, 64)),
     ],
     ids=str,

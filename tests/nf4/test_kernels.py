@@ -4,9 +4,11 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from phicore.nf4 import codec, kernels
 from phicore.nf4.tensor import quantize
+from phicore_kernels.weight import level_table
 from tests.kernels.interpreted import Interpreter
 from tests.kernels.weights import random_weight
 
@@ -107,6 +109,21 @@ def test_without_triton_the_reference_runs():
     with mock.patch.object(kernels, "find_spec", return_value=None):
         assert not kernels.has_kernels(CUDA)
     kernels.has_kernels.cache_clear()
+
+
+@pytest.mark.parametrize("table", [kernels._code_map, level_table])
+def test_tables_are_not_allocated_by_the_thread_that_first_needs_them(table):
+    # what it allocates while torch.compile warms a CUDA graph up must not stay: tests/gpu has the graph
+    made = []
+
+    class Mode(TorchFunctionMode):  # of this thread alone
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            made.append(function(*args, **(kwargs or {})))
+            return made[-1]
+
+    with Mode():
+        assert table.__wrapped__(torch.device("meta")).is_meta
+    assert not any(isinstance(t, torch.Tensor) and t.is_meta for t in made)
 
 
 def test_float64_is_the_references():

@@ -154,11 +154,14 @@ def test_layers_that_compute_otherwise_are_refused():
             phicore.NF4Linear.from_linear(layer)
 
 
-def test_an_x_that_is_no_float_is_refused():
-    """Decoded to whole numbers, most weights would be 0."""
-    q = phicore.nf4.quantize(torch.randn(OUT, IN))
-    with pytest.raises(TypeError, match=r"x is torch\.int64, .* must be a float"):
-        phicore.nf4.linear(torch.ones(4, IN, dtype=torch.int64), q)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+def test_what_is_no_float_is_refused(dtype):
+    q, x = phicore.nf4.quantize(torch.randn(OUT, IN)), torch.ones(4, IN, dtype=dtype)
+    for multiply in (lambda: phicore.nf4.linear(x, q), lambda: phicore.NF4Linear.from_nf4(q)(x)):
+        with pytest.raises(TypeError, match=f"x is {dtype}, .* convert x first"):
+            multiply()
+    with pytest.raises(TypeError, match=f"decodes to a float dtype, got {dtype}"):
+        q.dequantize(dtype)
 
 
 def test_shapes_that_do_not_fit_are_refused():
