@@ -23,7 +23,8 @@ PAYS = 1 << 32  # weights that torch's operators decode in about a quarter of th
 def _float32(pairs: Tensor, words: Tensor, absmax: Tensor) -> Tensor:
     """[256, 2], [blocks, k] and [blocks], all int32, to float32 [blocks, k, 4, 2]."""
     byte = (words.unsqueeze(-1) >> torch.arange(0, 32, 8, dtype=torch.int32, device="cpu")) & 0xFF
-    return pairs[byte.to(torch.int64)].view(torch.float32) * absmax.view(torch.float32).view(-1, 1, 1, 1)
+    # The factors in this order: the other way round g++ 12 takes one of eight products as a different one.
+    return absmax.view(torch.float32).view(-1, 1, 1, 1) * pairs[byte.to(torch.int64)].view(torch.float32)
 
 
 def _to_float32(pairs: Tensor, words: Tensor, absmax: Tensor, out: Tensor) -> None:
