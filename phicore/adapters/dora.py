@@ -156,8 +156,8 @@ class DoRALayer(LowRankLayer):
     def _follow_base(self) -> None:
         """Sums ||W||^2 anew where W trains, which `attach` has none do."""
         base = self.base  # of most, the parameters are its own, and seen at once
-        parameters = base.parameters() if base._modules else base._parameters.values()
-        if any(parameter is not None and parameter.requires_grad for parameter in parameters):
+        parameters = base.named_parameters() if base._modules else base._parameters.items()
+        if any(p is not None and p.requires_grad and not name.endswith("bias") for name, p in parameters):
             self.refresh_base_norm()
 
     @torch.no_grad()

@@ -465,6 +465,13 @@ def test_base_norm_follows_a_base_that_trains(layer_of, randomize, kind):
         torch.testing.assert_close(forward(x), x @ layer.merged_weight().T + layer.bias)
 
 
+def test_a_bias_that_trains_moves_no_norm(layer_of, randomize, monkeypatch):
+    layer = random_adapter(layer_of("nf4", OUT, IN)[0], randomize)
+    layer.base.bias.requires_grad_(True)
+    monkeypatch.setattr(layer, "refresh_base_norm", lambda: pytest.fail("summed the weight anew"))
+    layer(torch.randn(5, IN, dtype=torch.float64)).sum().backward()
+
+
 def test_deepcopy_is_independent(layer_of, randomize):
     layer = random_adapter(layer_of("nf4", OUT, IN)[0], randomize)
     other = copy.deepcopy(layer)
