@@ -76,12 +76,11 @@ BFLOAT16, FLOAT32 = (
         ("FLOAT32", _to_float32, torch.float32),
     )
 )
-FORMULAS = {torch.bfloat16: BFLOAT16, torch.float32: FLOAT32}
 
 
 def decode_blocks(packed: Tensor, absmax: Tensor, n: int, block_size: int, dtype: torch.dtype) -> Tensor:
     """codec.decode_blocks, as machine code where there is some; the same bits."""
-    formula = FORMULAS.get(dtype)
+    formula = {torch.bfloat16: BFLOAT16, torch.float32: FLOAT32}.get(dtype)
     whole = n // block_size * block_size
     if formula is None or not whole or block_size % WORD or (run := formula.ready(n, packed, absmax)) is None:
         return codec.decode_blocks(packed, absmax, n, block_size, dtype)
