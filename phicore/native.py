@@ -204,7 +204,7 @@ class Formula:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    return type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu"
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.is_cpu
 
 
 def cache() -> Path:
