@@ -51,7 +51,7 @@ def compile_formulas() -> str:
     from phicore.adapters import scaled_rows
     from phicore.nf4 import compiled
 
-    decoding = (compiled.BFLOAT16, compiled.FLOAT32)
+    decoding = (compiled.BFLOAT16, compiled.FLOAT32, compiled.NESTED_BFLOAT16, compiled.NESTED_FLOAT32)
     scaling = (scaled_rows.SCALE, scaled_rows.GRADIENTS)
     done = [formula.compile() for formula in (*decoding, *scaling)]
     code = "machine code" if all(done) else "torch's operators"

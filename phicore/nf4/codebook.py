@@ -34,7 +34,7 @@ LEVELS: tuple[float, ...] = (
 ZERO_CODE = 7  # LEVELS[7] == 0.0; pads an odd count and fills all-zero blocks
 
 
-Table = TypeVar("Table", Tensor, tuple[Tensor, Tensor])
+Table = TypeVar("Table", Tensor, tuple[Tensor, ...])
 
 
 def table(make: Callable[[torch.device], Table]) -> Callable[[torch.device], Table]:

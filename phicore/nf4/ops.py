@@ -12,7 +12,7 @@ from torch import Tensor
 
 from phicore import products
 from phicore.nf4.codec import decode_absmax
-from phicore.nf4.compiled import decode_blocks
+from phicore.nf4.compiled import decode
 
 PARTS = "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? offset"
 
@@ -51,9 +51,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def reference_dequantize(packed, absmax, nested_absmax, offset, shape, block_size, dtype):
-    if nested_absmax is not None:
-        absmax = decode_absmax(absmax, nested_absmax, offset)
-    return decode_blocks(packed, absmax, prod(shape), block_size, dtype).view(shape)
+    return decode(packed, absmax, nested_absmax, offset, prod(shape), block_size, dtype).view(shape)
 
 
 def dequantize(packed, absmax, nested_absmax, offset, shape, block_size, dtype):
@@ -75,7 +73,7 @@ def row_blocks(packed, absmax, nested_absmax, offset, shape, block_size):
         rows = slice(start, min(start + step, out))
         first, last = rows.start * inner, rows.stop * inner
         codes, scales = packed[first // 2 : (last + 1) // 2], absmax[first // block_size : -(-last // block_size)]
-        yield rows, decode_blocks(codes, scales, last - first, block_size, torch.float32).view(-1, inner)
+        yield rows, decode(codes, scales, None, None, last - first, block_size, torch.float32).view(-1, inner)
 
 
 def reference_linear(x, packed, absmax, nested_absmax, offset, bias, shape, block_size):

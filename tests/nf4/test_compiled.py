@@ -1,4 +1,4 @@
-"""Decoding as machine code: the bits of codec.decode_blocks, whatever the shape."""
+"""Decoding as machine code: the bits of torch's operators, whatever the shape."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,11 +15,12 @@ from phicore import nf4
 from phicore.nf4 import codec, compiled, quantize
 
 DTYPES = (torch.bfloat16, torch.float32)
+NAMES = ("BFLOAT16", "FLOAT32", "NESTED_BFLOAT16", "NESTED_FLOAT32")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _as_machine_code(machine_code: Callable[..., AbstractContextManager[None]]) -> Iterator[None]:
-    with machine_code(compiled, "BFLOAT16", "FLOAT32"):
+    with machine_code(compiled, *NAMES):
         yield
 
 
@@ -31,41 +32,65 @@ def never_codec(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(codec, "decode_blocks", refuse)
 
 
-def coded(n: int, block_size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def coded(n: int, block_size: int, seed: int, double_quant: bool = False) -> tuple[torch.Tensor | None, ...]:
+    """packed, absmax, nested_absmax and offset of n weights."""
     generator = torch.Generator().manual_seed(seed)
     packed = torch.randint(0, 256, ((n + 1) // 2,), dtype=torch.uint8, generator=generator)
-    absmax = torch.rand(-(-n // block_size), generator=generator)
-    return packed, absmax * 10.0 ** torch.randint(-44, 38, absmax.shape, generator=generator)
+    blocks = -(-n // block_size)
+    if double_quant:
+        codes = torch.randint(0, 256, (blocks,), dtype=torch.uint8, generator=generator)
+        return packed, codes, torch.rand(-(-blocks // 256), generator=generator), torch.tensor(0.4)
+    absmax = torch.rand(blocks, generator=generator)
+    return packed, absmax * 10.0 ** torch.randint(-44, 38, absmax.shape, generator=generator), None, None
+
+
+def by_operators(packed, absmax, nested_absmax, offset, n, block_size, dtype):
+    if nested_absmax is not None:
+        absmax = codec.decode_absmax(absmax, nested_absmax, offset)
+    return codec.decode_blocks(packed, absmax, n, block_size, dtype)
 
 
 @given(
-    n=st.integers(0, 5000),
+    n=st.one_of(st.integers(0, 5000), st.integers(0, 20000)),
     block_size=st.sampled_from((32, 64, 128, 4096)),
     dtype=st.sampled_from((*DTYPES, torch.float16)),
+    double_quant=st.booleans(),
     layout=st.sampled_from(("plain", "strided", "a byte into its memory")),
     threads=st.sampled_from((1, 2)),
     seed=st.integers(0, 2**31),
 )
-def test_the_bits_are_those_of_torchs_operators(n, block_size, dtype, layout, threads, seed):
-    packed, absmax = coded(n, block_size, seed)
-    exact = codec.decode_blocks(packed, absmax, n, block_size, dtype)
+def test_the_bits_are_those_of_torchs_operators(n, block_size, dtype, double_quant, layout, threads, seed):
+    packed, *scales = coded(n, block_size, seed, double_quant)
+    exact = by_operators(packed, *scales, n, block_size, dtype)
     if layout == "strided":
-        packed, absmax = (torch.stack([t, t], dim=1)[:, 0] for t in (packed, absmax))
+        packed, *scales = (
+            t if t is None or not t.dim() else torch.stack([t, t], dim=1)[:, 0] for t in (packed, *scales)
+        )
     elif layout != "plain":
         packed = torch.cat([packed[:1], packed])[1:]
     torch.set_num_threads(threads)
     try:
-        decoded = compiled.decode_blocks(packed, absmax, n, block_size, dtype)
+        decoded = compiled.decode(packed, *scales, n, block_size, dtype)
     finally:
         torch.set_num_threads(1)
     assert decoded.dtype == dtype
     assert torch.equal(decoded, exact)
 
 
+@pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_machine_code_decodes(dtype, never_codec):
-    packed, absmax = coded(1024, 64, 0)
-    assert compiled.decode_blocks(packed, absmax, 1024, 64, dtype).shape == (1024,)
+def test_large_weights_in_pieces(dtype, double_quant, monkeypatch):
+    """As weights beyond PIECE; blocks of 64, so that a piece has two groups of 256 blocks."""
+    monkeypatch.setattr(compiled, "PIECE", 2 * 256 * 64)
+    for n in (compiled.PIECE, 2 * compiled.PIECE, 2 * compiled.PIECE + 3 * 64, 3 * compiled.PIECE + 1):
+        parts = coded(n, 64, n, double_quant)
+        assert torch.equal(compiled.decode(*parts, n, 64, dtype), by_operators(*parts, n, 64, dtype))
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_machine_code_decodes(dtype, double_quant, never_codec):
+    assert compiled.decode(*coded(1024, 64, 0, double_quant), 1024, 64, dtype).shape == (1024,)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -73,7 +98,7 @@ def test_absmax_that_are_no_numbers(dtype):
     packed = torch.arange(256, dtype=torch.uint8).repeat(4)
     bits = torch.tensor([0x7FC00000, 0x7FFFFFFF, -1, 0x7F800001, 0x7F800000, -0x800000], dtype=torch.int32)
     absmax = torch.cat([bits.view(torch.float32), torch.zeros(26)])
-    decoded = compiled.decode_blocks(packed, absmax, 2048, 64, dtype)
+    decoded = compiled.decode(packed, absmax, None, None, 2048, 64, dtype)
     exact = codec.decode_blocks(packed, absmax, 2048, 64, dtype)
     torch.testing.assert_close(decoded, exact, rtol=0, atol=0, equal_nan=True)
     assert decoded[: 4 * 64].isnan().all()
@@ -81,19 +106,18 @@ def test_absmax_that_are_no_numbers(dtype):
 
 def test_subnormal_numbers_stay_what_they_are():
     """A library that is linked for fast maths makes them zero, in all that the thread computes."""
-    packed, absmax = coded(1024, 64, 0)
-    compiled.decode_blocks(packed, absmax, 1024, 64, torch.float32)
+    compiled.decode(*coded(1024, 64, 0), 1024, 64, torch.float32)
     assert (torch.full((64,), 1e-40) * 0.5).min() > 0
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_grad_modes_and_default_dtypes(mode, never_codec):
-    packed, absmax = coded(1024, 64, 0)
+    parts = coded(1024, 64, 0)
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
         with mode():
-            decoded = compiled.decode_blocks(packed, absmax, 1024, 64, torch.bfloat16)
+            decoded = compiled.decode(*parts, 1024, 64, torch.bfloat16)
     finally:
         torch.set_default_dtype(default)
     assert decoded.dtype == torch.bfloat16
@@ -129,13 +153,18 @@ def _parts(q):
     return q.packed, codec.decode_absmax(q.absmax, q.nested_absmax, q.offset)
 
 
-@pytest.mark.parametrize("formula", [compiled.BFLOAT16, compiled.FLOAT32])
-def test_the_formulas_themselves_are_exact(formula):
+@pytest.mark.parametrize("name", NAMES)
+def test_the_formulas_themselves_are_exact(name):
     """As torch runs them without a compiler, so that a fault of the formula is told from one of the compiler."""
+    formula = getattr(compiled, name)
     *given, out = formula.examples()
-    *_, words, absmax = given
-    dtype = torch.float32 if out.dtype == torch.float32 else torch.bfloat16
     formula.function(*given, out)
-    packed, scales = words.view(torch.uint8).view(-1), absmax.view(torch.float32)
-    exact = codec.decode_blocks(packed, scales, 2 * len(packed), 64, dtype)
-    assert torch.equal(out.view(dtype).view(-1), exact)
+    words, absmax, *nested = given[3:]
+    dtype = torch.bfloat16 if out.dtype == torch.int16 else torch.float32
+    if nested:
+        nested_absmax, offset = (t.view(torch.float32) for t in nested)
+        scales = absmax.to(torch.uint8), nested_absmax, offset
+    else:
+        scales = absmax.view(torch.float32), None, None
+    packed = words.reshape(-1).view(torch.uint8)
+    assert torch.equal(out.view(dtype).view(-1), by_operators(packed, *scales, 2 * len(packed), 64, dtype))
