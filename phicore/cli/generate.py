@@ -9,6 +9,7 @@ import torch
 import phicore
 from phicore.cli.console import say
 from phicore.cli.options import parse
+from phicore.training.encoding import render
 from phicore.training.precision import DTYPES, choose_dtype
 
 
@@ -79,4 +80,4 @@ def _rendered(tokenizer: Any, prompt: str, options: GenerateOptions) -> str:
         return prompt
     system = [{"role": "system", "content": options.system}] if options.system is not None else []
     messages = [*system, {"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return render(tokenizer, messages, add_generation_prompt=True)

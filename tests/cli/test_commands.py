@@ -81,6 +81,15 @@ def test_generate_answers_each_prompt_with_and_without_adapter(
     assert capsys.readouterr().out == "".join(answer + "\n" for answer in adapted)
 
 
+def test_a_chat_that_the_template_refuses_is_told_in_a_line(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    (model / "chat_template.jinja").write_text("{{ raise_exception('no system here') }}")
+    assert main(["generate", "--model", str(model), "--system", "Tag.", "--prompt", "1 Elm St"]) == 1
+    assert "refuses messages with the roles system, user: no system here" in capsys.readouterr().err
+
+
 CODING = ["--block-size", "32", "--no-double-quant"]
 
 
