@@ -303,6 +303,7 @@ def test_what_is_refused_is_named(
         (["--data", "."], '--data: not a plain file: "."'),
         (["--eval-data", "./nowhere.jsonl"], '--eval-data: no such file: "./nowhere.jsonl"'),
         (["--eval-data", "broken"], "broken.jsonl, line 1: invalid JSON"),
+        (["--eval-data", "text", "--answers", "2"], 'text.jsonl, line 1, holds "text", which has no prompt to answer'),
         (["--eval-every", "2"], "--eval-every is 2, but there is no --eval-data"),
         (["--eval-limit", "0"], "--eval-limit must be at least 1, got 0"),
         (["--answers", "-1"], "--answers must be at least 0, got -1"),
@@ -317,8 +318,10 @@ def test_what_needs_no_model_is_refused_before_it_is_loaded(
     arguments: list[str], message: str, tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    (tmp_path / "broken.jsonl").write_text("{")
-    arguments = [str(tmp_path / "broken.jsonl") if word == "broken" else word for word in arguments]
+    files = {"broken": "{", "text": '{"text": "a b"}'}
+    for name, content in files.items():
+        (tmp_path / f"{name}.jsonl").write_text(content)
+    arguments = [str(tmp_path / f"{word}.jsonl") if word in files else word for word in arguments]
     monkeypatch.setattr("phicore.formats.huggingface.load_model", no_model)
     assert run(tiny_model, data, tmp_path / "run", *arguments) == 1
     assert message in capsys.readouterr().err
