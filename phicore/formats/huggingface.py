@@ -61,7 +61,10 @@ def load_model(path_or_id: str, dtype: torch.dtype) -> "tuple[PreTrainedModel, P
         weights = model_tensors(Path(source)) if local and gguf_file is None else {}
         if weights:
             _check_size(config, weights, path_or_id)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **extra)
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source, **extra)
+        except ValueError as error:  # of a file that is no JSON, too, and then names no file
+            raise ValueError(f"{path_or_id}: its tokenizer's files do not load: {_one_line(error)}") from error
         if local and _quantization(config).get("load_in_4bit"):
             model = bitsandbytes.load_quantized(Path(source), config, dtype)
             save_in_layout(model)
