@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 
 import phicore
 from phicore.cli import main
+from phicore.cli.finetune import _plot_loss
 from phicore.formats.huggingface import load_model
 
 REQUIRED = {
@@ -80,6 +82,19 @@ def test_full_writes_a_model_that_loads(tiny_model: Path, data: Path, tmp_path: 
     assert result["eval_loss_after"] < result["eval_loss_before"]
     model, _ = load_model(str(tmp_path / "model"), torch.float32)
     assert result["trainable_parameters"] == sum(p.numel() for p in model.parameters())
+
+
+def test_a_picture_that_is_interrupted_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(self: object, file: Any, **_: object) -> None:
+        (Path(file).write_bytes if isinstance(file, Path) else file.write)(b"a part")
+        raise KeyboardInterrupt
+
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    (tmp_path / "loss.png").write_bytes(b"old")
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        _plot_loss(tmp_path)
+    assert (tmp_path / "loss.png").read_bytes() == b"old"
 
 
 def test_runs_without_held_out_data(tiny_model: Path, data: Path, tmp_path: Path) -> None:
