@@ -246,6 +246,14 @@ def test_a_files_values_are_taken_as_they_stand(tmp_path: Path, monkeypatch: pyt
     assert adapter.rank_pattern == {"q_proj": 2}
 
 
+def test_a_home_directory_behind_an_equals_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c.toml").write_text('data = "d"\n')
+    options = parse(FinetuneOptions, ["--config=~/c.toml", "--model=~/m", "--output=~/runs/a=~"], "finetune", "")
+    assert (options.model, options.data) == (f"{tmp_path}/m", "d")
+    assert options.train.output == f"{tmp_path}/runs/a=~"
+
+
 def test_what_is_wrong_with_a_file_is_told_with_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "c.toml"
     for content, told in (
