@@ -36,11 +36,14 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def check_apart(output: str | os.PathLike[str], *sources: str | os.PathLike[str]) -> None:
-    """Raises ValueError where an output directory holds what it is made from, which would go with what it replaces."""
+    """Raises ValueError where an output directory is or holds what it is made from, which would go with what it
+    replaces."""
     whole = Path(output).resolve()
     for source in sources:
-        if whole in Path(source).resolve().parents:
-            raise ValueError(f"{output} holds {source}, and would be replaced with all that is in it; choose another")
+        here = Path(source).expanduser().resolve()
+        if here.exists() and whole in (here, *here.parents):  # a name on the hub is nowhere
+            what = "is" if whole == here else "holds"
+            raise ValueError(f"{output} {what} {source}, and would be replaced with all that is in it; choose another")
 
 
 def check_free(path: str | os.PathLike[str], *, overwrite: bool = False) -> None:

@@ -344,7 +344,7 @@ def test_a_checkout_that_is_not_installed_has_no_version_and_runs() -> None:
     assert version_of("phicore-of-nobody") == "not installed"
 
 
-def test_an_output_that_holds_what_it_is_made_from_is_refused(
+def test_an_output_that_is_or_holds_what_it_is_made_from_is_refused(
     tiny_model: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """--overwrite would take the model, the adapter and all beside them away."""
@@ -357,6 +357,14 @@ def test_an_output_that_holds_what_it_is_made_from_is_refused(
         ["export", str(pair), "--target", "transformers"],
         ["convert-deepspeed", str(base)],
     ):
-        assert main([*arguments, "--output", str(work), "--overwrite"]) == 1
-        assert f"{work} holds {work}/" in capsys.readouterr().err
-        assert sorted(work.rglob("*")) == before
+        for output, told in ((work, "holds"), (pair if arguments[0] == "export" else base, "is")):
+            assert main([*arguments, "--output", str(output), "--overwrite"]) == 1
+            assert f"{output} {told} {work}/" in capsys.readouterr().err
+            assert sorted(work.rglob("*")) == before
+
+
+def test_the_directory_of_a_gguf_file_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    command = ["quantize", "--model", str(tmp_path / "model.gguf"), "--output", str(tmp_path), "--overwrite"]
+    assert main(command) == 1
+    assert "would be replaced with all that is in it" in capsys.readouterr().err
