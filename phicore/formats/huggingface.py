@@ -144,7 +144,10 @@ def dense_config(directory: Path) -> Any:
         config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
         _check_config(config, str(directory), from_gguf=False)
         if quantization := _quantization(config):
-            raise ValueError(f"{directory} is quantized already ({quantization.get('quant_method')})")
+            raise ValueError(
+                f"{directory} is quantized already ({quantization.get('quant_method')}); give its full-precision "
+                f"original"
+            )
         _check_size(config, model_tensors(directory), str(directory))
     return config
 
