@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -57,8 +58,11 @@ def main(arguments: Sequence[str]) -> None:
 def answers(options: GenerateOptions) -> list[str]:
     """The answers to options.prompt, in order."""
     from phicore.formats.huggingface import load_model
+    from phicore.formats.peft_fields import read_config
     from phicore.training.generation import generate
 
+    if options.adapter is not None:
+        read_config(Path(options.adapter))  # before the model is loaded, which takes long
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = choose_dtype(device)[0] if options.dtype == "auto" else DTYPES[options.dtype]
     model, tokenizer = load_model(options.model, dtype)

@@ -170,13 +170,14 @@ def test_what_cannot_be_written_or_read_is_told_before_a_model_is_loaded(
 ) -> None:
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").write_text("")
-    merge = ["merge", "--model", str(tiny_model)]
-    for adapted, output, message in (
-        (adapter, "taken", "taken exists and is not an empty directory"),
-        (tmp_path / "taken", "out", "taken holds no adapter_config.json"),
+    model, taken, out = ["--model", str(tiny_model)], str(tmp_path / "taken"), str(tmp_path / "out")
+    for arguments, message in (
+        (["merge", "--adapter", str(adapter), "--output", taken], "taken exists and is not an empty directory"),
+        (["merge", "--adapter", taken, "--output", out], "taken holds no adapter_config.json"),
+        (["generate", "--adapter", taken, "--prompt", "x"], "taken holds no adapter_config.json"),
     ):
         with mock.patch("phicore.formats.huggingface.load_model", side_effect=AssertionError("loaded in vain")):
-            assert main([*merge, "--adapter", str(adapted), "--output", str(tmp_path / output)]) == 1
+            assert main([*arguments, *model]) == 1
         assert message in capsys.readouterr().err
 
 
