@@ -49,15 +49,16 @@ def read_data(options: "FinetuneOptions") -> int:
 
     Raises:
         FileNotFoundError: a file is not there, or is no plain file; the option is named.
-        ValueError: a line that is no record, naming option, file and line; --eval-every without --eval-data; --answers
-            to records without a prompt.
+        ValueError: a line that is no record, naming option, file and line; --eval-every or --answers without
+            --eval-data; --answers to records without a prompt.
         ImportError: a package is missing that would be used at the end only.
     """
     for package in LAST:
         if importlib.util.find_spec(package) is None:
             raise ImportError(needs(package))
-    if options.train.eval_every and not options.eval_data:
-        raise ValueError(f"--eval-every is {options.train.eval_every}, but there is no --eval-data to evaluate on")
+    for option, value in (("--eval-every", options.train.eval_every), ("--answers", options.answers)):
+        if value and not options.eval_data:
+            raise ValueError(f"{option} is {value}, but there is no --eval-data for it; give one, or {option} 0")
     examples = len(_read("--data", options.data))
     if options.eval_data:
         held_out = _read("--eval-data", options.eval_data)[: options.eval_limit]

@@ -320,6 +320,7 @@ def test_what_is_refused_is_named(
         (["--eval-data", "broken"], "broken.jsonl, line 1: invalid JSON"),
         (["--eval-data", "text", "--answers", "2"], 'text.jsonl, line 1, holds "text", which has no prompt to answer'),
         (["--eval-every", "2"], "--eval-every is 2, but there is no --eval-data"),
+        (["--answers", "2"], "--answers is 2, but there is no --eval-data for it; give one, or --answers 0"),
         (["--eval-limit", "0"], "--eval-limit must be at least 1, got 0"),
         (["--answers", "-1"], "--answers must be at least 0, got -1"),
         (["--samples", "-1"], "--samples must be at least 0, got -1"),
