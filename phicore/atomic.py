@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -35,11 +36,14 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def check_apart(output: str | os.PathLike[str], *sources: str | os.PathLike[str]) -> None:
-    """Raises ValueError where an output directory holds what it is made from, which would go with what it replaces."""
+    """Raises ValueError where an output directory is or holds what it is made from, which would go with what it
+    replaces."""
     whole = Path(output).resolve()
     for source in sources:
-        if whole in Path(source).resolve().parents:
-            raise ValueError(f"{output} holds {source}, and would be replaced with all that is in it; choose another")
+        here = Path(source).expanduser().resolve()
+        if here.exists() and whole in (here, *here.parents):  # a name on the hub is nowhere
+            what = "is" if whole == here else "holds"
+            raise ValueError(f"{output} {what} {source}, and would be replaced with all that is in it; choose another")
 
 
 def check_free(path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -61,7 +65,7 @@ def new_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
 
     Raises:
         FileExistsError: path is not empty and overwrite is False, or it is a file.
-        OSError: path is a link that leads to itself.
+        OSError: path is a link that leads to itself; the disk is full.
     """
     check_free(path, overwrite=overwrite)
     path = _end_of_links(Path(path))
@@ -81,13 +85,16 @@ def new_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
             os.replace(path, aside)
         os.replace(temporary, path)
         fsync_directory(path.parent)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if aside is not None:
             if not path.exists():
                 os.replace(aside, path)
             if not aside.exists():
                 aside.parent.rmdir()
+        # safetensors and tokenizers are written in Rust, and raise what the system says as no OSError.
+        if (system := re.search(r"\(os error (\d+)\)$", str(error))) and not isinstance(error, OSError):
+            raise OSError(int(system[1]), os.strerror(int(system[1])), str(path)) from error
         raise
     if aside is not None:
         shutil.rmtree(aside.parent)

@@ -1,5 +1,6 @@
 """Writes that are whole or absent, whatever fails in between."""
 
+import errno
 import os
 import signal
 import stat
@@ -10,10 +11,14 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import tokenizers
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from phicore import atomic
+from tests.training.small_disk import small_disk
 
 
 def names(directory: Path) -> list[str]:
@@ -115,6 +120,29 @@ def test_a_failing_block_leaves_things_as_they_were(tmp_path, overwrite):
     assert names(tmp_path) == (["dir"] if overwrite else [])
     if overwrite:
         assert read(path) == {"x": "old"}
+
+
+def save_weights(directory):
+    save_file({"weight": torch.ones(1_000_000)}, directory / "model.safetensors")
+
+
+def save_tokenizer(directory):
+    tokens = {f"token {i}": i for i in range(100_000)}
+    tokenizers.Tokenizer(tokenizers.models.BPE(tokens, [])).save(str(directory / "tokenizer.json"))
+
+
+@pytest.mark.parametrize("save", [save_weights, save_tokenizer])
+def test_a_full_disk_is_an_error_of_the_system_that_says_where(tmp_path, save):
+    with small_disk(tmp_path / "disk", 1) as disk:
+        if disk is None:
+            pytest.skip("users mount no file system here")
+        with (
+            pytest.raises(OSError, match=r"No space left on device.*disk/model") as told,
+            atomic.new_directory(disk / "model") as temporary,
+        ):
+            save(temporary)
+        assert told.value.errno == errno.ENOSPC
+        assert names(disk) == []
 
 
 def test_what_is_there_is_not_overwritten_unless_asked(tmp_path):

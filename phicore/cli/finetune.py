@@ -1,6 +1,7 @@
 """phicore finetune: a model, JSONL data and a method in; an adapter and what it changed out."""
 
 import hashlib
+import io
 import json
 import platform
 import re
@@ -433,8 +434,10 @@ def _plot_loss(output: Path) -> None:
     axes.set(xlabel="step", ylabel="loss per token (nats)", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(output / "loss.png", dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
     pyplot.close(figure)
+    atomic.write_bytes(output / "loss.png", picture.getvalue())
 
 
 def _show(result: dict[str, Any], before: list[dict[str, str]], after: list[dict[str, str]], samples: int) -> None:

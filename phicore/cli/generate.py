@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -9,6 +10,7 @@ import torch
 import phicore
 from phicore.cli.console import say
 from phicore.cli.options import parse
+from phicore.training.encoding import render
 from phicore.training.precision import DTYPES, choose_dtype
 
 
@@ -56,8 +58,11 @@ def main(arguments: Sequence[str]) -> None:
 def answers(options: GenerateOptions) -> list[str]:
     """The answers to options.prompt, in order."""
     from phicore.formats.huggingface import load_model
+    from phicore.formats.peft_fields import read_config
     from phicore.training.generation import generate
 
+    if options.adapter is not None:
+        read_config(Path(options.adapter))  # before the model is loaded, which takes long
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = choose_dtype(device)[0] if options.dtype == "auto" else DTYPES[options.dtype]
     model, tokenizer = load_model(options.model, dtype)
@@ -79,4 +84,4 @@ def _rendered(tokenizer: Any, prompt: str, options: GenerateOptions) -> str:
         return prompt
     system = [{"role": "system", "content": options.system}] if options.system is not None else []
     messages = [*system, {"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return render(tokenizer, messages, add_generation_prompt=True)

@@ -25,8 +25,8 @@ def parse(options: type[T], arguments: Sequence[str], command: str, description:
     import tyro
 
     try:
-        files, typed = split_config(arguments)
-        given = [argument for file in files for argument in file_arguments(file)] + typed
+        files, typed = split_config(list(map(_from_home, arguments)))
+        given = [_from_home(argument) for file in files for argument in file_arguments(file)] + typed
     except (OSError, ValueError) as error:
         print(f"phicore {command}: {error}", file=sys.stderr)
         raise SystemExit(2) from error
@@ -142,8 +142,13 @@ def _argument(path: str, key: str, value: Any) -> list[str]:
         if any(isinstance(inner, dict | list) for inner in value.values()):
             raise ValueError(f"{path}: {key} is nested too deep; options are flat")
         return [flag, *(str(part) for item in value.items() for part in item)]
-    # One word, since a value may begin with "-"; and a home directory, which no shell puts in place of a file's "~".
-    return [f"{flag}={os.path.expanduser(str(value))}"]
+    return [f"{flag}={value}"]  # one word, since a value may begin with "-"
+
+
+def _from_home(argument: str) -> str:
+    """`--option=~/path` with the home directory, which shells put in place of a "~" at the start of a word only."""
+    option, equals, value = argument.partition("=")
+    return f"{option}={os.path.expanduser(value)}" if equals and option.startswith("--") else argument
 
 
 def _toml(text: str) -> dict[str, Any]:

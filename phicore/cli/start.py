@@ -12,7 +12,7 @@ from phicore.training import distributed
 from phicore.training.checkpoint import read_state
 from phicore.training.config import TrainConfig
 from phicore.training.output import hold_output, prepare_output
-from phicore.training.records import read_records
+from phicore.training.records import Record, read_records
 from phicore.training.resume import changed_settings
 from phicore.training.watch import Watch
 
@@ -49,26 +49,34 @@ def read_data(options: "FinetuneOptions") -> int:
 
     Raises:
         FileNotFoundError: a file is not there, or is no plain file; the option is named.
-        ValueError: a line that is no record, naming option, file and line; or --eval-every without --eval-data.
+        ValueError: a line that is no record, naming option, file and line; --eval-every or --answers without
+            --eval-data; --answers to records without a prompt.
         ImportError: a package is missing that would be used at the end only.
     """
     for package in LAST:
         if importlib.util.find_spec(package) is None:
             raise ImportError(needs(package))
-    if options.train.eval_every and not options.eval_data:
-        raise ValueError(f"--eval-every is {options.train.eval_every}, but there is no --eval-data to evaluate on")
-    examples = _count("--data", options.data)
+    for option, value in (("--eval-every", options.train.eval_every), ("--answers", options.answers)):
+        if value and not options.eval_data:
+            raise ValueError(f"{option} is {value}, but there is no --eval-data for it; give one, or {option} 0")
+    examples = len(_read("--data", options.data))
     if options.eval_data:
-        _count("--eval-data", options.eval_data)
+        held_out = _read("--eval-data", options.eval_data)[: options.eval_limit]
+        text = next((record for record in held_out[: options.answers] if record.text is not None), None)
+        if text is not None:
+            raise ValueError(
+                f'--answers is {options.answers}, but {options.eval_data}, line {text.line}, holds "text", which has '
+                f'no prompt to answer; give --answers 0, or records with "messages", or "prompt" and "completion"'
+            )
     return examples
 
 
-def _count(option: str, path: str) -> int:
+def _read(option: str, path: str) -> list[Record]:
     if not Path(path).is_file():  # a pipe could be read only once
         what = "not a plain file" if Path(path).exists() else "no such file"
         raise FileNotFoundError(f'{option}: {what}: "{path}"')
     try:
-        return len(read_records(path))
+        return read_records(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"{option}: {error}") from error
 

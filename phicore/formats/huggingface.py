@@ -61,7 +61,10 @@ def load_model(path_or_id: str, dtype: torch.dtype) -> "tuple[PreTrainedModel, P
         weights = model_tensors(Path(source)) if local and gguf_file is None else {}
         if weights:
             _check_size(config, weights, path_or_id)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **extra)
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source, **extra)
+        except ValueError as error:  # of a file that is no JSON, too, and then names no file
+            raise ValueError(f"{path_or_id}: its tokenizer's files do not load: {_one_line(error)}") from error
         if local and _quantization(config).get("load_in_4bit"):
             model = bitsandbytes.load_quantized(Path(source), config, dtype)
             save_in_layout(model)
@@ -141,7 +144,10 @@ def dense_config(directory: Path) -> Any:
         config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
         _check_config(config, str(directory), from_gguf=False)
         if quantization := _quantization(config):
-            raise ValueError(f"{directory} is quantized already ({quantization.get('quant_method')})")
+            raise ValueError(
+                f"{directory} is quantized already ({quantization.get('quant_method')}); give its full-precision "
+                f"original"
+            )
         _check_size(config, model_tensors(directory), str(directory))
     return config
 

@@ -323,7 +323,7 @@ def export(
 
     Raises:
         ValueError: the adapter has something that the target does not take and that cannot be written otherwise: all of
-            it is named; output is directory; as `check`. Nothing is written then.
+            it is named; output is or holds directory; as `check`. Nothing is written then.
         FileExistsError: output is not empty and overwrite is False.
         FileNotFoundError: a file is missing.
     """
@@ -333,8 +333,6 @@ def export(
     if refused := [finding for finding in misfits.values() if not finding.mended]:
         raise ValueError(f"{directory} cannot be written for {target}. " + ". ".join(map(str, refused)))
     atomic.check_apart(output, directory)
-    if Path(output).resolve() == Path(directory).resolve():
-        raise ValueError(f"output is the adapter's own directory, {directory}; choose another")
     config = _config(adapter, reader)
     tensors = {key: t for key, t in adapter.tensors.items() if "tables" not in misfits or not key.endswith(TABLE)}
     if misfits.keys() & SCALING:

@@ -89,10 +89,10 @@ def quantize_directory(
     if not Path(found).is_dir():
         with quiet_transformers(import_transformers(), bars=True), plain_errors(found, local=False):
             found, gguf_file = find_model(str(snapshot(found, [CONFIG, *COMPANIONS], look_into)))
+    atomic.check_apart(directory, found)
     if gguf_file is not None:
         raise NotStreamable(f"{source} is no directory of safetensors files")
     source = Path(found)
-    atomic.check_apart(directory, source)
     weights = model_tensors(source)
     with quiet_transformers(import_transformers(), bars=False):
         model = meta_model(dense_config(source), dtype)

@@ -121,7 +121,10 @@ class TrainConfig:
         if self.zero_stage not in (1, 2):
             raise ValueError(f"zero_stage must be 1 or 2, got {self.zero_stage!r}")
         if self.resume and self.overwrite:
-            raise ValueError("resume and overwrite exclude each other: one goes on with a run, one starts it anew")
+            raise ValueError(
+                "resume and overwrite exclude each other: one goes on with a run, one starts it anew; set one of them "
+                "to False (--no-overwrite, if a file of options says overwrite)"
+            )
 
 
 # What may differ between a run and its resumption: nothing here changes a weight by more than rounding.

@@ -130,9 +130,10 @@ def load_dataset(
     ends = {tokenizer.eos_token_id, *tokenizer.added_tokens_decoder}
     dataset = TokenDataset(records, encoded(), sequence_length, ends)
     if dataset.loss_tokens == 0:
+        why = "raise the sequence length" if dataset.truncated else "all of its texts or answers are empty"
         raise ValueError(
             f"no example of {os.fspath(path)} has a token that carries loss within {sequence_length} tokens (the "
-            f"longest has {dataset.longest}); raise the sequence length"
+            f"longest has {dataset.longest}); {why}"
         )
     return dataset
 

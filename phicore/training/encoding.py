@@ -86,7 +86,7 @@ def prompt_and_reference(record: Record, tokenizer: Any) -> tuple[str, str]:
     """
     if record.messages is not None:
         last = max(i for i, message in enumerate(record.messages) if message["role"] == "assistant")
-        prompt = _render(tokenizer, record.messages[:last], add_generation_prompt=True)
+        prompt = render(tokenizer, record.messages[:last], add_generation_prompt=True)
         return prompt, record.messages[last]["content"].strip()
     if record.prompt is not None and record.completion is not None:
         return record.prompt, record.completion
@@ -98,7 +98,7 @@ def prompt_and_reference(record: Record, tokenizer: Any) -> tuple[str, str]:
 
 def _encode_messages(messages: list[dict[str, str]], tokenizer: Any) -> tuple[list[int], list[int], bool]:
     """input_ids, labels, and whether a token straddles the start of a turn."""
-    text = _render(tokenizer, messages, add_generation_prompt=False)
+    text = render(tokenizer, messages, add_generation_prompt=False)
     ids, offsets = _tokenize(tokenizer, text, add_special_tokens=False)
     learnt: list[int] = []
     straddles = False
@@ -122,10 +122,10 @@ def _turn_span(tokenizer: Any, messages: list[dict[str, str]], i: int, text: str
     """Where the assistant's turn i lies in the rendered text: from behind the generation prompt to where the next turn
     begins. The end may reach a few characters into the next turn's first token, if a template closes every text with
     a token that begins like it."""
-    prefix = _render(tokenizer, messages[:i], add_generation_prompt=True)
+    prefix = render(tokenizer, messages[:i], add_generation_prompt=True)
     if not text.startswith(prefix):
         raise ValueError(_unstable(f"the text before messages[{i}] is not how the whole conversation begins"))
-    closed = _render(tokenizer, messages[: i + 1], add_generation_prompt=False)
+    closed = render(tokenizer, messages[: i + 1], add_generation_prompt=False)
     if not text.startswith(closed):  # GPT-OSS's template: <|return|> ends the last turn, <|end|> the others
         goes_on = _before_generation_prompt(tokenizer, messages, i)
         if goes_on is not None and text.startswith(goes_on) and len(goes_on) > len(prefix):
@@ -148,9 +148,9 @@ def _before_generation_prompt(tokenizer: Any, messages: list[dict[str, str]], i:
     if asked is None:
         return None
     try:
-        question = _render(tokenizer, messages[:asked], add_generation_prompt=False)
-        prompted = _render(tokenizer, messages[:asked], add_generation_prompt=True)
-        goes_on = _render(tokenizer, messages[: i + 1], add_generation_prompt=True)
+        question = render(tokenizer, messages[:asked], add_generation_prompt=False)
+        prompted = render(tokenizer, messages[:asked], add_generation_prompt=True)
+        goes_on = render(tokenizer, messages[: i + 1], add_generation_prompt=True)
     except ValueError:  # a template may refuse a conversation that ends so
         return None
     generation_prompt = prompted.removeprefix(question)
@@ -158,7 +158,12 @@ def _before_generation_prompt(tokenizer: Any, messages: list[dict[str, str]], i:
     return goes_on.removesuffix(generation_prompt) if exact else None
 
 
-def _render(tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+def render(tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+    """The text that the chat template makes of messages.
+
+    Raises:
+        ValueError: there is no chat template, or it refuses the messages.
+    """
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
             'the tokenizer has no chat template, which "messages" need; use an instruction-tuned model\'s tokenizer, '

@@ -67,7 +67,7 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
 def _parse(line: str, number: int) -> Record:
     """The record that a line holds. Raises ValueError with what is wrong, without the place."""
     try:
-        value = json.loads(line.rstrip("\r\n"))  # behind a line's end, an error's column would be 1
+        value = json.loads(line.rstrip("\r\n"), object_pairs_hook=_object)  # behind a line's end, its column would be 1
     except (ValueError, RecursionError) as error:
         what = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
         raise ValueError(f"invalid JSON ({what}); each line must hold one whole JSON object") from error
@@ -115,6 +115,15 @@ def _parse_messages(value: Any) -> tuple[list[dict[str, str]], list[str]]:
     if messages[0]["role"] == "assistant":
         raise ValueError("messages[0] is the assistant's, with nothing that it answers; put a user message before it")
     return messages, list(extra)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Of two equal keys, json by itself takes the last without a word."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{max(keys, key=keys.count)!r} stands twice in one object; keep one of them")
+    return value
 
 
 def _string(value: Any, what: str) -> str:

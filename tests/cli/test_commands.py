@@ -81,6 +81,15 @@ def test_generate_answers_each_prompt_with_and_without_adapter(
     assert capsys.readouterr().out == "".join(answer + "\n" for answer in adapted)
 
 
+def test_a_chat_that_the_template_refuses_is_told_in_a_line(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    (model / "chat_template.jinja").write_text("{{ raise_exception('no system here') }}")
+    assert main(["generate", "--model", str(model), "--system", "Tag.", "--prompt", "1 Elm St"]) == 1
+    assert "refuses messages with the roles system, user: no system here" in capsys.readouterr().err
+
+
 CODING = ["--block-size", "32", "--no-double-quant"]
 
 
@@ -161,13 +170,14 @@ def test_what_cannot_be_written_or_read_is_told_before_a_model_is_loaded(
 ) -> None:
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").write_text("")
-    merge = ["merge", "--model", str(tiny_model)]
-    for adapted, output, message in (
-        (adapter, "taken", "taken exists and is not an empty directory"),
-        (tmp_path / "taken", "out", "taken holds no adapter_config.json"),
+    model, taken, out = ["--model", str(tiny_model)], str(tmp_path / "taken"), str(tmp_path / "out")
+    for arguments, message in (
+        (["merge", "--adapter", str(adapter), "--output", taken], "taken exists and is not an empty directory"),
+        (["merge", "--adapter", taken, "--output", out], "taken holds no adapter_config.json"),
+        (["generate", "--adapter", taken, "--prompt", "x"], "taken holds no adapter_config.json"),
     ):
         with mock.patch("phicore.formats.huggingface.load_model", side_effect=AssertionError("loaded in vain")):
-            assert main([*merge, "--adapter", str(adapted), "--output", str(tmp_path / output)]) == 1
+            assert main([*arguments, *model]) == 1
         assert message in capsys.readouterr().err
 
 
@@ -235,6 +245,14 @@ def test_a_files_values_are_taken_as_they_stand(tmp_path: Path, monkeypatch: pyt
         (1, 2),
     )
     assert adapter.rank_pattern == {"q_proj": 2}
+
+
+def test_a_home_directory_behind_an_equals_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c.toml").write_text('data = "d"\n')
+    options = parse(FinetuneOptions, ["--config=~/c.toml", "--model=~/m", "--output=~/runs/a=~"], "finetune", "")
+    assert (options.model, options.data) == (f"{tmp_path}/m", "d")
+    assert options.train.output == f"{tmp_path}/runs/a=~"
 
 
 def test_what_is_wrong_with_a_file_is_told_with_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -327,7 +345,7 @@ def test_a_checkout_that_is_not_installed_has_no_version_and_runs() -> None:
     assert version_of("phicore-of-nobody") == "not installed"
 
 
-def test_an_output_that_holds_what_it_is_made_from_is_refused(
+def test_an_output_that_is_or_holds_what_it_is_made_from_is_refused(
     tiny_model: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """--overwrite would take the model, the adapter and all beside them away."""
@@ -340,6 +358,14 @@ def test_an_output_that_holds_what_it_is_made_from_is_refused(
         ["export", str(pair), "--target", "transformers"],
         ["convert-deepspeed", str(base)],
     ):
-        assert main([*arguments, "--output", str(work), "--overwrite"]) == 1
-        assert f"{work} holds {work}/" in capsys.readouterr().err
-        assert sorted(work.rglob("*")) == before
+        for output, told in ((work, "holds"), (pair if arguments[0] == "export" else base, "is")):
+            assert main([*arguments, "--output", str(output), "--overwrite"]) == 1
+            assert f"{output} {told} {work}/" in capsys.readouterr().err
+            assert sorted(work.rglob("*")) == before
+
+
+def test_the_directory_of_a_gguf_file_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    command = ["quantize", "--model", str(tmp_path / "model.gguf"), "--output", str(tmp_path), "--overwrite"]
+    assert main(command) == 1
+    assert "would be replaced with all that is in it" in capsys.readouterr().err

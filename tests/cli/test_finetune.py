@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 
 import phicore
 from phicore.cli import main
+from phicore.cli.finetune import _plot_loss
 from phicore.formats.huggingface import load_model
 
 REQUIRED = {
@@ -80,6 +82,19 @@ def test_full_writes_a_model_that_loads(tiny_model: Path, data: Path, tmp_path: 
     assert result["eval_loss_after"] < result["eval_loss_before"]
     model, _ = load_model(str(tmp_path / "model"), torch.float32)
     assert result["trainable_parameters"] == sum(p.numel() for p in model.parameters())
+
+
+def test_a_picture_that_is_interrupted_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(self: object, file: Any, **_: object) -> None:
+        (Path(file).write_bytes if isinstance(file, Path) else file.write)(b"a part")
+        raise KeyboardInterrupt
+
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    (tmp_path / "loss.png").write_bytes(b"old")
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        _plot_loss(tmp_path)
+    assert (tmp_path / "loss.png").read_bytes() == b"old"
 
 
 def test_runs_without_held_out_data(tiny_model: Path, data: Path, tmp_path: Path) -> None:
@@ -303,7 +318,9 @@ def test_what_is_refused_is_named(
         (["--data", "."], '--data: not a plain file: "."'),
         (["--eval-data", "./nowhere.jsonl"], '--eval-data: no such file: "./nowhere.jsonl"'),
         (["--eval-data", "broken"], "broken.jsonl, line 1: invalid JSON"),
+        (["--eval-data", "text", "--answers", "2"], 'text.jsonl, line 1, holds "text", which has no prompt to answer'),
         (["--eval-every", "2"], "--eval-every is 2, but there is no --eval-data"),
+        (["--answers", "2"], "--answers is 2, but there is no --eval-data for it; give one, or --answers 0"),
         (["--eval-limit", "0"], "--eval-limit must be at least 1, got 0"),
         (["--answers", "-1"], "--answers must be at least 0, got -1"),
         (["--samples", "-1"], "--samples must be at least 0, got -1"),
@@ -317,8 +334,10 @@ def test_what_needs_no_model_is_refused_before_it_is_loaded(
     arguments: list[str], message: str, tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    (tmp_path / "broken.jsonl").write_text("{")
-    arguments = [str(tmp_path / "broken.jsonl") if word == "broken" else word for word in arguments]
+    files = {"broken": "{", "text": '{"text": "a b"}'}
+    for name, content in files.items():
+        (tmp_path / f"{name}.jsonl").write_text(content)
+    arguments = [str(tmp_path / f"{word}.jsonl") if word in files else word for word in arguments]
     monkeypatch.setattr("phicore.formats.huggingface.load_model", no_model)
     assert run(tiny_model, data, tmp_path / "run", *arguments) == 1
     assert message in capsys.readouterr().err

@@ -257,6 +257,18 @@ def test_truncated_weights(model: Any, tokenizer: Any, tmp_path: Path) -> None:
         load_model(str(tmp_path / "model"), torch.float32)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", ["", '{"version": "1.0"', None])
+def test_a_tokenizer_that_is_damaged_or_missing(
+    model: Any, tokenizer: Any, tmp_path: Path, name: str, content: str | None
+) -> None:
+    save_model(model, tokenizer, tmp_path / "model")
+    file = tmp_path / "model" / name
+    file.unlink() if content is None else file.write_text(content)
+    with pytest.raises(ValueError, match="model: its tokenizer"):
+        load_model(str(tmp_path / "model"), torch.float32)
+
+
 def test_a_file_that_is_not_gguf(tmp_path: Path) -> None:
     (tmp_path / "model.bin").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"is a file; give a .gguf file or the directory"):

@@ -408,7 +408,7 @@ def test_what_is_there_is_replaced_only_on_request_and_never_the_adapter_itself(
     assert [p.name for p in output.iterdir()] == ["mine"]
     export(source, output, "llama.cpp", overwrite=True)
     assert sorted(p.name for p in output.iterdir()) == [CONFIG, WEIGHTS]
-    with pytest.raises(ValueError, match="output is the adapter's own directory"):
+    with pytest.raises(ValueError, match="would be replaced with all that is in it"):
         export(source, tmp_path / "output" / ".." / "source", "llama.cpp", overwrite=True)
     assert config_of(source)["use_rslora"]
 

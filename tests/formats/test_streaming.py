@@ -268,7 +268,7 @@ def test_weights_that_the_model_does_not_use_are_left_out_and_said(
 def test_wishes_that_cannot_be_met(sources: Callable[..., Path], tmp_path: Path) -> None:
     quantize_directory(sources(), tmp_path / "nf4")
     for source, options, message in (
-        (tmp_path / "nf4", {}, r"is quantized already \(.*bitsandbytes"),
+        (tmp_path / "nf4", {}, r"is quantized already \(.*bitsandbytes\); give its full-precision original"),
         (sources(), {"target_modules": ["up_prj"]}, 'no module matches target "up_prj"; did you mean up_proj'),
         (sources(), {"block_size": 48}, "block_size must be one of"),
         (sources(tied=True), {"target_modules": ["lm_head"]}, "lm_head.weight is tied to another weight"),

@@ -53,7 +53,7 @@ def test_the_decay_does_not_end_above_where_it_begins() -> None:
 
 
 def test_resume_and_overwrite_exclude_each_other() -> None:
-    with pytest.raises(ValueError, match="resume and overwrite exclude each other"):
+    with pytest.raises(ValueError, match=r"resume and overwrite exclude each other.* \(--no-overwrite, if"):
         TrainConfig(resume=True, overwrite=True)
 
 

@@ -117,6 +117,9 @@ def test_a_dataset_without_any_loss_is_refused(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "data.jsonl", {"messages": [ASK, ANSWER]}, {"prompt": "abcdef", "completion": "g"})
     with pytest.raises(ValueError, match=r"no example of .*data\.jsonl has a token .* within 6 .*raise the sequence"):
         load_dataset(path, tokenizer_of(), sequence_length=6)
+    write_jsonl(path, {"text": ""}, {"prompt": "", "completion": ""})
+    with pytest.raises(ValueError, match="all of its texts or answers are empty"):
+        load_dataset(path, tokenizer_of(), sequence_length=6)
 
 
 def test_an_example_that_does_not_encode_is_named(tmp_path: Path) -> None:

@@ -52,6 +52,8 @@ def test_extra_keys_are_kept_by_name(tmp_path: Path) -> None:
         ("{'text': 1}", "invalid JSON .*at column 2.*one whole JSON object"),
         ('{"text": "a"} {"text": "b"}', "invalid JSON .Extra data"),
         ("[" * 100_000, "invalid JSON"),
+        ('{"text": "a", "text": "b"}', "'text' stands twice in one object; keep one of them"),
+        ('{"messages": [{"role": "user", "content": "q", "role": "system"}]}', "'role' stands twice"),
         ([{"text": "a"}], "a JSON array, not an object"),
         ("null", "a JSON null, not an object"),
         ("1", "a JSON number, not an object"),
