@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 
 from phicore.training.distributed import rank
@@ -32,20 +33,23 @@ def stop_signals(ask: Callable[[int], object]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before: dict[int, Any] = {}
+    before: dict[int, Any] = {signal.SIGINT: signal.getsignal(signal.SIGINT)}
 
     def interrupt(*_: object) -> None:
         signal.signal(signal.SIGINT, before[signal.SIGINT])
         if rank() == 0:
             with suppress(OSError):  # print may be what was interrupted, and does not take being called again
-                os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C again ends at once\n")
+                # torchrun answers another one with SIGTERM to its processes
+                again = "" if dist.is_torchelastic_launched() else "; Ctrl-C again ends at once"
+                os.write(2, f"\nstopping after this step, with a checkpoint{again}\n".encode())
         ask(130)  # as of a program that SIGINT ends
 
-    for number in (signal.SIGTERM, *([signal.SIGUSR1] if os.name == "posix" else [])):
-        before[number] = signal.signal(number, lambda *_: ask(0))
+    answers: dict[int, Callable[..., object]] = {signal.SIGTERM: lambda *_: ask(0)}
+    if os.name == "posix":
+        answers[signal.SIGUSR1] = answers[signal.SIGTERM]
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-        before[signal.SIGINT] = signal.getsignal(signal.SIGINT)
-        signal.signal(signal.SIGINT, interrupt)
+        answers[signal.SIGINT] = interrupt
+    before |= {number: signal.signal(number, answer) for number, answer in answers.items()}
     try:
         yield
     finally:

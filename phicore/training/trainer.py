@@ -93,7 +93,8 @@ class Trainer:
     CPU bit for bit; resumed on another number of ranks, up to rounding and the random numbers of dropout.
 
     On SIGTERM or SIGUSR1, to any rank, the step is finished, a checkpoint is written and all processes exit with
-    status 0; on the first Ctrl-C (SIGINT) likewise, with status 130. A second Ctrl-C ends at once.
+    status 0; on the first Ctrl-C (SIGINT) likewise, with status 130. A second Ctrl-C ends at once (under
+    torchrun it does not: torchrun sends SIGTERM then).
 
     Args:
         model: any module; what does not require gradients is neither trained nor saved. What does gets other memory

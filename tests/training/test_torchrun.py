@@ -99,6 +99,7 @@ def test_ctrl_c_on_torchrun_saves_once_and_restarts_nothing(tmp_path: Path) -> N
     told = agent.communicate(timeout=60)[1]
     assert newest_step(tmp_path) == metrics(tmp_path)[-1]["step"] < 500
     assert told.count("stopped as asked") == 1
+    assert "Ctrl-C again" not in told  # torchrun would send SIGTERM
     assert "restarted by torchrun" not in told
 
 
