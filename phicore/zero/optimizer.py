@@ -117,6 +117,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._blame = Blame()
         collectives = _collectives_by_device(process_group, self.world_size, scratch, self._blame)
         self._reducer = GradientReducer(stage, scale, collectives, scratch, alone=self.world_size == 1)
+        self.overflows_are_shared = False  # its scaler looks at the reduced gradients of all ranks
         self._ready = False
         super().__init__(groups, options)  # calls add_param_group for each
         self._ready = True
@@ -255,6 +256,20 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def release(self) -> None:
         """Takes no more gradients, so that another ZeroOptimizer may be made over these parameters."""
         self._reducer.release()
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """torch.amp.GradScaler.step asks for it first.
+
+        Raises:
+            TypeError: the scaler is torch's, which would look for overflows in this rank's pieces only.
+        """
+        if not self.overflows_are_shared:
+            raise TypeError(
+                "torch.amp.GradScaler sees this rank's part of the gradients at most, and ranks would differ in which "
+                "steps they skip; use phicore.zero.GradScaler in its place, which is called alike"
+            )
+        return False
 
     @overload
     def step(self, closure: None = None) -> None: ...
