@@ -113,6 +113,12 @@ def test_an_output_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"cannot write into .*/file/run \(.*\); give an output that this process may"):
         small_trainer(tmp_path / "file/run").fit()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/checkpoints").write_text("")
+    trainer = small_trainer(tmp_path / "run")
+    with pytest.raises(OSError, match=r"cannot write into .*/run \(.*checkpoints.*\); give an output"):
+        trainer.fit()
+    assert trainer.step == 0  # told before the steps that could not be kept
     with small_disk(tmp_path / "disk", 1, "ro") as disk:
         if disk is not None:  # else no file system here is read-only for root
             with pytest.raises(
