@@ -272,12 +272,15 @@ class Trainer:
                     if say and log is not None:
                         with self._watch.during(f"the metrics of step {self.step}"):
                             log.write(step=self.step, **facts, tokens_per_second=speed)
+                    if self._is_stopping():  # before an evaluation, which may take longer than a SIGKILL
+                        self.save()
+                        saved_step = self.step
                     if config.eval_every and self.step % config.eval_every == 0:
                         eval_loss = self.evaluate()
                         if log is not None:
                             with self._watch.during(f"the metrics of step {self.step}"):
                                 log.write(step=self.step, eval_loss=eval_loss)
-                    if config.save_every and self.step % config.save_every == 0:
+                    if config.save_every and self.step % config.save_every == 0 and self.step != saved_step:
                         self.save()
                         saved_step = self.step
                 if self.step != saved_step:

@@ -14,8 +14,16 @@ from typing import Any
 import pytest
 from torch import Tensor, nn
 
-from phicore.training import checkpoint
-from tests.training.small_run import SETTINGS, assert_same_run, metrics, small_trainer, stop_after
+from phicore.training import TrainConfig, Trainer, checkpoint
+from tests.training.small_run import (
+    SETTINGS,
+    assert_same_run,
+    examples,
+    metrics,
+    small_model,
+    small_trainer,
+    stop_after,
+)
 
 STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -51,6 +59,25 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(
     told = capfd.readouterr().err
     assert ("Ctrl-C again ends at once" in told) == (number == signal.SIGINT)
     assert told.endswith(f"resume goes on from {tmp_path / 'checkpoints' / 'step-00000003'}\n")
+
+
+def test_a_stop_saves_before_an_evaluation(tmp_path: Path) -> None:
+    """Who sends SIGTERM sends SIGKILL some seconds later, and an evaluation may take minutes."""
+    trainer = stop_after(
+        Trainer(small_model(), TrainConfig(output=str(tmp_path), **SETTINGS, eval_every=3), examples(), examples()), 3
+    )
+    inner, found = trainer.loss_fn, []
+
+    def loss_fn(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor | int]:
+        if not model.training:
+            found.append(checkpoint.latest_checkpoint(tmp_path / "checkpoints"))
+        return inner(model, batch)
+
+    trainer.loss_fn = loss_fn
+    with pytest.raises(SystemExit):
+        trainer.fit()
+    assert found == [tmp_path / "checkpoints" / "step-00000003"]
+    assert "eval_loss" in metrics(tmp_path)[-1]
 
 
 def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
