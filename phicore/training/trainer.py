@@ -290,6 +290,7 @@ class Trainer:
                     requests = gather_rows([self.stop_requested, self._exit_status], self.device)
         finally:
             progress.close()
+            self._writer.join()  # the output is this run's until nothing is written there any more
             release()
             distributed.set_timeout(config.first_step_timeout)  # what follows is no step
         self.stop_requested, self._exit_status, self._stop_agreed = False, 0, False  # answered; another fit goes on

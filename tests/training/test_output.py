@@ -1,12 +1,13 @@
 """Whose run an output holds, after a restart by torchrun too, and that only one is at work there."""
 
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from phicore.training import TrainConfig
+from phicore.training import TrainConfig, checkpoint
 from phicore.training.output import after_restart, launch, prepare_output
 from tests.training.small_disk import small_disk
 from tests.training.small_run import assert_same_run, process, small_trainer
@@ -125,3 +126,23 @@ def test_an_output_that_cannot_be_written_is_told(tmp_path: Path) -> None:
                 OSError, match=r"cannot write into .*/run \(.*Read-only file system.*\); give an output"
             ):
                 small_trainer(disk / "run").fit()
+
+
+def test_a_run_that_fails_holds_its_output_until_its_checkpoint_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a run that overwrites it at once would find the old one's checkpoint in its place, and as its latest."""
+    write = checkpoint.write_shard
+    monkeypatch.setattr(checkpoint, "write_shard", lambda *given: (time.sleep(0.3), write(*given))[1])
+    trainer = small_trainer(tmp_path, save_every=2, async_save=True)
+    inner = trainer.loss_fn
+
+    def loss_fn(*given: Any) -> Any:
+        if trainer.step == 2:
+            raise KeyError("no such thing")
+        return inner(*given)
+
+    trainer.loss_fn = loss_fn
+    with pytest.raises(KeyError):
+        trainer.fit()
+    assert checkpoint.latest_checkpoint(tmp_path / "checkpoints") == tmp_path / "checkpoints/step-00000002"
