@@ -222,11 +222,13 @@ class ZeroOptimizer(torch.optim.Optimizer):
             The norm before clipping, a scalar, the same on every rank.
 
         Raises:
-            ValueError: a norm_type of 0 or below.
+            ValueError: a norm_type of 0 or below, or a max_norm below 0 (or NaN).
             RuntimeError: the norm is not finite and error_if_nonfinite is set; on every rank, before any scaling.
         """
         if not (norm_type := float(norm_type)) > 0:
             raise ValueError(f"norm_type must be above 0 or inf, got {norm_type}")
+        if not max_norm >= 0:
+            raise ValueError(f"max_norm must be at least 0 (inf to learn the norm alone), got {max_norm}")
         self.finish_reduction()
         total = total_norm(self._gradients(), norm_type, self._device, self.world_size, self.process_group)
         if all(bucket.wide != torch.float64 for bucket in self._reducer.buckets):
@@ -382,8 +384,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 a list; or a full state, of `full_state_dict` or of a plain torch optimizer.
 
         Raises:
-            ValueError: it is of other parameters, shapes or groups, or lacks what this rank needs. Nothing has been
-                loaded then.
+            ValueError: it is of other parameters, shapes, groups or of another optimizer, or lacks what this rank
+                needs. Nothing has been loaded then.
         """
         # Hooks may write to a copy, as torch has it; where this class takes a list, they get one.
         given: Any = copy.copy(state_dict) if isinstance(state_dict, Mapping) else list(state_dict)
@@ -399,6 +401,14 @@ class ZeroOptimizer(torch.optim.Optimizer):
         else:
             shards = [state_dict] if isinstance(state_dict, Mapping) else list(state_dict)
             source = state.read_shards(shards, self._shapes, self._names)
+        # Of flags, those of this version of torch need not be in a state of another.
+        flags = {key for key, value in self.defaults.items() if value is None or isinstance(value, bool)}
+        for settings in source.groups:
+            if lacking := sorted(self.defaults.keys() - flags - settings.keys()):
+                raise ValueError(
+                    f"the state is of another optimizer than {self._class.__name__}: it has no {', '.join(lacking)}, "
+                    f"but {', '.join(settings)}; load it into an optimizer of its class, or begin without a state"
+                )
         for name in self._frozen:
             if any(part.state for part in source.slices.get(name, [])):
                 raise ValueError(f"the state has been trained for {name}, which is frozen here; unfreeze it first")
