@@ -119,7 +119,10 @@ def read_config(
     _batch(top, settings, world_size)
     top.check_all_taken()
 
-    config = replace(settings.train, **settings.values)
+    try:
+        config = replace(settings.train, **settings.values)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
     optimizer |= {"lr": config.learning_rate, "betas": (config.beta1, config.beta2)}
     optimizer |= {"weight_decay": config.weight_decay}
     notes = list(top.notes)

@@ -36,14 +36,18 @@ class BackgroundWriter:
         """Whether the function has raised something that nobody has been told of."""
         return self._error is not None
 
+    def join(self) -> None:
+        """Waits for the function's end, whatever it raises."""
+        if self._thread is not None:
+            self._thread.join()
+
     def wait(self) -> None:
         """Waits for the function's end.
 
         Raises:
             Exception: what it raised; once.
         """
-        if self._thread is not None:
-            self._thread.join()
+        self.join()
         error, self._thread, self._error = self._error, None, None
         if error is not None:
             raise error

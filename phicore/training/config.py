@@ -68,7 +68,7 @@ class TrainConfig:
     """Examples a forward pass of evaluation."""
 
     save_every: int = 0
-    """Steps between checkpoints; one is always written at the end and on SIGTERM. 0 for no other."""
+    """Steps between checkpoints; one is always written at the end, on SIGTERM and on Ctrl-C. 0 for no other."""
 
     async_save: bool = False
     """Write checkpoints while training goes on, from a copy in memory of what each rank saves: its share of the trained

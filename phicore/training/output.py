@@ -5,6 +5,7 @@ import os
 import shutil
 import socket
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,8 +35,10 @@ def hold_output(output: Path) -> Callable[[], None]:
         OSError: it cannot be written.
     """
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        file = open(output / LOCK, "a")  # noqa: SIM115 (it is what holds the lock)
+        checkpoints = output / "checkpoints"
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=checkpoints):  # not only after the steps that a checkpoint shall keep
+            file = open(output / LOCK, "a")  # noqa: SIM115 (it is what holds the lock)
     except OSError as error:
         raise type(error)(
             f"cannot write into {output} ({error}); give an output that this process may write"

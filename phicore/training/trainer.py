@@ -93,7 +93,8 @@ class Trainer:
     CPU bit for bit; resumed on another number of ranks, up to rounding and the random numbers of dropout.
 
     On SIGTERM or SIGUSR1, to any rank, the step is finished, a checkpoint is written and all processes exit with
-    status 0.
+    status 0; on the first Ctrl-C (SIGINT) likewise, with status 130. A second Ctrl-C ends at once (under
+    torchrun it does not: torchrun sends SIGTERM then).
 
     Args:
         model: any module; what does not require gradients is neither trained nor saved. What does gets other memory
@@ -147,6 +148,7 @@ class Trainer:
         self.loss = math.nan  # of the last step
         self._has_begun = False  # a run in the output, or gone on with the one there
         self.stop_requested = False  # of this process
+        self._exit_status = 0  # that it was requested with
         self._stop_agreed = False  # of any, as all know
         self._watch = Watch(self.output)
         self._writer = BackgroundWriter()
@@ -238,7 +240,7 @@ class Trainer:
             FloatingPointError: a loss or gradient norm that is not finite, naming the step and the rank where it arose;
                 the step is not taken, on any rank.
             LostRankError: another rank ended, failed or did not answer within the time-out, naming it and its step.
-            SystemExit: with status 0, after a SIGTERM or SIGUSR1 and its checkpoint.
+            SystemExit: after the checkpoint of a SIGTERM or SIGUSR1, with status 0, or of a Ctrl-C, with status 130.
         """
         config = self.config
         with self._watch.during("the start"):
@@ -270,26 +272,34 @@ class Trainer:
                     if say and log is not None:
                         with self._watch.during(f"the metrics of step {self.step}"):
                             log.write(step=self.step, **facts, tokens_per_second=speed)
+                    if self._is_stopping():  # before an evaluation, which may take longer than a SIGKILL
+                        self.save()
+                        saved_step = self.step
                     if config.eval_every and self.step % config.eval_every == 0:
                         eval_loss = self.evaluate()
                         if log is not None:
                             with self._watch.during(f"the metrics of step {self.step}"):
                                 log.write(step=self.step, eval_loss=eval_loss)
-                    if config.save_every and self.step % config.save_every == 0:
+                    if config.save_every and self.step % config.save_every == 0 and self.step != saved_step:
                         self.save()
                         saved_step = self.step
                 if self.step != saved_step:
                     self.save()
                 with self._watch.during("the end of the run"):
                     self._writer.wait()
-                    stopped = any(asked for (asked,) in gather_rows([self.stop_requested], self.device))
+                    requests = gather_rows([self.stop_requested, self._exit_status], self.device)
         finally:
             progress.close()
+            self._writer.join()  # the output is this run's until nothing is written there any more
             release()
             distributed.set_timeout(config.first_step_timeout)  # what follows is no step
-        self.stop_requested = self._stop_agreed = False  # it is answered; another fit goes on
+        self.stop_requested, self._exit_status, self._stop_agreed = False, 0, False  # answered; another fit goes on
+        stopped, status = map(max, zip(*requests, strict=True))
         if stopped:
-            raise SystemExit(0)
+            if rank() == 0:
+                newest = self.checkpoints / checkpoint.directory_name(self.step)
+                print(f"stopped as asked; resume goes on from {newest}", file=sys.stderr, flush=True)
+            raise SystemExit(int(status))
         done = self.tokens - first_tokens
         speed = done / seconds if seconds else 0.0
         return TrainResult(self.step, self.loss, self.tokens, seconds, speed, peak_memory_bytes(self.device))
@@ -444,9 +454,9 @@ class Trainer:
         self._writer.start(functools.partial(save, to_memory(parts), random=random_json(), group=self._writers))
         return self.checkpoints / checkpoint.directory_name(self.step)
 
-    def request_stop(self) -> None:
-        """Makes `fit` finish its step on all ranks, write a checkpoint and exit, as SIGTERM does."""
-        self.stop_requested = True
+    def request_stop(self, status: int = 0) -> None:
+        """Makes `fit` finish its step on all ranks, write a checkpoint and exit with a status, as SIGTERM does."""
+        self.stop_requested, self._exit_status = True, max(self._exit_status, status)
 
     def _settings(self) -> dict[str, Any]:
         return {**fixed_settings(self.config), "examples": len(self.train_data), **self.identity}

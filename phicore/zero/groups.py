@@ -78,6 +78,11 @@ def _check_parameter(name: str, parameter: Tensor, memory: dict[int, str]) -> No
         raise ValueError(f"{name} was computed from other tensors; only leaves can be optimized")
     if parameter.dtype not in DTYPES:
         raise ValueError(f"{name} is {parameter.dtype}; trained parameters must be {', '.join(map(str, DTYPES))}")
+    if any(size > 1 and stride == 0 for size, stride in zip(parameter.shape, parameter.stride(), strict=True)):
+        raise ValueError(
+            f"{name} has elements that share memory, as expand makes them, which flat buckets would part; make it a "
+            f"parameter of its own memory (.clone()), or expand in the forward pass what trains as one"
+        )
     if parameter.numel() and not parameter.is_meta:
         other = memory.setdefault(parameter.data_ptr(), name)
         if other != name:

@@ -117,6 +117,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._blame = Blame()
         collectives = _collectives_by_device(process_group, self.world_size, scratch, self._blame)
         self._reducer = GradientReducer(stage, scale, collectives, scratch, alone=self.world_size == 1)
+        self.overflows_are_shared = False  # its scaler looks at the reduced gradients of all ranks
         self._ready = False
         super().__init__(groups, options)  # calls add_param_group for each
         self._ready = True
@@ -221,11 +222,13 @@ class ZeroOptimizer(torch.optim.Optimizer):
             The norm before clipping, a scalar, the same on every rank.
 
         Raises:
-            ValueError: a norm_type of 0 or below.
+            ValueError: a norm_type of 0 or below, or a max_norm below 0 (or NaN).
             RuntimeError: the norm is not finite and error_if_nonfinite is set; on every rank, before any scaling.
         """
         if not (norm_type := float(norm_type)) > 0:
             raise ValueError(f"norm_type must be above 0 or inf, got {norm_type}")
+        if not max_norm >= 0:
+            raise ValueError(f"max_norm must be at least 0 (inf to learn the norm alone), got {max_norm}")
         self.finish_reduction()
         total = total_norm(self._gradients(), norm_type, self._device, self.world_size, self.process_group)
         if all(bucket.wide != torch.float64 for bucket in self._reducer.buckets):
@@ -255,6 +258,20 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def release(self) -> None:
         """Takes no more gradients, so that another ZeroOptimizer may be made over these parameters."""
         self._reducer.release()
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """torch.amp.GradScaler.step asks for it first.
+
+        Raises:
+            TypeError: the scaler is torch's, which would look for overflows in this rank's pieces only.
+        """
+        if not self.overflows_are_shared:
+            raise TypeError(
+                "torch.amp.GradScaler sees this rank's part of the gradients at most, and ranks would differ in which "
+                "steps they skip; use phicore.zero.GradScaler in its place, which is called alike"
+            )
+        return False
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -367,8 +384,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 a list; or a full state, of `full_state_dict` or of a plain torch optimizer.
 
         Raises:
-            ValueError: it is of other parameters, shapes or groups, or lacks what this rank needs. Nothing has been
-                loaded then.
+            ValueError: it is of other parameters, shapes, groups or of another optimizer, or lacks what this rank
+                needs. Nothing has been loaded then.
         """
         # Hooks may write to a copy, as torch has it; where this class takes a list, they get one.
         given: Any = copy.copy(state_dict) if isinstance(state_dict, Mapping) else list(state_dict)
@@ -384,6 +401,14 @@ class ZeroOptimizer(torch.optim.Optimizer):
         else:
             shards = [state_dict] if isinstance(state_dict, Mapping) else list(state_dict)
             source = state.read_shards(shards, self._shapes, self._names)
+        # Of flags, those of this version of torch need not be in a state of another.
+        flags = {key for key, value in self.defaults.items() if value is None or isinstance(value, bool)}
+        for settings in source.groups:
+            if lacking := sorted(self.defaults.keys() - flags - settings.keys()):
+                raise ValueError(
+                    f"the state is of another optimizer than {self._class.__name__}: it has no {', '.join(lacking)}, "
+                    f"but {', '.join(settings)}; load it into an optimizer of its class, or begin without a state"
+                )
         for name in self._frozen:
             if any(part.state for part in source.slices.get(name, [])):
                 raise ValueError(f"the state has been trained for {name}, which is frozen here; unfreeze it first")

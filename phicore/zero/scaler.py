@@ -41,6 +41,11 @@ class GradScaler(torch.amp.GradScaler):
         found.clear()
         found[self._scale.device] = overflow
 
+    def step(self, optimizer: "ZeroOptimizer", *args: Any, **kwargs: Any) -> float | None:  # type: ignore[override]
+        """Takes the step, or skips it on all ranks, and drops the gradients."""
+        optimizer.overflows_are_shared = True
+        return super().step(optimizer, *args, **kwargs)
+
     def _maybe_opt_step(self, optimizer: Any, optimizer_state: Any, *args: Any, **kwargs: Any) -> Any:
         loss = super()._maybe_opt_step(optimizer, optimizer_state, *args, **kwargs)
         # step consumes the gradients, and one that was skipped must not leave the overflow for the next.

@@ -140,7 +140,7 @@ def figures(output: Path, when: str) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(("step", "kept"), [(0, "{} holds no checkpoint yet"), (3, "{}/checkpoints/step-00000002")])
-def test_a_run_that_ctrl_c_ends_says_what_there_is_of_it(
+def test_a_run_that_a_second_ctrl_c_ends_says_what_there_is_of_it(
     step: int, kept: str, tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -148,6 +148,7 @@ def test_a_run_that_ctrl_c_ends_says_what_there_is_of_it(
 
     def interrupted(trainer: phicore.Trainer) -> dict[str, float]:
         if trainer.step == step:
+            os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
         return take_step(trainer)
 

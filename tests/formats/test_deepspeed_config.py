@@ -212,6 +212,13 @@ def test_values_that_contradict_each_other():
         read_config({"scheduler": {"params": {"warmup_num_steps": 3}}})
 
 
+def test_values_that_no_trainer_takes_name_the_file(tmp_path):
+    file = tmp_path / "ds.json"
+    file.write_text('{"optimizer": {"type": "AdamW", "params": {"lr": 0}}}')
+    with pytest.raises(ValueError, match=r"ds\.json: learning_rate must be above 0"):
+        read_config(file)
+
+
 def test_decay_that_is_not_decoupled():
     params = {"lr": 0.1, "weight_decay": 0.1, "adam_w_mode": False}
     with pytest.raises(ValueError, match="added to the gradient"):

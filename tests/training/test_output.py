@@ -1,12 +1,13 @@
 """Whose run an output holds, after a restart by torchrun too, and that only one is at work there."""
 
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from phicore.training import TrainConfig
+from phicore.training import TrainConfig, checkpoint
 from phicore.training.output import after_restart, launch, prepare_output
 from tests.training.small_disk import small_disk
 from tests.training.small_run import assert_same_run, process, small_trainer
@@ -113,9 +114,35 @@ def test_an_output_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"cannot write into .*/file/run \(.*\); give an output that this process may"):
         small_trainer(tmp_path / "file/run").fit()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/checkpoints").write_text("")
+    trainer = small_trainer(tmp_path / "run")
+    with pytest.raises(OSError, match=r"cannot write into .*/run \(.*checkpoints.*\); give an output"):
+        trainer.fit()
+    assert trainer.step == 0  # told before the steps that could not be kept
     with small_disk(tmp_path / "disk", 1, "ro") as disk:
         if disk is not None:  # else no file system here is read-only for root
             with pytest.raises(
                 OSError, match=r"cannot write into .*/run \(.*Read-only file system.*\); give an output"
             ):
                 small_trainer(disk / "run").fit()
+
+
+def test_a_run_that_fails_holds_its_output_until_its_checkpoint_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a run that overwrites it at once would find the old one's checkpoint in its place, and as its latest."""
+    write = checkpoint.write_shard
+    monkeypatch.setattr(checkpoint, "write_shard", lambda *given: (time.sleep(0.3), write(*given))[1])
+    trainer = small_trainer(tmp_path, save_every=2, async_save=True)
+    inner = trainer.loss_fn
+
+    def loss_fn(*given: Any) -> Any:
+        if trainer.step == 2:
+            raise KeyError("no such thing")
+        return inner(*given)
+
+    trainer.loss_fn = loss_fn
+    with pytest.raises(KeyError):
+        trainer.fit()
+    assert checkpoint.latest_checkpoint(tmp_path / "checkpoints") == tmp_path / "checkpoints/step-00000002"

@@ -7,20 +7,41 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from torch import Tensor, nn
 
-from phicore.training import checkpoint
-from tests.training.small_run import SETTINGS, assert_same_run, metrics, small_trainer, stop_after
+from phicore.training import TrainConfig, Trainer, checkpoint
+from tests.training.small_run import (
+    SETTINGS,
+    assert_same_run,
+    examples,
+    metrics,
+    small_model,
+    small_trainer,
+    stop_after,
+)
+
+STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_stops_after_the_step_with_a_checkpoint(tmp_path: Path, number: signal.Signals) -> None:
-    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)]
-    trainer = small_trainer(tmp_path)
+@pytest.fixture(autouse=True)
+def answered() -> Iterator[None]:
+    """A shell's background jobs start with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(("number", "status"), [*zip(STOPS, (0, 0, 130), strict=True)])
+def test_a_signal_stops_after_the_step_with_a_checkpoint(
+    tmp_path: Path, number: signal.Signals, status: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    handlers = [signal.getsignal(n) for n in STOPS]
+    trainer = small_trainer(tmp_path, accumulation=1)
     inner = trainer.loss_fn
 
     def signalled(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor | int]:
@@ -31,10 +52,62 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(tmp_path: Path, number:
     trainer.loss_fn = signalled
     with pytest.raises(SystemExit) as stopped:
         trainer.fit()
-    assert stopped.value.code == 0
+    assert stopped.value.code == status
     assert trainer.step == 3
     assert checkpoint.latest_checkpoint(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step-00000003"
-    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)] == handlers
+    assert [signal.getsignal(n) for n in STOPS] == handlers
+    told = capfd.readouterr().err
+    assert ("Ctrl-C again ends at once" in told) == (number == signal.SIGINT)
+    assert told.endswith(f"resume goes on from {tmp_path / 'checkpoints' / 'step-00000003'}\n")
+
+
+def test_a_stop_saves_before_an_evaluation(tmp_path: Path) -> None:
+    """Who sends SIGTERM sends SIGKILL some seconds later, and an evaluation may take minutes."""
+    trainer = stop_after(
+        Trainer(small_model(), TrainConfig(output=str(tmp_path), **SETTINGS, eval_every=3), examples(), examples()), 3
+    )
+    inner, found = trainer.loss_fn, []
+
+    def loss_fn(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor | int]:
+        if not model.training:
+            found.append(checkpoint.latest_checkpoint(tmp_path / "checkpoints"))
+        return inner(model, batch)
+
+    trainer.loss_fn = loss_fn
+    with pytest.raises(SystemExit):
+        trainer.fit()
+    assert found == [tmp_path / "checkpoints" / "step-00000003"]
+    assert "eval_loss" in metrics(tmp_path)[-1]
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
+    trainer = small_trainer(tmp_path, save_every=2)
+    inner = trainer.loss_fn
+
+    def signalled(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor | int]:
+        if trainer.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return inner(model, batch)
+
+    trainer.loss_fn = signalled
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    assert checkpoint.latest_checkpoint(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step-00000002"
+
+
+def test_ctrl_c_that_is_ignored_stays_so(tmp_path: Path) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    trainer = small_trainer(tmp_path)
+    inner = trainer.loss_fn
+
+    def signalled(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor | int]:
+        os.kill(os.getpid(), signal.SIGINT)
+        return inner(model, batch)
+
+    trainer.loss_fn = signalled
+    assert trainer.fit().steps == SETTINGS["steps"]
 
 
 def test_a_stop_at_the_very_end_of_a_step_loses_nothing(tmp_path: Path) -> None:

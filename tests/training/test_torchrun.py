@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from phicore.training import checkpoint
 from phicore.training.consolidate import consolidate
 from tests.training.small_run import metrics, process, small_trainer
@@ -47,6 +49,7 @@ def newest_step(output: Path) -> int:
 def as_rank(rank: int, world_size: int, port: int, run: Callable[..., None], *arguments: Any) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1"}
     os.environ["MASTER_PORT"] = str(port)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start without it
     run(*arguments)
 
 
@@ -62,21 +65,42 @@ def train(output: Path, pause: float, settings: dict[str, Any]) -> None:
     small_trainer(output, pause, **settings).fit()
 
 
-def test_a_signal_to_one_process_saves_once_and_ends_all(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_to_one_process_saves_once_and_ends_all(tmp_path: Path, number: signal.Signals, status: int) -> None:
     ranks = start(3, train, tmp_path, 0.1, {"steps": 500, "batch_size": 6})
     deadline = time.monotonic() + 60
     while not (tmp_path / "metrics.jsonl").exists() or len(metrics(tmp_path)) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    os.kill(ranks[1].pid, signal.SIGTERM)
+    os.kill(ranks[1].pid, number)
     for one in ranks:
         one.join(30)
-    assert [one.exitcode for one in ranks] == [0, 0, 0]
+    assert [one.exitcode for one in ranks] == [status] * 3
     assert newest_step(tmp_path) == metrics(tmp_path)[-1]["step"] < 500
     assert len(list((tmp_path / "checkpoints").glob("step-*"))) == 1
 
 
 # ===== torchrun =====
+
+
+def test_ctrl_c_on_torchrun_saves_once_and_restarts_nothing(tmp_path: Path) -> None:
+    command = [*TORCHRUN, "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    command += ["-m", "tests.training.small_run", str(tmp_path), "0.1", json.dumps({"steps": 500, "log_every": 1})]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start without it
+    try:
+        agent = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "metrics.jsonl").exists() or len(metrics(tmp_path)) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    agent.send_signal(signal.SIGINT)
+    told = agent.communicate(timeout=60)[1]
+    assert newest_step(tmp_path) == metrics(tmp_path)[-1]["step"] < 500
+    assert told.count("stopped as asked") == 1
+    assert "Ctrl-C again" not in told  # torchrun would send SIGTERM
+    assert "restarted by torchrun" not in told
 
 
 def test_a_run_restarted_on_two_nodes_goes_on_from_its_checkpoint(tmp_path: Path) -> None:

@@ -50,6 +50,15 @@ def test_refused_with_the_reason(optimizer_class, options, message):
     assert model.weight.data_ptr() == before
 
 
+def test_options_with_which_an_optimizer_runs_nowhere_are_not_put_down_to_pieces():
+    """Its own words, and no advice to take what it is."""
+    with pytest.raises(
+        ValueError, match=r"AdamW\(differentiable=True\) does not run on a 96 x 100 matrix on cpu: a leaf"
+    ) as e:
+        phicore.ZeroOptimizer(nn.Linear(3, 2).named_parameters(), torch.optim.AdamW, differentiable=True)
+    assert "element-wise" not in str(e.value)
+
+
 ELEMENTWISE = ["ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"]
 
 

@@ -66,6 +66,12 @@ def test_a_norm_type_that_is_none_is_named(norm_type):
         sgd(parameters((2,))).clip_grad_norm_(1.0, norm_type)
 
 
+@pytest.mark.parametrize("max_norm", [-1.0, math.nan])
+def test_a_limit_that_turns_gradients_around_or_away_is_named(max_norm):
+    with pytest.raises(ValueError, match=r"max_norm must be at least 0 .*, got"):
+        sgd(parameters((2,))).clip_grad_norm_(max_norm)
+
+
 def scaled_between(stage: int) -> str | float:
     named = parameters((4,))
     optimizer = sgd(named, stage)

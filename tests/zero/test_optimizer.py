@@ -372,6 +372,15 @@ def test_bad_arguments_are_named():
         make(untied.named_parameters(), torch.optim.AdamW)
 
 
+def test_a_parameter_that_shares_memory_with_itself_is_named():
+    """torch's optimizers refuse it too, at their first step."""
+    scale = nn.Parameter(torch.ones(2, 1).expand(2, 3))
+    with pytest.raises(ValueError, match=r"scale has elements that share memory"):
+        phicore.ZeroOptimizer([("scale", scale)], torch.optim.AdamW)
+    kept = nn.Parameter(torch.ones(3).expand(1, 3))  # one row: each element is its own
+    phicore.ZeroOptimizer([("scale", kept)], torch.optim.AdamW)
+
+
 def test_groups_without_trained_parameters():
     model = Net()
     model.requires_grad_(False)

@@ -72,3 +72,22 @@ def test_without_ranks_and_disabled():
         scaler.step(optimizer)
         scaler.update()
         assert torch.allclose(before - 0.5, model.weight)
+
+
+@pytest.mark.parametrize("early", ["unscale", "reduce", None])
+def test_torchs_own_scaler_is_refused_before_ranks_part(early):
+    """It would skip the step on the ranks that own an overflow alone, and the others would wait."""
+    model = torch.nn.Linear(2, 1)
+    optimizer = phicore.ZeroOptimizer(model.named_parameters(), torch.optim.SGD, lr=0.5)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    before = model.weight.detach().clone()
+    scaler.scale(model(torch.ones(1, 2)).sum()).backward()
+    if early == "reduce":
+        optimizer.finish_reduction()
+    elif early == "unscale":
+        scaler.unscale_(optimizer)
+    with pytest.raises(TypeError, match=r"use phicore\.zero\.GradScaler"):
+        scaler.step(optimizer)
+    assert torch.equal(before, model.weight)
+    torch.amp.GradScaler("cpu", enabled=False).step(optimizer)  # it is nothing then
+    assert not torch.equal(before, model.weight)

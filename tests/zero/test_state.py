@@ -230,6 +230,10 @@ def test_a_state_that_does_not_fit_is_named_and_changes_nothing():
     trained = {**full["state"], group["param_names"].index("head.bias"): {"step": torch.ones(())}}
     refused("trained for head.bias, which is frozen here", {**full, "state": trained})
     refused("groups of", {**full, "param_groups": [{**group, "params": group["params"][1:]}]})
+    for kind, lacking in ((torch.optim.SGD, "betas, eps"), (torch.optim.RMSprop, "betas")):
+        other = phicore.ZeroOptimizer(Net().named_parameters(), kind, lr=1e-2)
+        for foreign in (other.state_dict(), other.full_state_dict()):
+            refused(f"is of another optimizer than AdamW: it has no {lacking}, but lr, ", foreign)
     refused(
         "state exp_avg of first.weight has shape", {**full, "state": {**full["state"], 0: {"exp_avg": torch.ones(3)}}}
     )
