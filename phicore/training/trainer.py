@@ -241,6 +241,7 @@ class Trainer:
                 the step is not taken, on any rank.
             LostRankError: another rank ended, failed or did not answer within the time-out, naming it and its step.
             SystemExit: after the checkpoint of a SIGTERM or SIGUSR1, with status 0, or of a Ctrl-C, with status 130.
+            KeyboardInterrupt: in place of the latter in an interactive session.
         """
         config = self.config
         with self._watch.during("the start"):
@@ -299,6 +300,8 @@ class Trainer:
             if rank() == 0:
                 newest = self.checkpoints / checkpoint.directory_name(self.step)
                 print(f"stopped as asked; resume goes on from {newest}", file=sys.stderr, flush=True)
+            if status and hasattr(sys, "ps1"):  # an interactive session, or a notebook: it goes on
+                raise KeyboardInterrupt
             raise SystemExit(int(status))
         done = self.tokens - first_tokens
         speed = done / seconds if seconds else 0.0

@@ -61,6 +61,23 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(
     assert told.endswith(f"resume goes on from {tmp_path / 'checkpoints' / 'step-00000003'}\n")
 
 
+def test_ctrl_c_does_not_end_an_interactive_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    trainer = small_trainer(tmp_path)
+    inner = trainer.loss_fn
+
+    def interrupted(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor | int]:
+        os.kill(os.getpid(), signal.SIGINT)
+        trainer.loss_fn = inner
+        return inner(model, batch)
+
+    trainer.loss_fn = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    assert checkpoint.latest_checkpoint(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step-00000001"
+    assert trainer.fit().steps == SETTINGS["steps"]
+
+
 def test_a_stop_saves_before_an_evaluation(tmp_path: Path) -> None:
     """Who sends SIGTERM sends SIGKILL some seconds later, and an evaluation may take minutes."""
     trainer = stop_after(
