@@ -4,6 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._higher_order_ops.cond import cond_op
+from torch._higher_order_ops.utils import redirect_to_mode
+from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 from phicore.adapters import base as base_layer
 from phicore.adapters.dora_scale import fuses_scaling, scale_columns
@@ -14,6 +17,11 @@ from phicore.modules import has_own_forward
 from phicore.nf4.linear import autocast
 from phicore.nf4.ops import flat
 from phicore.transforms import transformed
+
+# torch knows its other control flow in checkpointed parts of a compiled graph, but not torch.cond, which _norm takes.
+for mode in (_CachingTorchDispatchMode, _CachedTorchDispatchMode):
+    if mode not in cond_op.python_key_table:
+        redirect_to_mode(cond_op, mode)
 
 
 def factored_norm_squared(base_norm_squared: Tensor, WA: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
