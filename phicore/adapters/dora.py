@@ -162,10 +162,13 @@ class DoRALayer(LowRankLayer):
         return self.dense_base() + self.product()  # V', [out, in]
 
     def _follow_base(self) -> None:
-        """Sums ||W||^2 anew where W trains, which `attach` has none do."""
+        """Sums ||W||^2 anew where W trains, which `attach` has none do, or is computed: spectral_norm moves it in each
+        pass of training."""
         base = self.base  # of most, the parameters are its own, and seen at once
         parameters = base.named_parameters() if base._modules else base._parameters.items()
-        if any(p is not None and p.requires_grad and not name.endswith("bias") for name, p in parameters):
+        if base_layer.computes_weight(self.innermost) or any(
+            p is not None and p.requires_grad and not name.endswith("bias") for name, p in parameters
+        ):
             self.refresh_base_norm()
 
     @torch.no_grad()

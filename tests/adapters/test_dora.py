@@ -467,6 +467,18 @@ def test_base_norm_follows_a_base_that_trains(layer_of, randomize, kind):
         torch.testing.assert_close(forward(x), x @ layer.merged_weight().T + layer.bias)
 
 
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.spectral_norm, nn.utils.spectral_norm])
+def test_base_norm_follows_a_base_that_computes_its_weight(randomize, norm):
+    """Spectral norm's estimate moves in each pass of training."""
+    torch.manual_seed(0)
+    base = norm(nn.Linear(IN, OUT, dtype=torch.float64))
+    layer, x = random_adapter(base, randomize), torch.randn(5, IN, dtype=torch.float64)
+    for _ in range(50):
+        layer(x)
+    layer.eval()
+    torch.testing.assert_close(layer(x), x @ layer.merged_weight().T + layer.bias)
+
+
 def test_a_bias_that_trains_moves_no_norm(layer_of, randomize, monkeypatch):
     layer = random_adapter(layer_of("nf4", OUT, IN)[0], randomize)
     layer.base.bias.requires_grad_(True)
