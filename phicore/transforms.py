@@ -15,7 +15,8 @@ def transformed() -> bool:
 
 
 def _transforms_active() -> bool:
-    return torch._C._are_functorch_transforms_active()
+    # is_grads_batched of torch.autograd.grad, and so vectorize of torch.autograd.functional, has a vmap of its own.
+    return torch._C._are_functorch_transforms_active() or torch._C._dispatch_tls_is_dispatch_key_included("VmapMode")
 
 
 # torch.compile asks once, as it traces: its graphs are guarded by the transforms around them. Set as

@@ -1,7 +1,7 @@
 """Putting adapters into a model, and finding them there."""
 
 import copy
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -27,6 +27,7 @@ from phicore.adapters.parameters import named_stacks, plan_parameters
 from phicore.adapters.tied import (
     TiedDoRAEmbedding,
     add_tied,
+    keep_ties,
     owners_of_tied,
     tied_embedding,
     tied_head,
@@ -36,6 +37,9 @@ from phicore.adapters.trained import TrainedBias, TrainedPart, biases_beside, ha
 from phicore.modules import Model, matches, no_match, replace, select
 from phicore.nf4.convert import check_layer, coded
 from phicore.nf4.linear import NF4Linear
+
+finishers: list[Callable[[nn.Module], None]] = []
+"""Called with each model that attach has changed, as those of quantize_."""
 
 
 def linear_kinds() -> tuple[type[nn.Module], ...]:
@@ -338,6 +342,9 @@ def attach(model: Model, config: LoRAConfig, name: str = "default") -> Model:
         for parameter in part.parameters(recurse=False):
             parameter.requires_grad_(True)
     keep_off_fused_paths(model)
+    keep_ties(model)
+    for finish in finishers:
+        finish(model)
     return model
 
 

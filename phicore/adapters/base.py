@@ -184,6 +184,11 @@ def dense_weight(base: Base, dtype: torch.dtype) -> Tensor:
     return _matrix(base).to(dtype)
 
 
+def computes_weight(base: nn.Module) -> bool:
+    """Whether W is no parameter of the base, but computed from some (a parametrization, weight norm or pruning)."""
+    return "weight" not in base._parameters and not hasattr(base, "dense_weight")
+
+
 def with_weight(base: Base, weight: Tensor) -> Base:
     """A layer like base, hooks and all, with another frozen weight; everything else is shared with base."""
     if has_own_forward(base):

@@ -4,6 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._higher_order_ops.cond import cond_op
+from torch._higher_order_ops.utils import redirect_to_mode
+from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 from phicore.adapters import base as base_layer
 from phicore.adapters.dora_scale import fuses_scaling, scale_columns
@@ -14,6 +17,11 @@ from phicore.modules import has_own_forward
 from phicore.nf4.linear import autocast
 from phicore.nf4.ops import flat
 from phicore.transforms import transformed
+
+# torch knows its other control flow in checkpointed parts of a compiled graph, but not torch.cond, which _norm takes.
+for mode in (_CachingTorchDispatchMode, _CachedTorchDispatchMode):
+    if mode not in cond_op.python_key_table:
+        redirect_to_mode(cond_op, mode)
 
 
 def factored_norm_squared(base_norm_squared: Tensor, WA: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
@@ -154,10 +162,13 @@ class DoRALayer(LowRankLayer):
         return self.dense_base() + self.product()  # V', [out, in]
 
     def _follow_base(self) -> None:
-        """Sums ||W||^2 anew where W trains, which `attach` has none do."""
+        """Sums ||W||^2 anew where W trains, which `attach` has none do, or is computed: spectral_norm moves it in each
+        pass of training."""
         base = self.base  # of most, the parameters are its own, and seen at once
         parameters = base.named_parameters() if base._modules else base._parameters.items()
-        if any(p is not None and p.requires_grad and not name.endswith("bias") for name, p in parameters):
+        if base_layer.computes_weight(self.innermost) or any(
+            p is not None and p.requires_grad and not name.endswith("bias") for name, p in parameters
+        ):
             self.refresh_base_norm()
 
     @torch.no_grad()

@@ -223,6 +223,30 @@ def tied_tables(model: nn.Module) -> dict[int, dict[str, nn.Module]]:
     }
 
 
+def keep_ties(model: nn.Module) -> None:
+    """Has load_state_dict(assign=True) of a model, which gives each place a parameter of its own, tie again what was
+    one: else a head and its embedding would train apart."""
+    model.register_load_state_dict_pre_hook(_note_ties)
+    model.register_load_state_dict_post_hook(_tie_again)
+
+
+def _note_ties(model: nn.Module, _state: Any, _prefix: str, metadata: Mapping[str, Any], *_: Any) -> None:
+    if not metadata.get("assign_to_params_buffers"):
+        return
+    places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            places.setdefault(parameter, []).append((module, name))
+    model.__dict__["_ties"] = [(parameter, shared) for parameter, shared in places.items() if len(shared) > 1]
+
+
+def _tie_again(model: nn.Module, _keys: Any) -> None:
+    for before, shared in model.__dict__.pop("_ties", ()):
+        loaded = [p for module, name in shared if (p := getattr(module, name)) is not before]
+        for module, name in shared if loaded else ():
+            setattr(module, name, loaded[-1])  # the last, as where each is copied into the one
+
+
 def _plain(module: Any) -> Any:
     return module.innermost if isinstance(module, LowRankLayer) else module
 

@@ -1,5 +1,5 @@
-"""What transformers' own methods do with a model that has NF4 layers: save_pretrained, whose names would be phicore's
-own, and tie_weights, which would put a dense weight in a coded one's place."""
+"""What transformers' own methods do with a model that has NF4 or adapter layers: save_pretrained, whose names would be
+phicore's own, and tie_weights, which would put a dense weight in a coded one's or an adapted one's place."""
 
 import logging
 import os
@@ -11,15 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from phicore.adapters.attach import adapter_layers
+from phicore.adapters.attach import finishers as adapted_finishers
 from phicore.formats.bitsandbytes import packed_groups, quantization_config
+from phicore.modules import replace
 from phicore.nf4.convert import finishers
 from phicore.nf4.linear import NF4Linear
 
 logger = logging.getLogger(__name__)
 
 
-class Saver:
-    """A model's save_pretrained: NF4 layers are written in bitsandbytes' layout, which from_pretrained reads.
+class Method:
+    """A method of one model, in the place of its class's.
 
     Args:
         model: of transformers. It is held weakly: else its memory would be freed only when the garbage collector runs.
@@ -28,8 +31,12 @@ class Saver:
     def __init__(self, model: Any) -> None:
         self._model = weakref.ref(model)
 
-    def __reduce__(self) -> tuple[Any, ...]:  # copies and pickles of the model have a Saver of their own
-        return Saver, (self._model(),)
+    def __reduce__(self) -> tuple[Any, ...]:  # copies and pickles of the model have a method of their own
+        return type(self), (self._model(),)
+
+
+class Saver(Method):
+    """A model's save_pretrained: NF4 layers are written in bitsandbytes' layout, which from_pretrained reads."""
 
     def __call__(
         self,
@@ -79,7 +86,29 @@ def untie_coded(model: Any) -> None:
             module._tied_weights_keys = {a: b for a, b in tied.items() if not {prefix + a, prefix + b} & coded}
 
 
+class Tier(Method):
+    """A model's tie_weights: it ties the frozen layers under the adapters, whose own tensors stay as they are."""
+
+    def __call__(self, *args: Any, **options: Any) -> None:
+        model: Any = self._model()
+        layers = list(adapter_layers(model, every_place=True))
+        try:
+            for path, layer in layers:  # the innermost of a place comes last
+                replace(model, path, layer.base)
+            type(model).tie_weights(model, *args, **options)
+        finally:
+            for path, layer in reversed(layers):
+                replace(model, path, layer)
+
+
+def tie_under_adapters(model: Any) -> None:
+    """Has tie_weights of a model of transformers pass its adapters by."""
+    if callable(getattr(type(model), "tie_weights", None)):
+        model.tie_weights = Tier(model)
+
+
 finishers += [save_in_layout, untie_coded]
+adapted_finishers += [tie_under_adapters]
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """DoRALinear over every kind of base, against the dense formula W' = m V' / ||V'|| in float64, and what it costs."""
 
 import copy
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
 import phicore
@@ -465,6 +467,18 @@ def test_base_norm_follows_a_base_that_trains(layer_of, randomize, kind):
         torch.testing.assert_close(forward(x), x @ layer.merged_weight().T + layer.bias)
 
 
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.spectral_norm, nn.utils.spectral_norm])
+def test_base_norm_follows_a_base_that_computes_its_weight(randomize, norm):
+    """Spectral norm's estimate moves in each pass of training."""
+    torch.manual_seed(0)
+    base = norm(nn.Linear(IN, OUT, dtype=torch.float64))
+    layer, x = random_adapter(base, randomize), torch.randn(5, IN, dtype=torch.float64)
+    for _ in range(50):
+        layer(x)
+    layer.eval()
+    torch.testing.assert_close(layer(x), x @ layer.merged_weight().T + layer.bias)
+
+
 def test_a_bias_that_trains_moves_no_norm(layer_of, randomize, monkeypatch):
     layer = random_adapter(layer_of("nf4", OUT, IN)[0], randomize)
     layer.base.bias.requires_grad_(True)
@@ -504,6 +518,29 @@ def test_compiled_in_one_graph_equals_eager(layer_of, randomize, kind):
     torch._dynamo.reset()
     layer = random_adapter(layer_of(kind, OUT, IN)[0], randomize)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    both_ways(layer, compiled, torch.randn(2, 5, IN, dtype=torch.float64, requires_grad=True))
+
+
+class Checkpointed(nn.Module):
+    """A layer whose forward pass is run again in the backward pass, all of it or what a policy says."""
+
+    def __init__(self, layer: nn.Module, selective: bool) -> None:
+        super().__init__()
+        self.layer, self.selective = layer, selective
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.selective:
+            return checkpoint(self.layer, x, use_reentrant=False)
+        contexts = partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
+        return checkpoint(self.layer, x, use_reentrant=False, context_fn=contexts)
+
+
+@pytest.mark.parametrize("kind", ["linear", "dora+nf4"])
+@pytest.mark.parametrize("selective", [False, True])
+def test_compiled_with_checkpointing_equals_eager(layer_of, randomize, kind, selective):
+    torch._dynamo.reset()
+    layer = random_adapter(layer_of(kind, OUT, IN)[0], randomize)
+    compiled = torch.compile(Checkpointed(layer, selective), fullgraph=True, backend="aot_eager")
     both_ways(layer, compiled, torch.randn(2, 5, IN, dtype=torch.float64, requires_grad=True))
 
 

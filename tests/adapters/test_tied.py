@@ -137,6 +137,20 @@ def test_copies_pickles_and_state_dicts(randomize, dora):
     assert half.head.embedding_A is half.embed.lora_A
 
 
+@DORA
+def test_assigning_a_state_dict_unties_nothing(randomize, dora):
+    model = randomize(adapted(randomize, dora=dora))
+    fresh = copy.deepcopy(adapted(randomize, dora=dora))
+    fresh.load_state_dict({key: value.clone() for key, value in model.state_dict().items()}, assign=True)
+    assert torch.equal(fresh(IDS), model(IDS))
+    assert fresh.state_dict().keys() == model.state_dict().keys()
+    assert [name for name, _ in fresh.named_parameters()] == [name for name, _ in model.named_parameters()]
+    part = {"embed.lora_A": torch.ones_like(model.embed.lora_A)}
+    fresh.load_state_dict(part, strict=False, assign=True)
+    assert fresh.head.embedding_A is fresh.embed.lora_A
+    assert torch.equal(fresh.head.embedding_A, part["embed.lora_A"])
+
+
 def test_dropout_is_the_heads_alone(randomize):
     model = adapted(randomize, dropout=0.5).train()
     x = torch.randn(64, 6, dtype=torch.float64)

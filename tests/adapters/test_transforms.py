@@ -250,5 +250,7 @@ def test_several_gradients_of_one_output(case):
     def backward(g: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(y, list(leaves.values()), g, retain_graph=True)
 
-    for found, *expected in zip(vmap(backward)(grads), *map(backward, grads), strict=True):
+    batched = torch.autograd.grad(y, list(leaves.values()), grads, retain_graph=True, is_grads_batched=True)
+    for found, again, *expected in zip(vmap(backward)(grads), batched, *map(backward, grads), strict=True):
         torch.testing.assert_close(found, torch.stack(expected))
+        torch.testing.assert_close(again, torch.stack(expected))

@@ -116,3 +116,37 @@ def test_tying_leaves_a_coded_head_and_ties_the_others(tiny: Callable[..., nn.Mo
     if family == "t5":
         assert model.encoder.embed_tokens.weight is model.shared.weight
     assert type(model)._tied_weights_keys.keys() - model._tied_weights_keys.keys() == {"lm_head.weight"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["embed_tokens"]},
+        {"target_modules": ["embed_tokens"], "ensure_weight_tying": True, "dora": True},
+        {"target_modules": ["lm_head"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [3, 7]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+    ],
+)
+def test_tying_passes_adapters_by(
+    tiny: Callable[..., nn.Module], randomize: Callable[[nn.Module], nn.Module], options: dict[str, Any]
+) -> None:
+    model: Any = tiny("llama", dtype=torch.float32, tied=True, vocab_size=300)
+    randomize(phicore.attach(model, phicore.LoRAConfig(rank=3, alpha=7, **options)))
+    if "target_modules" in options and options["target_modules"] != ["q_proj"]:
+        randomize(phicore.attach(model, phicore.LoRAConfig(rank=2, alpha=3, **options), name="second"))
+    y, names = model(IDS).logits, [name for name, _ in model.named_parameters()]
+    with phicore.disabled(model):
+        base = model(IDS).logits
+    for other in (model, copy.deepcopy(model)):
+        other.tie_weights()
+        assert torch.equal(other(IDS).logits, y)
+        assert [name for name, _ in other.named_parameters()] == names
+        with phicore.disabled(other):
+            assert torch.equal(other(IDS).logits, base)
+    head = next(module for module in model.lm_head.modules() if isinstance(module, nn.Linear))
+    embedding = next(module for module in model.model.embed_tokens.modules() if isinstance(module, nn.Embedding))
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    model.tie_weights()
+    assert head.weight is embedding.weight
