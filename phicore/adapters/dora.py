@@ -4,9 +4,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._higher_order_ops.cond import cond_op
-from torch._higher_order_ops.utils import redirect_to_mode
-from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 from phicore.adapters import base as base_layer
 from phicore.adapters.dora_scale import fuses_scaling, scale_columns
@@ -17,11 +14,6 @@ from phicore.modules import has_own_forward
 from phicore.nf4.linear import autocast
 from phicore.nf4.ops import flat
 from phicore.transforms import transformed
-
-# torch knows its other control flow in checkpointed parts of a compiled graph, but not torch.cond, which _norm takes.
-for mode in (_CachingTorchDispatchMode, _CachedTorchDispatchMode):
-    if mode not in cond_op.python_key_table:
-        redirect_to_mode(cond_op, mode)
 
 
 def factored_norm_squared(base_norm_squared: Tensor, WA: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
@@ -61,6 +53,24 @@ def row_scale(magnitude: Tensor, norm: Tensor, positive: bool = False) -> Tensor
 # The factored norm subtracts numbers of the size of ||W||^2, so its relative error grows as (||W|| / ||V'||)^2. Rows
 # whose ||V'||^2 falls below this fraction of ||W||^2 are summed densely instead. In 16 bits W A^T itself is rounded.
 CANCELLATION = {torch.float64: 1e-4, torch.float32: 1e-2, torch.bfloat16: 0.25, torch.float16: 0.05}
+
+
+def _allow_cond_in_checkpoints() -> bool:
+    """torch knows its other control flow in checkpointed parts of a compiled graph, but not torch.cond."""
+    try:
+        from torch._higher_order_ops.cond import cond_op
+        from torch._higher_order_ops.utils import redirect_to_mode
+        from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
+    except ImportError:  # names of torch's own, which another version need not have; compiling says what it lacks
+        return False
+    for mode in (_CachingTorchDispatchMode, _CachedTorchDispatchMode):
+        if mode not in cond_op.python_key_table:
+            redirect_to_mode(cond_op, mode)
+    return True
+
+
+# Run as torch.compile traces. Set as torch.compiler.assume_constant_result does, which imports the whole compiler.
+_allow_cond_in_checkpoints._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class DoRALayer(LowRankLayer):
@@ -191,6 +201,7 @@ class DoRALayer(LowRankLayer):
             return norm_squared.clone()
 
         if torch.compiler.is_compiling():  # a branch on data inside one graph
+            _allow_cond_in_checkpoints()
             return torch.cond(cancelled.any(), dense, factored, ()).sqrt(), False
         if not cancelled.is_meta and cancelled.any():  # on meta there is nothing to branch on
             return dense().sqrt(), False
