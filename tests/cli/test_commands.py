@@ -290,7 +290,8 @@ def test_what_a_user_can_mend_is_told_in_a_line(
 
 def test_ctrl_c_ends_a_command_in_a_line() -> None:
     program = (
-        "import sys, time, phicore.cli.check as command; from phicore.cli import main;"
+        "import signal, sys, time, phicore.cli.check as command; from phicore.cli import main;"
+        "signal.signal(signal.SIGINT, signal.default_int_handler);"  # a shell's background jobs start without it
         "command.main = lambda _: (print('at work', flush=True), time.sleep(60));"
         "sys.exit(main(['check']))"
     )
