@@ -53,7 +53,8 @@ def _products(pairs: Tensor, words: Tensor, absmax: Tensor) -> Tensor:
 
 
 def _nested(decode: Callable[..., None]) -> Callable[..., None]:
-    """As codec.decode_absmax and decode: of codes int32 [blocks], nested_absmax int32 [groups] and offset int32 []."""
+    """decode, of what codec.decode_absmax gives: codes int32 [blocks]; nested_absmax and offset, their bits as int32
+    [groups] and []."""
 
     def formula(pairs, places, code_map, words, codes, nested_absmax, offset, out):
         # A shift, since torch divides with a branch, which would keep this within the loops over a block. Masks tell
@@ -130,7 +131,16 @@ def decode(
     block_size: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """n weights from an NF4 weight's parts, as machine code where there is some; the same bits."""
+    """An NF4 weight's values from its parts, as machine code where there is some; the bits of codec's functions.
+
+    Args:
+        packed: uint8 [ceil(n / 2)].
+        absmax: float32 [ceil(n / block_size)]; double-quantised, uint8 codes.
+        nested_absmax, offset: float32 [ceil(blocks / 256)] and []; None where absmax are not double-quantised.
+
+    Returns:
+        [n] in dtype.
+    """
     whole = n // block_size * block_size
     run = None
     if whole and block_size % WORD == 0 and dtype in (torch.bfloat16, torch.float32):
