@@ -14,9 +14,13 @@ def transformed() -> bool:
     return _transforms_active() or (not torch.compiler.is_compiling() and forward_ad._current_level >= 0)
 
 
+# is_grads_batched of torch.autograd.grad, and so vectorize of torch.autograd.functional, has a vmap of its own. Its key
+# is looked up once, which takes longer than to ask whether it is there.
+_VMAP = torch._C._dispatch_key_parse("VmapMode")
+
+
 def _transforms_active() -> bool:
-    # is_grads_batched of torch.autograd.grad, and so vectorize of torch.autograd.functional, has a vmap of its own.
-    return torch._C._are_functorch_transforms_active() or torch._C._dispatch_tls_is_dispatch_key_included("VmapMode")
+    return torch._C._are_functorch_transforms_active() or torch._C._dispatch_tls_is_dispatch_key_included(_VMAP)
 
 
 # torch.compile asks once, as it traces: its graphs are guarded by the transforms around them. Set as

@@ -147,11 +147,11 @@ def _emulated(base: Base, x: Tensor) -> bool:
 
 def _is_plain(base: Base, x: Tensor) -> bool:
     """Whether a base is a plain frozen layer with a dense weight of x's dtype, or of autocast's for both."""
-    kinds: tuple[Any, ...] = (nn.Linear, *transposed_kinds())
-    if type(base).forward not in [kind.forward for kind in kinds]:
+    forward = type(base).forward
+    if forward is not nn.Linear.forward and forward not in [kind.forward for kind in transposed_kinds()]:
         return False
     weight = base.weight
-    fits = weight.dtype in (x.dtype, autocast_dtype(x))
+    fits = weight.dtype == x.dtype or weight.dtype == autocast_dtype(x)
     return fits and type(weight) in (Tensor, nn.Parameter) and not weight.requires_grad
 
 
@@ -242,6 +242,7 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """A context for sums that must keep their dtype: autocast would take their matrix products in 16 bits."""
-    if torch.amp.is_autocast_available(device.type):
+    # The meta device knows no autocast.
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
-    return nullcontext()  # the meta device knows no autocast
+    return nullcontext()

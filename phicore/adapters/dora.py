@@ -203,10 +203,11 @@ class DoRALayer(LowRankLayer):
         if torch.compiler.is_compiling():  # a branch on data inside one graph
             _allow_cond_in_checkpoints()
             return torch.cond(cancelled.any(), dense, factored, ()).sqrt(), False
-        if not cancelled.is_meta and cancelled.any():  # on meta there is nothing to branch on
+        if cancelled.is_meta:  # there is nothing to branch on
+            return norm_squared.sqrt(), False
+        if cancelled.any():
             return dense().sqrt(), False
-        positive = not norm_squared.is_meta and not (norm_squared == 0).any()  # a NaN is not zero, and stays one
-        return norm_squared.sqrt(), positive
+        return norm_squared.sqrt(), bool(norm_squared.all())
 
     def _apply(self, fn: Any, recurse: bool = True) -> "DoRALayer":
         dtype = self.dtype

@@ -79,7 +79,8 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
 
 def autocast(x: Tensor) -> Tensor:
     """x as autocast would give it to a matrix product. The dispatcher's own rule would cast the float32 scales too."""
-    return x.to(autocast_dtype(x))
+    dtype = autocast_dtype(x)
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 class NF4Linear(nn.Module):
