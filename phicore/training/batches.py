@@ -1,8 +1,8 @@
 """From examples to a batch on its device, and what the loop asks of either."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +12,14 @@ from phicore.training.data import collate
 
 Batch = Any
 TOKENS = ("input_ids", "labels")
+
+
+class Indexed(Protocol):
+    """Examples by number: a list, or a dataset of torch or of the hub, which are no Sequence."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
 
 
 def make_batch(examples: list[Any]) -> Batch:
@@ -74,7 +82,7 @@ def length_of(example: Any) -> int:
     return len(example["input_ids"]) if isinstance(example, Mapping) and "input_ids" in example else 0
 
 
-def lengths_of(data: Sequence[Any]) -> list[int]:
+def lengths_of(data: Indexed) -> list[int]:
     """Tokens of each example.
 
     Raises:
