@@ -9,7 +9,7 @@ from phicore.settings import check_types
 
 @dataclass(kw_only=True, slots=True)
 class TrainConfig:
-    """Settings of a Trainer. Field names and defaults are the same in the CLI, in config files and here."""
+    """Settings of a Trainer, under the names and defaults of `phicore finetune`, whose --help explains each."""
 
     output: str = "runs/default"
     """Directory of the run: metrics.jsonl and checkpoints/."""
