@@ -128,6 +128,13 @@ def test_what_matches_nothing_is_named(toy, targets, excluded, message):
         select(toy(), targets, excluded, LINEAR)
 
 
+@pytest.mark.parametrize("model", [nn.Linear(4, 4), nn.MultiheadAttention(4, 1)], ids=["linear", "attention"])
+def test_a_model_that_is_one_layer_has_no_place_for_another(model):
+    """Of an attention nothing else would look at the layer put into it."""
+    with pytest.raises(ValueError, match=f"the model itself is of type {type(model).__name__}.*another module"):
+        select(model, ALL_LINEAR if isinstance(model, nn.Linear) else ["out_proj"], [], (nn.Linear,))
+
+
 def test_a_target_inside_attention_is_explained():
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2), "fc": nn.Linear(4, 4)})
     with pytest.raises(ValueError, match=r"attention\.out_proj, which is a .*outside nn\.MultiheadAttention"):
