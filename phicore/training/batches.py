@@ -47,14 +47,14 @@ def check_indexed(name: str, data: Any) -> None:
     """Refuses data that does not give its examples by index.
 
     Raises:
-        TypeError: it has no length or takes no index (an IterableDataset, a generator), or is a dict.
+        TypeError: it has no length or takes no index (an IterableDataset, a generator), or is a dict or a file's name.
     """
-    streams = isinstance(data, IterableDataset | Mapping)  # torch gives the first an index that raises
-    if streams or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+    others = isinstance(data, IterableDataset | Mapping | str)  # torch gives the first an index that raises
+    if others or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
         raise TypeError(
             f"{name} is of type {type(data).__name__}; examples are taken by number, so that a run can be resumed: "
             f"give a list, or a dataset that has a length and takes an index (of a stream, list(stream); of a "
-            f"DataLoader, its dataset; of a dict of splits, one of them)"
+            f"DataLoader, its dataset; of a dict of splits, one of them; of a file, what load_dataset makes of it)"
         )
 
 

@@ -136,6 +136,8 @@ class Trainer:
         collate_fn: Callable[[list[Any]], Batch] | None = None,
         identity: Mapping[str, Any] | None = None,
     ) -> None:
+        if not isinstance(config, TrainConfig):
+            raise TypeError(f"the Trainer takes a TrainConfig, got a {type(config).__name__}")
         distributed.join(config.first_step_timeout)
         self.model = model
         self.config = config

@@ -339,7 +339,9 @@ class Stream(IterableDataset[Any]):
 
 
 @pytest.mark.parametrize(
-    "data", [Stream(), DataLoader(SIZED), iter(SIZED), {"train": SIZED}], ids=lambda data: type(data).__name__
+    "data",
+    [Stream(), DataLoader(SIZED), iter(SIZED), {"train": SIZED}, "train.jsonl"],
+    ids=lambda data: type(data).__name__,
 )
 def test_data_that_takes_no_index_is_refused(tmp_path: Path, data: Any) -> None:
     config, told = TrainConfig(output=str(tmp_path)), f"is of type {type(data).__name__};.*give a list"
