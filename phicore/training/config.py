@@ -78,7 +78,7 @@ class TrainConfig:
     """How many of the newest checkpoints stay."""
 
     log_every: int = 10
-    """Steps between lines of metrics.jsonl; the first step is always logged."""
+    """Steps between lines of metrics.jsonl; the first and the last step are always logged."""
 
     first_step_timeout: float = 300.0
     """Seconds that a rank waits for the others until the first step is done."""
