@@ -48,7 +48,7 @@ from phicore.training.watch import Watch
 from phicore.zero import ZeroOptimizer
 from phicore.zero.agreement import check_same
 
-LossFunction = Callable[[nn.Module, Batch], tuple[Tensor, Tensor | int]]
+LossFunction = Callable[[nn.Module, Batch], tuple[Tensor, Tensor | float]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -389,7 +389,10 @@ def test_a_model_that_returns_no_logits_is_told(tmp_path: Path, kind: type) -> N
     [
         (lambda loss: loss, "a Tensor"),
         (lambda loss: {"loss": loss, "logits": loss}, "a dict with loss, logits"),
-        (lambda loss: (loss, 1, 2), "a tuple"),
+        (lambda loss: (loss, 1, 2), "a tuple of Tensor, int, int"),
+        (lambda loss: (loss, {"logits": loss}), "a tuple of Tensor, dict with logits"),
+        (lambda loss: (loss.expand(2), 1), "a tuple of Tensor, int"),
+        (lambda loss: (float(loss), 1), "a tuple of float, int"),
     ],
 )
 @pytest.mark.parametrize("evaluate", [False, True])
