@@ -174,6 +174,8 @@ def select(
                     f'target "{entry}", a string, is a regular expression for whole names, and matches none; for names '
                     f'that end in it give a list: ["{entry}"]'
                 )
+            if entry == [ALL_LINEAR]:
+                message = f'"{ALL_LINEAR}" is taken by itself only, as a string; a list takes names and their ends'
             raise ValueError(message)
         mapped = {whole for wholes in fused.values() for whole in wholes}
         if fused:

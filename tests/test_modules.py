@@ -108,6 +108,7 @@ def test_a_list_selects_in_the_models_order(toy):
         ("blocks.7.up_proj", [], r'no module matches target "blocks.7.up_proj"; did you mean up_proj'),
         (["q_proj"], [], r'no module matches target "q_proj"'),
         (["gate_up_proj"], [], r'no module matches target "gate_up_proj"; did you mean'),
+        (["all-linear", "head"], [], r'"all-linear" is taken by itself only, as a string'),
         (["norm"], [], r'target "norm" matches norm, which is a LayerNorm and cannot be .*; layers that can: Linear,'),
         (["up_proj"], ["hed"], r'no module matches exclude_modules entry "hed"; did you mean head'),
         (["up_proj"], ["up_proj"], r"target_modules=\['up_proj'\] with exclude_modules=\['up_proj'\] leaves no module"),
