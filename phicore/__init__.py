@@ -2,9 +2,9 @@
 
 from typing import TYPE_CHECKING
 
-import phicore.formats.pretrained  # noqa: F401  # what quantize_ does for models of transformers
 from phicore import nf4
 from phicore.adapters import DoRALinear, LoRAConfig, LoRALinear, attach, disabled, merge, unmerge
+from phicore.formats import pretrained as _pretrained  # noqa: F401  # what quantize_ does for models of transformers
 from phicore.formats.peft import load_adapter, save_adapter
 from phicore.nf4 import NF4Linear, quantize_
 from phicore.training import TrainConfig, Trainer

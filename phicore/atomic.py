@@ -50,7 +50,8 @@ def check_free(path: str | os.PathLike[str], *, overwrite: bool = False) -> None
     """Raises FileExistsError where `new_directory` would: what is to be written may take long to make."""
     path = _end_of_links(Path(path))
     if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not overwrite)):
-        raise FileExistsError(f"{path} exists and is not an empty directory; choose another, or remove it first")
+        replaced = "set overwrite" if path.is_dir() else "remove it first"
+        raise FileExistsError(f"{path} exists and is not an empty directory; choose another, or {replaced}")
 
 
 @contextmanager

@@ -106,9 +106,15 @@ def select(
         excludable: names of modules beside the candidates that an exclusion may mean.
 
     Raises:
-        ValueError: a target or an exclusion that matches nothing, naming it and what is near; a target that means a
-            part of a fused projection, unless it is mapped; a target that is of another kind, or no regular expression.
+        ValueError: a model that is such a module itself; a target or an exclusion that matches nothing, naming it and
+            what is near; a target that means a part of a fused projection, unless it is mapped; a target that is of
+            another kind, or no regular expression.
     """
+    if isinstance(model, (*kinds, nn.MultiheadAttention)):
+        raise ValueError(
+            f"the model itself is of type {type(model).__name__}, and nothing can take its place; put it into another "
+            f"module, such as nn.Sequential"
+        )
     if isinstance(exclude_modules, str):
         raise ValueError(f"exclude_modules must be a list of names, got {exclude_modules!r}")
     if not target_modules:
@@ -168,6 +174,8 @@ def select(
                     f'target "{entry}", a string, is a regular expression for whole names, and matches none; for names '
                     f'that end in it give a list: ["{entry}"]'
                 )
+            if entry == [ALL_LINEAR]:
+                message = f'"{ALL_LINEAR}" is taken by itself only, as a string; a list takes names and their ends'
             raise ValueError(message)
         mapped = {whole for wholes in fused.values() for whole in wholes}
         if fused:

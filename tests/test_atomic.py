@@ -149,9 +149,12 @@ def test_what_is_there_is_not_overwritten_unless_asked(tmp_path):
     path = tmp_path / "dir"
     path.mkdir()
     write(path, x="old", y="old")
-    with pytest.raises(FileExistsError, match="exists and is not an empty directory"), atomic.new_directory(path):
+    refused = "exists and is not an empty directory; choose another, or"
+    with pytest.raises(FileExistsError, match=f"{refused} set overwrite"), atomic.new_directory(path):
         pytest.fail("the block must not run")
     assert read(path) == {"x": "old", "y": "old"}
+    with pytest.raises(FileExistsError, match=f"{refused} remove it first"):
+        atomic.check_free(path / "x", overwrite=True)
     with atomic.new_directory(path, overwrite=True) as temporary:
         write(temporary, x="new")
     assert read(path) == {"x": "new"}

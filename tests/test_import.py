@@ -59,6 +59,7 @@ def test_the_public_face():
         "ZeroOptimizer", "load_adapter", "merge", "nf4", "quantize_", "save_adapter", "unmerge",
     }  # fmt: skip
     assert names <= set(phicore.__all__)
+    assert not hasattr(phicore, "phicore")
     assert {"NF4Linear", "NF4Tensor", "linear", "quantize", "quantize_"} <= set(phicore.nf4.__all__)
     for module in (phicore, phicore.nf4):
         assert all(hasattr(module, name) for name in module.__all__)

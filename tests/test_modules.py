@@ -108,6 +108,7 @@ def test_a_list_selects_in_the_models_order(toy):
         ("blocks.7.up_proj", [], r'no module matches target "blocks.7.up_proj"; did you mean up_proj'),
         (["q_proj"], [], r'no module matches target "q_proj"'),
         (["gate_up_proj"], [], r'no module matches target "gate_up_proj"; did you mean'),
+        (["all-linear", "head"], [], r'"all-linear" is taken by itself only, as a string'),
         (["norm"], [], r'target "norm" matches norm, which is a LayerNorm and cannot be .*; layers that can: Linear,'),
         (["up_proj"], ["hed"], r'no module matches exclude_modules entry "hed"; did you mean head'),
         (["up_proj"], ["up_proj"], r"target_modules=\['up_proj'\] with exclude_modules=\['up_proj'\] leaves no module"),
@@ -126,6 +127,13 @@ def test_a_list_selects_in_the_models_order(toy):
 def test_what_matches_nothing_is_named(toy, targets, excluded, message):
     with pytest.raises(ValueError, match=message):
         select(toy(), targets, excluded, LINEAR)
+
+
+@pytest.mark.parametrize("model", [nn.Linear(4, 4), nn.MultiheadAttention(4, 1)], ids=["linear", "attention"])
+def test_a_model_that_is_one_layer_has_no_place_for_another(model):
+    """Of an attention nothing else would look at the layer put into it."""
+    with pytest.raises(ValueError, match=f"the model itself is of type {type(model).__name__}.*another module"):
+        select(model, ALL_LINEAR if isinstance(model, nn.Linear) else ["out_proj"], [], (nn.Linear,))
 
 
 def test_a_target_inside_attention_is_explained():

@@ -74,5 +74,7 @@ def test_of_an_adapter(settings, message):
 
 
 def test_what_is_no_configuration_is_named():
+    with pytest.raises(TypeError, match="the Trainer takes a TrainConfig, got a dict"):
+        phicore.Trainer(torch.nn.Linear(4, 4), {"steps": 1}, [1])
     with pytest.raises(TypeError, match="attach takes a LoRAConfig, got a dict"):
         phicore.attach(torch.nn.Sequential(torch.nn.Linear(2, 2)), {"rank": 4})

@@ -1,9 +1,10 @@
-"""`python -m phicore_kernels.check [target ...]`: compiles every kernel for every target and reads the machine code.
+"""`python -m phicore_kernels.check`: compiles every kernel for every GPU, or those named, and reads the machine code.
 
 It fails where a kernel does not compile, spills registers, needs more shared memory than the GPU has, does a product
 without tensor cores, loads less than 16 bytes at once or takes small numbers for zero.
 """
 
+import argparse
 import re
 import sys
 
@@ -33,9 +34,11 @@ def problems(entry: Entry, compiled: Compiled) -> list[str]:
     return found
 
 
-def main(targets: list[str]) -> int:
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m phicore_kernels.check", description=__doc__.split("\n")[0])
+    parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS), help="default: all")
     failed = 0
-    for target in targets or list(TARGETS):
+    for target in parser.parse_args(arguments).targets:
         for entry in catalogue(target):
             compiled = compile_launch(entry.launch, target)
             found = problems(entry, compiled)
@@ -48,4 +51,4 @@ def main(targets: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

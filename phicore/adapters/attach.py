@@ -125,10 +125,6 @@ def plan(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, nn.Module], di
         chosen = _chosen(model, config, saved)
     chosen = {path: module for path, module in chosen.items() if path not in saved and not path.startswith(whole)}
     targets = _with_projections(chosen)
-    if isinstance(model, nn.MultiheadAttention):
-        raise ValueError(
-            f"the model itself is an {type(model).__name__}; put it into another module, and name it there"
-        )
     if both := sorted(targets.keys() & saved.keys()):
         raise ValueError(
             f"target_modules means {both[0]}, as a projection of an attention, and so does modules_to_save"

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 @dataclass(kw_only=True, slots=True)
 class LoRAConfig:
-    """How `attach` adapts a model. Field names and defaults are the same in the CLI, in config files and here."""
+    """How `attach` adapts a model, under the names and defaults of `phicore finetune`, whose --help explains each."""
 
     rank: int = 16
     """Inner dimension of the low-rank product B A."""

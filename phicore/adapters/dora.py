@@ -224,14 +224,16 @@ def _refresh_after_load(layer: DoRALayer, _keys: Any) -> None:
 class DoRALinear(DoRALayer, LowRankLinear):
     """A linear layer with a DoRA adapter: y = (m / ||V'||) * (x V'^T) + bias, V' = W + scaling * B A.
 
-    The norm follows A and B in the forward pass and is a constant in the backward pass (section 4.3 of the paper). It
-    comes from the factored form, so a step costs about what LoRA's costs. Dropout touches the low-rank path only;
-    the bias is not scaled.
+    The norm follows A and B in the forward pass and is a constant in the backward pass. It comes from the factored
+    form, so a step costs about what LoRA's costs. Dropout touches the low-rank path only; the bias is not scaled.
 
     Args and errors: as LoRALinear.
 
     Attributes:
+        lora_A, lora_B: as LoRALinear.
         magnitude: m, [out]; starts at ||W|| (at ||V'|| for an init whose B is not zero).
+
+    Source: Liu et al. 2024, "DoRA", section 4.3.
     """
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]

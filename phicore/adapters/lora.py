@@ -470,9 +470,14 @@ class LoRALinear(LowRankLinear):
         init: start of A and B, see LoRAConfig; with "loftq" both are zero until `correct` is called.
         dtype: of A and B; None takes the base's compute dtype.
 
+    Attributes:
+        lora_A, lora_B: A [rank, in] and B [out, rank], which train.
+
     Raises:
         TypeError: base is no linear layer.
         ValueError: rank, alpha, dropout or init out of range.
+
+    Source: Hu et al. 2021, "LoRA".
 
     Example:
         >>> layer = LoRALinear(nn.Linear(64, 32), rank=4, alpha=8)

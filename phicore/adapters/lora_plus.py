@@ -14,7 +14,7 @@ def lora_plus_groups(
     Args:
         named_parameters: those that train; others, which require no gradient, are left out.
         learning_rate: of A, magnitudes and whatever else trains.
-        ratio: of B's rate to it. The paper finds 2 ** 4 to be good for large widths, with a smaller learning_rate.
+        ratio: of B's rate to it. Hayou et al. 2024 find 2 ** 4 good for large widths, with a smaller learning_rate.
 
     Returns:
         Groups with "params" and "lr"; one that would be empty is left out.

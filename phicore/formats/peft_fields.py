@@ -39,7 +39,8 @@ def read_raw_config(directory: Path) -> dict[str, Any]:
     """
     path = directory / CONFIG
     if not path.is_file():
-        raise FileNotFoundError(f"{directory} holds no {CONFIG}; an adapter directory has {CONFIG} and {WEIGHTS}")
+        lacking = f"holds no {CONFIG}" if directory.is_dir() else "is no directory on this machine"
+        raise FileNotFoundError(f"{directory} {lacking}; an adapter directory has {CONFIG} and {WEIGHTS}")
     check_links(directory)
     raw = read_json(path)
     if raw.get("peft_type") != "LORA":

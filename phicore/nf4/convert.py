@@ -50,7 +50,9 @@ def quantize_(
     check_block_size(block_size)
     adapters = [name for name, module in model.named_modules() if hasattr(module, "adapter_name")]
     if adapters:  # their frozen bases and trained copies are nn.Linear too, and DoRA holds norms of its base
-        raise ValueError(f"{adapters[0]} is an adapter; quantize a model before adapters are attached to it")
+        raise ValueError(
+            f"{adapters[0] or 'the model itself'} is an adapter; quantize a model before adapters are attached to it"
+        )
     chosen: dict[str, Any] = select(model, target_modules, exclude_modules, (nn.Linear,))
     all_meta = all(parameter.is_meta for parameter in model.parameters())
     # All weights are looked at before the first is replaced, so that an error leaves no half-quantised model.

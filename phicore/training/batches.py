@@ -1,8 +1,8 @@
 """From examples to a batch on its device, and what the loop asks of either."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +12,14 @@ from phicore.training.data import collate
 
 Batch = Any
 TOKENS = ("input_ids", "labels")
+
+
+class Indexed(Protocol):
+    """Examples by number: a list, or a dataset of torch or of the hub, which are no Sequence."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
 
 
 def make_batch(examples: list[Any]) -> Batch:
@@ -39,14 +47,14 @@ def check_indexed(name: str, data: Any) -> None:
     """Refuses data that does not give its examples by index.
 
     Raises:
-        TypeError: it has no length or takes no index (an IterableDataset, a generator), or is a dict.
+        TypeError: it has no length or takes no index (an IterableDataset, a generator), or is a dict or a file's name.
     """
-    streams = isinstance(data, IterableDataset | Mapping)  # torch gives the first an index that raises
-    if streams or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+    others = isinstance(data, IterableDataset | Mapping | str)  # torch gives the first an index that raises
+    if others or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
         raise TypeError(
             f"{name} is of type {type(data).__name__}; examples are taken by number, so that a run can be resumed: "
             f"give a list, or a dataset that has a length and takes an index (of a stream, list(stream); of a "
-            f"DataLoader, its dataset; of a dict of splits, one of them)"
+            f"DataLoader, its dataset; of a dict of splits, one of them; of a file, what load_dataset makes of it)"
         )
 
 
@@ -74,7 +82,7 @@ def length_of(example: Any) -> int:
     return len(example["input_ids"]) if isinstance(example, Mapping) and "input_ids" in example else 0
 
 
-def lengths_of(data: Sequence[Any]) -> list[int]:
+def lengths_of(data: Indexed) -> list[int]:
     """Tokens of each example.
 
     Raises:

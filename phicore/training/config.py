@@ -9,7 +9,7 @@ from phicore.settings import check_types
 
 @dataclass(kw_only=True, slots=True)
 class TrainConfig:
-    """Settings of a Trainer. Field names and defaults are the same in the CLI, in config files and here."""
+    """Settings of a Trainer, under the names and defaults of `phicore finetune`, whose --help explains each."""
 
     output: str = "runs/default"
     """Directory of the run: metrics.jsonl and checkpoints/."""
@@ -78,7 +78,7 @@ class TrainConfig:
     """How many of the newest checkpoints stay."""
 
     log_every: int = 10
-    """Steps between lines of metrics.jsonl; the first step is always logged."""
+    """Steps between lines of metrics.jsonl; the first and the last step are always logged."""
 
     first_step_timeout: float = 300.0
     """Seconds that a rank waits for the others until the first step is done."""

@@ -3,6 +3,7 @@
 import inspect
 import weakref
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -196,18 +197,24 @@ def output_head(model: nn.Module) -> nn.Linear | None:
     return head
 
 
-def sum_and_count(returned: Any) -> tuple[Tensor, Tensor | int]:
+def sum_and_count(returned: Any) -> tuple[Tensor, Tensor | float]:
     """What a loss function returned, if it is what the loop needs of one.
 
     Raises:
-        TypeError: it is something else, such as the mean loss alone.
+        TypeError: it is something else, such as the mean loss alone, or that and the model's output.
     """
-    if not (isinstance(returned, tuple) and len(returned) == 2):
+    loss, n = returned if isinstance(returned, tuple) and len(returned) == 2 else (None, None)
+    if not (_is_scalar(loss) and (_is_scalar(n) or isinstance(n, Real))):
+        told = f"tuple of {', '.join(map(kind_of, returned))}" if isinstance(returned, tuple) else kind_of(returned)
         raise TypeError(
-            f"loss_fn returned a {kind_of(returned)}; it must return two values: the loss summed over the batch, and "
-            f"the number of tokens (or items) that it sums over. Of a mean over n of them: return loss * n, n"
+            f"loss_fn returned a {told}; it must return two values: the loss summed over the batch, a tensor of "
+            f"one element, and the number of tokens (or items) that it sums over. Of a mean over n: return loss * n, n"
         )
     return returned
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.numel() == 1
 
 
 def masked_mean(total: float, count: float, where: str) -> float:

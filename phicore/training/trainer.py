@@ -6,7 +6,7 @@ import math
 import sys
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from phicore.training import checkpoint, distributed
 from phicore.training.background import BackgroundWriter
 from phicore.training.batches import (
     Batch,
+    Indexed,
     check_indexed,
     chunks,
     count_tokens,
@@ -47,7 +48,7 @@ from phicore.training.watch import Watch
 from phicore.zero import ZeroOptimizer
 from phicore.zero.agreement import check_same
 
-LossFunction = Callable[[nn.Module, Batch], tuple[Tensor, Tensor | int]]
+LossFunction = Callable[[nn.Module, Batch], tuple[Tensor, Tensor | float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,13 +129,15 @@ class Trainer:
         self,
         model: nn.Module,
         config: TrainConfig,
-        train_data: Sequence[Any],
-        eval_data: Sequence[Any] | None = None,
+        train_data: Indexed,
+        eval_data: Indexed | None = None,
         loss_fn: LossFunction | None = None,
         *,
         collate_fn: Callable[[list[Any]], Batch] | None = None,
         identity: Mapping[str, Any] | None = None,
     ) -> None:
+        if not isinstance(config, TrainConfig):
+            raise TypeError(f"the Trainer takes a TrainConfig, got a {type(config).__name__}")
         distributed.join(config.first_step_timeout)
         self.model = model
         self.config = config
@@ -382,7 +385,7 @@ class Trainer:
         return self._stop_agreed or (self.stop_requested and world_size() == 1)
 
     @torch.no_grad()
-    def evaluate(self, data: Sequence[Any] | None = None) -> float:
+    def evaluate(self, data: Indexed | None = None) -> float:
         """Mean loss per labelled token over data (default: eval_data), with dropout off.
 
         The model's modes and the random states of torch, Python and NumPy are afterwards what they were.
@@ -399,7 +402,7 @@ class Trainer:
         with self._watch.during(f"the evaluation after step {self.step}"):
             return self._evaluate(data)
 
-    def _evaluate(self, data: Sequence[Any]) -> float:
+    def _evaluate(self, data: Indexed) -> float:
         loss_sum, count = 0.0, 0.0
         self.buffers.share()
         with mode(self.model, training=False), kept_random():

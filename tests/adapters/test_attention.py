@@ -290,7 +290,7 @@ def test_what_cannot_be_adapted_is_named(unchanged, options, message):
     ):  # when the attention is opened already
         phicore.attach(model, phicore.LoRAConfig(target_modules=["attention"], init="loftq"))
     attention = model.attention
-    with unchanged(attention), pytest.raises(ValueError, match="the model itself is an MultiheadAttention"):
+    with unchanged(attention), pytest.raises(ValueError, match="the model itself is of type MultiheadAttention"):
         phicore.attach(attention, phicore.LoRAConfig(target_modules=["out_proj"]))
 
 

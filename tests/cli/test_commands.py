@@ -175,6 +175,7 @@ def test_what_cannot_be_written_or_read_is_told_before_a_model_is_loaded(
         (["merge", "--adapter", str(adapter), "--output", taken], "taken exists and is not an empty directory"),
         (["merge", "--adapter", taken, "--output", out], "taken holds no adapter_config.json"),
         (["generate", "--adapter", taken, "--prompt", "x"], "taken holds no adapter_config.json"),
+        (["generate", "--adapter", "you/adapter", "--prompt", "x"], "you/adapter is no directory on this machine"),
     ):
         with mock.patch("phicore.formats.huggingface.load_model", side_effect=AssertionError("loaded in vain")):
             assert main([*arguments, *model]) == 1

@@ -52,7 +52,7 @@ def refused(request, toy, unchanged):
 def test_a_missing_file(spoiled, refused, name):
     (spoiled / name).unlink()
     refused(spoiled, f"holds no {name}", FileNotFoundError)
-    refused(spoiled / "nowhere", f"holds no {CONFIG}", FileNotFoundError)
+    refused(spoiled / "nowhere", "is no directory on this machine", FileNotFoundError)
 
 
 def test_a_truncated_file(spoiled, refused):

@@ -8,7 +8,7 @@ import pytest
 from benchmarks.kernels import AIMS
 from phicore_kernels import catalogue
 from phicore_kernels.aot import TARGETS, Compiled, compile_launch
-from phicore_kernels.check import problems
+from phicore_kernels.check import main, problems
 
 OTHERS = (
     ("sm_90", "matmul forward float32 16x64x64 split 16"),
@@ -33,6 +33,14 @@ def compiled(target: str, name: str) -> tuple[catalogue.Entry, Compiled]:
 @pytest.mark.parametrize(("target", "name"), OTHERS)
 def test_kernels_compile_without_spills_onto_tensor_cores(target, name):
     assert problems(*compiled(target, name)) == []
+
+
+def test_the_command_names_the_targets_that_there_are(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--targets", "sm_70"])
+    assert stop.value.code == 2
+    assert "'sm_70'" in (told := capsys.readouterr().err)
+    assert "gfx1100" in told
 
 
 @pytest.mark.parametrize("name", AIMS)

@@ -339,7 +339,9 @@ class Stream(IterableDataset[Any]):
 
 
 @pytest.mark.parametrize(
-    "data", [Stream(), DataLoader(SIZED), iter(SIZED), {"train": SIZED}], ids=lambda data: type(data).__name__
+    "data",
+    [Stream(), DataLoader(SIZED), iter(SIZED), {"train": SIZED}, "train.jsonl"],
+    ids=lambda data: type(data).__name__,
 )
 def test_data_that_takes_no_index_is_refused(tmp_path: Path, data: Any) -> None:
     config, told = TrainConfig(output=str(tmp_path)), f"is of type {type(data).__name__};.*give a list"
@@ -387,7 +389,10 @@ def test_a_model_that_returns_no_logits_is_told(tmp_path: Path, kind: type) -> N
     [
         (lambda loss: loss, "a Tensor"),
         (lambda loss: {"loss": loss, "logits": loss}, "a dict with loss, logits"),
-        (lambda loss: (loss, 1, 2), "a tuple"),
+        (lambda loss: (loss, 1, 2), "a tuple of Tensor, int, int"),
+        (lambda loss: (loss, {"logits": loss}), "a tuple of Tensor, dict with logits"),
+        (lambda loss: (loss.expand(2), 1), "a tuple of Tensor, int"),
+        (lambda loss: (float(loss), 1), "a tuple of float, int"),
     ],
 )
 @pytest.mark.parametrize("evaluate", [False, True])
