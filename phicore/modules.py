@@ -8,6 +8,7 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 ALL_LINEAR = "all-linear"
 
@@ -258,6 +259,13 @@ def no_match(what: str, name: str, among: Sequence[str] | dict[str, nn.Module]) 
     near = difflib.get_close_matches(name.rsplit(".", 1)[-1], last_parts, n=3, cutoff=0.5)
     hint = f"did you mean {', '.join(near)}?" if near else f"there are: {', '.join(last_parts[:20])}"
     return f"no module matches {what}; {hint}"
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model in torch's wrappers (DistributedDataParallel, torch.compile), which put a name before all its names."""
+    while isinstance(model, DistributedDataParallel) or "_orig_mod" in model._modules:
+        model = model.module if isinstance(model, DistributedDataParallel) else model.get_submodule("_orig_mod")
+    return model
 
 
 def output_heads(model: nn.Module) -> set[nn.Module]:

@@ -287,7 +287,7 @@ def attach(model: Model, config: LoRAConfig, name: str = "default") -> Model:
         raise ValueError(f'the model has an adapter named "{name}" already; give another name')
     if any(merged_layers(model)):
         raise ValueError("the model's adapters are merged; unmerge it before attaching another")
-    _check_not_wrapped(model)
+    check_not_wrapped(model)
     targets, saved = plan(model, config)
     parts = splits(model, config, targets)
     stacks = plan_parameters(model, config, targets, saved)
@@ -351,7 +351,7 @@ def attach(model: Model, config: LoRAConfig, name: str = "default") -> Model:
 WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}  # the last is fully_shard's
 
 
-def _check_not_wrapped(model: nn.Module) -> None:
+def check_not_wrapped(model: nn.Module) -> None:
     """Raises ValueError for a model whose gradients torch sums over ranks."""
     for path, module in model.named_modules():
         kinds = {kind.__name__ for kind in type(module).__mro__ if kind.__module__.startswith("torch.")}
