@@ -15,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from phicore import atomic
-from phicore.adapters.attach import adapter_layers, attach, check_not_wrapped, merged_layers, plan
+from phicore.adapters.attach import adapter_layers, attach, check_not_sharded, check_not_wrapped, merged_layers, plan
 from phicore.adapters.config import LoRAConfig
 from phicore.adapters.dora import DoRALayer
 from phicore.adapters.experts import LoRAExperts
@@ -121,6 +121,7 @@ def load_adapter(model: Model, directory: str | os.PathLike[str], name: str = "d
     if any(merged_layers(model)):
         raise ValueError("the model's adapters are merged; unmerge it before loading one")
     if present:
+        check_not_sharded(model)
         expected = adapter_tensors(model, name)
         config, together = None, []
         unlike = differences(model, raw, parts, name)

@@ -160,6 +160,10 @@ def save_wrapped(directory: Path) -> None:
             assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
             if not isinstance(wrapped, FSDPModule):
                 assert phicore.load_adapter(wrapped, path) is wrapped
+                continue
+            for change in (phicore.merge, lambda model: phicore.load_adapter(model, path)):
+                with pytest.raises(ValueError, match=r"is a FSDPModule, whose weights are in parts on ranks"):
+                    change(wrapped)
     bare = nn.Sequential(Block(), Block(), nn.Linear(64, 8))
     with pytest.raises(ValueError, match=r"the model is a DistributedDataParallel, .* attach first"):
         phicore.load_adapter(DistributedDataParallel(bare), path)
