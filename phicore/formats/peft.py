@@ -56,13 +56,19 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str 
         name: which adapter.
 
     Raises:
-        ValueError: the model has no such adapter, or is merged.
+        ValueError: the model has no such adapter, is merged, or holds the adapter without values (on meta).
 
     Warns:
         UserWarning: layers that PEFT misreads on this type of model; phicore reads them rightly.
     """
     model = unwrapped(model)
-    tensors = {key: _whole(tensor).contiguous().cpu() for key, tensor in adapter_tensors(model, name).items()}
+    found = adapter_tensors(model, name)
+    if without := [key for key, tensor in found.items() if tensor.is_meta]:
+        raise ValueError(
+            f"{without[0]} is on meta, without values: it was never loaded, or accelerate has offloaded it; load the "
+            f"model whole"
+        )
+    tensors = {key: _whole(tensor).contiguous().cpu() for key, tensor in found.items()}
     config = adapter_config(model, name)
     data = save(_each_alone(tensors), metadata={"format": "pt"})
     if parts := split_parts(model, name):
