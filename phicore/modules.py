@@ -2,11 +2,13 @@
 
 import difflib
 import re
+import sys
 import warnings
 from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 ALL_LINEAR = "all-linear"
 
@@ -161,6 +163,7 @@ def select(
             if wholes or any(matches(name, entry) for name in candidates):
                 continue
             others = [name for name in every if matches(name, entry)]
+            check_not_in_peft(others, every)
             if others:
                 kind = type(every[others[0]]).__name__
                 accepted = ", ".join(sorted(k.__name__ for k in kinds))
@@ -195,7 +198,24 @@ def select(
             f"target_modules={target_modules!r} with exclude_modules={list(exclude_modules)!r} leaves no module of "
             f"{type(model).__name__}; of the layers that can be chosen here ({accepted}) it has {there}"
         )
+    check_not_in_peft(chosen, every)
     return chosen
+
+
+def check_not_in_peft(names: Iterable[str], every: dict[str, nn.Module]) -> None:
+    """Raises ValueError for a layer of peft's or a part of one: its pairs are linear layers too, and it writes to its
+    base's weight."""
+    tuners, other = sys.modules.get("peft.tuners.tuners_utils"), sys.modules.get("peft.utils.other")
+    if tuners is None or other is None:
+        return
+    for name in names:
+        parts = name.split(".")
+        for around in (".".join(parts[:end]) for end in range(1, len(parts) + 1)):
+            if isinstance(every[around], (tuners.BaseTunerLayer, other.ModulesToSaveWrapper)):
+                raise ValueError(
+                    f"{name} belongs to an adapter of peft, which {around} holds; merge that first "
+                    f"(merge_and_unload of the PeftModel), or save it and give the plain model to phicore.load_adapter"
+                )
 
 
 def check_exclusion(excluded: str, every: dict[str, nn.Module], candidates: Iterable[str]) -> None:
@@ -247,6 +267,13 @@ def no_match(what: str, name: str, among: Sequence[str] | dict[str, nn.Module]) 
     near = difflib.get_close_matches(name.rsplit(".", 1)[-1], last_parts, n=3, cutoff=0.5)
     hint = f"did you mean {', '.join(near)}?" if near else f"there are: {', '.join(last_parts[:20])}"
     return f"no module matches {what}; {hint}"
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model in torch's wrappers (DistributedDataParallel, torch.compile), which put a name before all its names."""
+    while isinstance(model, DistributedDataParallel) or "_orig_mod" in model._modules:
+        model = model.module if isinstance(model, DistributedDataParallel) else model.get_submodule("_orig_mod")
+    return model
 
 
 def output_heads(model: nn.Module) -> set[nn.Module]:

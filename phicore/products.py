@@ -97,7 +97,7 @@ def linear_dx(
 ) -> Tensor:
     """grad W + left right, summed in float32 and rounded once: [n, out], W [out, in], [n, rank], [rank, in] -> [n, in]
     in grad's dtype."""
-    total = torch.zeros(len(grad), inner, dtype=torch.promote_types(grad.dtype, torch.float32))
+    total = grad.new_zeros(len(grad), inner, dtype=torch.promote_types(grad.dtype, torch.float32))
     with torch.autocast("cpu", enabled=False):
         if left is not None and right is not None:
             total.addmm_(_wide(left), _wide(right), beta=0)
@@ -145,7 +145,7 @@ def _addmm(y: Tensor | None, a: Tensor, b: Tensor, scale: float, dtype: torch.dt
     wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
     with torch.autocast("cpu", enabled=False):
         if y is None and k > n:  # long sums of a small result
-            total = torch.zeros(n, m, dtype=wide)
+            total = a.new_zeros(n, m, dtype=wide)
             step = max(1, PIECE // max(n, m, 1))
             for left, right in zip(a.split(step, 1), b.split(step), strict=True):
                 total.addmm_(left.to(wide), right.to(wide), alpha=scale)

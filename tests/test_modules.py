@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+import phicore
 from phicore.modules import ALL_LINEAR, leaves, matches, no_match, output_heads, replace, select
 
 LINEAR = (nn.Linear,)
@@ -229,3 +231,26 @@ def test_a_string_that_would_match_as_a_list_says_so():
     with pytest.raises(ValueError, match=r'is a regular expression for whole names.*give a list: \["body"\]'):
         select(model, "body", [], (nn.Linear,))
     assert list(select(model, ["body"], [], (nn.Linear,))) == ["0.body"]
+
+
+@pytest.mark.parametrize(
+    ("targets", "named"),
+    [
+        (ALL_LINEAR, "first.base_layer"),
+        (["first"], "base_model.model.first"),  # a layer of peft's, called Linear too
+        (["default"], "first.lora_A.default"),
+        (["second"], "second"),
+    ],
+)
+def test_what_is_pefts_is_named_and_left_alone(targets, named):
+    import peft
+
+    model = nn.Sequential(OrderedDict(first=nn.Linear(8, 8), second=nn.Linear(8, 8), third=nn.Linear(8, 8)))
+    config = peft.LoraConfig(r=2, target_modules=["first"], modules_to_save=["second"])
+    theirs = peft.get_peft_model(model, config)
+    for change in (phicore.quantize_, lambda m, t: phicore.attach(m, phicore.LoRAConfig(rank=2, target_modules=t))):
+        trained = [name for name, p in theirs.named_parameters() if p.requires_grad]
+        with pytest.raises(ValueError, match=rf"{named} belongs to an adapter of peft.*merge_and_unload"):
+            change(theirs, targets)
+        assert [name for name, p in theirs.named_parameters() if p.requires_grad] == trained
+    assert phicore.quantize_(theirs, ["third"]) is theirs

@@ -85,6 +85,14 @@ def test_products_by_blocks_are_rounded_once(n, inner, out, rank, dtype, strided
     assert rounded_once(dx, g.double() @ W64 + u64 @ A64, g.double().abs() @ W64.abs() + u64.abs() @ A64.abs())
 
 
+def test_the_default_device_is_no_matter():
+    a, b, g, W = (half(*shape, dtype=torch.bfloat16) for shape in ((2, 40), (40, 3), (5, 7), (7, 6)))
+    with torch.device("meta"):
+        found = products.matmul(a, b), products.linear_dx(g, products.row_blocks(W), 6)
+    assert torch.equal(found[0], products.matmul(a, b))
+    assert torch.equal(found[1], products.linear_dx(g, products.row_blocks(W), 6))
+
+
 def test_for_the_dispatcher():
     operator = torch.ops.phicore.wide_addmm
     halves = [half(*shape, dtype=torch.bfloat16).requires_grad_() for shape in ((5, 7), (5, 3), (3, 7))]

@@ -283,7 +283,7 @@ def attach(model: Model, config: LoRAConfig, name: str = "default") -> Model:
         raise ValueError(f'the model has an adapter named "{name}" already; give another name')
     if any(merged_layers(model)):
         raise ValueError("the model's adapters are merged; unmerge it before attaching another")
-    _check_not_wrapped(model)
+    check_not_wrapped(model)
     targets, saved = plan(model, config)
     parts = splits(model, config, targets)
     stacks = plan_parameters(model, config, targets, saved)
@@ -344,18 +344,32 @@ def attach(model: Model, config: LoRAConfig, name: str = "default") -> Model:
     return model
 
 
-WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}  # the last is fully_shard's
+SHARDED = {"FullyShardedDataParallel", "FSDPModule"}  # the latter is fully_shard's
+WRAPPERS = {"DistributedDataParallel", *SHARDED}
 
 
-def _check_not_wrapped(model: nn.Module) -> None:
+def check_not_wrapped(model: nn.Module) -> None:
     """Raises ValueError for a model whose gradients torch sums over ranks."""
     for path, module in model.named_modules():
-        kinds = {kind.__name__ for kind in type(module).__mro__ if kind.__module__.startswith("torch.")}
-        if kinds & WRAPPERS:
+        if kinds := _kinds_of_torch(module) & WRAPPERS:
             raise ValueError(
-                f"{path or 'the model'} is a {min(kinds & WRAPPERS)}, which sums the gradients of those parameters "
+                f"{path or 'the model'} is a {min(kinds)}, which sums the gradients of those parameters "
                 f"over ranks that it was made with, and not of an adapter; attach first, and wrap the model then"
             )
+
+
+def check_not_sharded(model: nn.Module) -> None:
+    """Raises ValueError for a model of whose weights each rank has a part, where whole ones are needed."""
+    for path, module in model.named_modules():
+        if kinds := _kinds_of_torch(module) & SHARDED:
+            raise ValueError(
+                f"{path or 'the model'} is a {min(kinds)}, whose weights are in parts on ranks; load and merge "
+                f"adapters in a model that is not sharded (save_adapter, called on all ranks, writes whole tensors)"
+            )
+
+
+def _kinds_of_torch(module: nn.Module) -> set[str]:
+    return {kind.__name__ for kind in type(module).__mro__ if kind.__module__.startswith("torch.")}
 
 
 def _adapter(

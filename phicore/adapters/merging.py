@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from phicore.adapters import base as base_layer
-from phicore.adapters.attach import AdapterLayer, adapter_layers, merged_layers
+from phicore.adapters.attach import AdapterLayer, adapter_layers, check_not_sharded, merged_layers
 from phicore.adapters.attention import OpenAttention, allow_fused_paths, keep_off_fused_paths, projections
 from phicore.adapters.experts import LoRAExperts
 from phicore.adapters.lora import LowRankLayer
@@ -35,8 +35,8 @@ def merge(model: nn.Module, *, requantize: bool = False) -> dict[str, float]:
         The relative error of each merged weight against the exact sum, ||stored - exact|| / ||exact||, by name.
 
     Raises:
-        ValueError: the model has no adapter, is one, or is merged already; a layer that cannot be merged (one with a
-            forward of its own, or that computes its weight). The model is then unchanged.
+        ValueError: the model has no adapter, is one, is sharded, or is merged already; a layer that cannot be merged
+            (one with a forward of its own, or that computes its weight). The model is then unchanged.
     """
     if any(merged_layers(model)):
         raise ValueError("the model is merged already")
@@ -45,6 +45,7 @@ def merge(model: nn.Module, *, requantize: bool = False) -> dict[str, float]:
         outermost.setdefault(path, layer)
     if not outermost:
         raise ValueError("the model has no adapter to merge")
+    check_not_sharded(model)
     if "" in outermost:
         raise ValueError(
             f"the model itself is a {type(model).__name__}, which a plain layer cannot take the place of; put it into "

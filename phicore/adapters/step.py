@@ -80,7 +80,7 @@ class _Step(torch.autograd.Function):
         mask = draw(rows.numel(), dropout, x.device) if dropout else None
         u = _projected(rows, a, mask, dropout)
         y = linear(u * scale, b, None if bias is None else bias.to(x.dtype))  # [tokens, out]
-        y.addmm_(rows, W.t())  # sums in the larger product, in which that costs least
+        _add_product(y, rows, W.t())  # sums in the larger product, in which that costs least
         above = linear(a, W) if with_rows else a.new_empty(0, len(W))
         ctx.save_for_backward(x, A, B, u, None if mask is None else pack(mask), *parts)
         ctx.scale, ctx.dropout, ctx.dense = scale, dropout, dense
@@ -111,10 +111,17 @@ class _Step(torch.autograd.Function):
             dB = dB.t().to(B.dtype, memory_format=torch.contiguous_format)
         if needs[0]:
             dx = du @ a
-            dx = (dx if mask is None else masked(dx, mask)).addmm_(g, ctx.dense(*parts, dtype=x.dtype)).view(x.shape)
+            dx = dx if mask is None else masked(dx, mask)
+            dx = _add_product(dx, g, ctx.dense(*parts, dtype=x.dtype)).view(x.shape)
         if needs[4]:
             dbias = g.sum(0).to(ctx.bias_dtype)
         return dx, dA, dB, None, dbias, *(None,) * (len(needs) - 5)
+
+
+def _add_product(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """y + a b, in y's memory where autograd does not look: [n, m], [n, k], [k, m]. As addmm and not addmm_, which
+    torch.utils.flop_counter does not count."""
+    return torch.addmm(y, a, b, out=None if torch.is_grad_enabled() else y)
 
 
 def _projected(x: Tensor, A: Tensor, mask: Tensor | None, dropout: float) -> Tensor:

@@ -51,7 +51,7 @@ def pack_weight(weight: NF4Tensor) -> dict[str, Tensor]:
             "nested_dtype": "float32",
             "nested_offset": float(weight.offset),
         }
-    tensors[STATE] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    tensors[STATE] = weight.packed.new_tensor(list(json.dumps(state).encode()))
     return tensors
 
 
@@ -82,7 +82,7 @@ def unpack_weight(tensors: Mapping[str, Tensor], name: str) -> NF4Tensor:
             )
         if not _is_table(tensors["nested_quant_map"], dynamic_map(torch.device("cpu"))):
             raise ValueError(f"{name} has a nested_quant_map that is not bitsandbytes' dynamic map")
-        offset = torch.tensor(float(state["nested_offset"]), dtype=torch.float32)
+        offset = tensors["absmax"].new_tensor(float(state["nested_offset"]), dtype=torch.float32)
     packed = tensors[""]
     if packed.dtype not in STORAGE:
         raise ValueError(f"{name} is held as {packed.dtype}; {', '.join(map(str, STORAGE))} are read")

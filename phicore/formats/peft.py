@@ -8,14 +8,14 @@ import json
 import os
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from phicore import atomic
-from phicore.adapters.attach import adapter_layers, attach, merged_layers, plan
+from phicore.adapters.attach import adapter_layers, attach, check_not_sharded, check_not_wrapped, merged_layers, plan
 from phicore.adapters.config import LoRAConfig
 from phicore.adapters.dora import DoRALayer
 from phicore.adapters.experts import LoRAExperts
@@ -38,7 +38,7 @@ from phicore.formats.peft_keys import (
 )
 from phicore.formats.peft_parts import PARTS, check_parts, read_parts, split_parts, with_metadata
 from phicore.formats.safetensors_files import NO_PICKLE, TensorFile
-from phicore.modules import Model
+from phicore.modules import Model, unwrapped
 
 __all__ = [
     "CONFIG", "PREFIX", "WEIGHTS", "adapter_config", "adapter_tensors", "load_adapter", "read_raw_config",
@@ -50,17 +50,25 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str 
     """Writes an adapter in PEFT's format; each file appears whole or not at all, the weights first.
 
     Args:
-        model: a model with the adapter attached and not merged.
+        model: a model with the adapter attached and not merged. Of one that fully_shard has sharded all ranks must call
+            this.
         directory: made if missing. Other files in it are left alone.
         name: which adapter.
 
     Raises:
-        ValueError: the model has no such adapter, or is merged.
+        ValueError: the model has no such adapter, is merged, or holds the adapter without values (on meta).
 
     Warns:
         UserWarning: layers that PEFT misreads on this type of model; phicore reads them rightly.
     """
-    tensors = {key: tensor.detach().contiguous().cpu() for key, tensor in adapter_tensors(model, name).items()}
+    model = unwrapped(model)
+    found = adapter_tensors(model, name)
+    if without := [key for key, tensor in found.items() if tensor.is_meta]:
+        raise ValueError(
+            f"{without[0]} is on meta, without values: it was never loaded, or accelerate has offloaded it; load the "
+            f"model whole"
+        )
+    tensors = {key: _whole(tensor).contiguous().cpu() for key, tensor in found.items()}
     config = adapter_config(model, name)
     data = save(_each_alone(tensors), metadata={"format": "pt"})
     if parts := split_parts(model, name):
@@ -77,6 +85,10 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str 
             f"transformers stacks, and drops their pairs; phicore reads them. For other readers, merge the adapter",
             stacklevel=2,
         )
+
+
+def _whole(tensor: Any) -> Tensor:
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach()
 
 
 def _each_alone(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -107,7 +119,7 @@ def load_adapter(model: Model, directory: str | os.PathLike[str], name: str = "d
         ValueError: a file that cannot be read, a setting that this library does not know, keys that are missing or
             unexpected, shapes that do not fit: all are listed, and the model is unchanged.
     """
-    directory = Path(directory)
+    given, model, directory = model, cast(Model, unwrapped(model)), Path(directory)
     raw = read_config(directory)
     tensors = read_tensors(directory / WEIGHTS)
     parts = read_parts(directory / WEIGHTS)
@@ -115,12 +127,14 @@ def load_adapter(model: Model, directory: str | os.PathLike[str], name: str = "d
     if any(merged_layers(model)):
         raise ValueError("the model's adapters are merged; unmerge it before loading one")
     if present:
+        check_not_sharded(model)
         expected = adapter_tensors(model, name)
         config, together = None, []
         unlike = differences(model, raw, parts, name)
         if unlike:
             raise ValueError(f'the adapter "{name}" of the model and {directory} differ: ' + "; ".join(unlike))
     else:
+        check_not_wrapped(given)
         try:
             config = lora_config(model, raw, tensors, parts)
             expected, together = expected_tensors(model, config), tied_copies(model, raw, tensors)
@@ -151,7 +165,7 @@ def load_adapter(model: Model, directory: str | os.PathLike[str], name: str = "d
     for _, layer in adapter_layers(model):
         if isinstance(layer, DoRALayer) and isinstance(layer.base, LowRankLayer):
             layer.refresh_base_norm()  # the adapter under it may be the one that was loaded
-    return model
+    return given
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -3,13 +3,15 @@ phicore's own, and tie_weights, which would put a dense weight in a coded one's 
 
 import logging
 import os
+import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module, Parameter
 
 from phicore.adapters.attach import adapter_layers
 from phicore.adapters.attach import finishers as adapted_finishers
@@ -57,6 +59,7 @@ class Saver(Method):
                     "writes adapters, and save_pretrained without a state_dict a model whose adapters are merged",
                     save_directory,
                 )
+                state_dict = _once_each(model.state_dict() if state_dict is None else state_dict)
             type(model).save_pretrained(model, save_directory, is_main_process, state_dict, **options)
             return
         tensors = {key: tensor for group in packed_groups(model) for key, tensor in group.items()}
@@ -69,10 +72,40 @@ class Saver(Method):
                 del model.config.quantization_config
 
 
-def save_in_layout(model: Any) -> None:
-    """Has save_pretrained of a model of transformers write its NF4 layers so that from_pretrained reads them."""
-    if callable(getattr(type(model), "save_pretrained", None)) and hasattr(model, "config"):
-        model.save_pretrained = Saver(model)
+def _once_each(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state without the further names of tensors that have several: transformers knows those of its own tied layers,
+    and refuses to write others. Loaded into a model with the same adapters, the first name fills them all."""
+    first: dict[tuple[Any, ...], str] = {}
+    return {
+        name: tensor
+        for name, tensor in state.items()
+        if type(tensor) not in (Tensor, Parameter)
+        or not tensor.data_ptr()
+        or first.setdefault(_place(tensor), name) == name
+    }
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """What two tensors of the same memory, read alike, have in common."""
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def of_transformers(model: Module) -> list[Any]:
+    """The models of transformers in a model, itself or what it holds (as sentence-transformers' do), but no part of
+    one. Models of other libraries have methods of the same names that take other arguments."""
+    module = sys.modules.get("transformers.modeling_utils")
+    if module is None:
+        return []
+    if isinstance(model, module.PreTrainedModel):
+        return [model]
+    return [found for child in model.children() for found in of_transformers(child)]
+
+
+def save_in_layout(model: Module) -> None:
+    """Has save_pretrained of models of transformers write NF4 layers so that from_pretrained reads them, and adapter
+    layers too, if under phicore's names."""
+    for found in of_transformers(model):
+        found.save_pretrained = Saver(found)
 
 
 def untie_coded(model: Any) -> None:
@@ -101,14 +134,14 @@ class Tier(Method):
                 replace(model, path, layer)
 
 
-def tie_under_adapters(model: Any) -> None:
-    """Has tie_weights of a model of transformers pass its adapters by."""
-    if callable(getattr(type(model), "tie_weights", None)):
-        model.tie_weights = Tier(model)
+def tie_under_adapters(model: Module) -> None:
+    """Has tie_weights of models of transformers pass their adapters by."""
+    for found in of_transformers(model):
+        found.tie_weights = Tier(found)
 
 
 finishers += [save_in_layout, untie_coded]
-adapted_finishers += [tie_under_adapters]
+adapted_finishers += [save_in_layout, tie_under_adapters]
 
 
 @contextmanager

@@ -93,7 +93,7 @@ class TensorFile:
             ValueError: the file has changed since its header was read.
         """
         entry = self.entries[name]
-        tensor = torch.empty(entry.shape, dtype=entry.dtype)
+        tensor = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
         if tensor.numel():
             with self.path.open("rb", buffering=0) as file:
                 file.seek(entry.start)

@@ -56,8 +56,9 @@ def reference_dequantize(packed, absmax, nested_absmax, offset, shape, block_siz
 
 def dequantize(packed, absmax, nested_absmax, offset, shape, block_size, dtype):
     """nf4_dequantize, past the dispatcher where nobody needs it: a call through it takes as long as to decode 40,000
-    weights. Compilers and fake tensors need it."""
-    direct = packed.device.type == "cpu" and type(packed) is Tensor and not torch.compiler.is_compiling()
+    weights. Compilers, torch.jit.trace and fake tensors need it."""
+    watched = torch.compiler.is_compiling() or torch._C._is_tracing()
+    direct = packed.device.type == "cpu" and type(packed) is Tensor and not watched
     decode = reference_dequantize if direct else nf4_dequantize
     return decode(packed, absmax, nested_absmax, offset, shape, block_size, dtype)
 

@@ -32,7 +32,8 @@ def consolidate(checkpoint: str | os.PathLike[str]) -> tuple[dict[str, Tensor], 
     check_files(checkpoint, state)
     shapes = {name: torch.Size(shape) for name, (shape, _) in state["tensors"].items()}
     tensors: dict[str, Tensor] = {
-        name: torch.empty(shapes[name], dtype=getattr(torch, dtype)) for name, (_, dtype) in state["tensors"].items()
+        name: torch.empty(shapes[name], dtype=getattr(torch, dtype), device="cpu")
+        for name, (_, dtype) in state["tensors"].items()
     }
     states: dict[str, dict[str, Tensor]] = {}
     for number in range(state["world_size"]):
@@ -48,7 +49,7 @@ def consolidate(checkpoint: str | os.PathLike[str]) -> tuple[dict[str, Tensor], 
                     if shard.is_scalar(f"{kind}/{name}"):
                         found[kind] = value
                     else:
-                        whole = found.setdefault(kind, torch.empty(shapes[name], dtype=value.dtype))
+                        whole = found.setdefault(kind, value.new_empty(shapes[name]))
                         whole.view(-1)[start:stop] = value
     masters = {name: found.pop(MASTER) for name, found in states.items() if MASTER in found}
     order = [name for group in state["param_groups"] for name in group["params"]]

@@ -155,9 +155,9 @@ def collate(examples: Sequence[Example], pad_id: int) -> Example:
     """
     shape = (len(examples), max((len(example["input_ids"]) for example in examples), default=0))
     batch = {
-        "input_ids": torch.full(shape, pad_id),
-        "attention_mask": torch.zeros(shape, dtype=torch.int64),
-        "labels": torch.full(shape, IGNORE_INDEX),
+        "input_ids": torch.full(shape, pad_id, device="cpu"),
+        "attention_mask": torch.zeros(shape, dtype=torch.int64, device="cpu"),
+        "labels": torch.full(shape, IGNORE_INDEX, device="cpu"),
     }
     for row, example in enumerate(examples):
         n = len(example["input_ids"])
@@ -168,7 +168,7 @@ def collate(examples: Sequence[Example], pad_id: int) -> Example:
 
 
 def _whole_numbers(values: Any, key: str, n: int) -> Tensor:
-    numbers = torch.as_tensor(values)
+    numbers = torch.as_tensor(values, device="cpu")
     if numbers.numel() and (numbers.is_floating_point() or numbers.is_complex()):
         raise TypeError(f"{key} of an example must be whole numbers, got {numbers.dtype}")
     if numbers.shape != (n,):
@@ -258,4 +258,5 @@ def _permutation(n: int, seed: int, epoch: int) -> torch.Tensor:
     """int64 [n]."""
     # Hashed, since seed + epoch would give (0, 1) the order of (1, 0), and torch's CPU generator keeps 32 bits.
     digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
-    return torch.randperm(n, generator=torch.Generator().manual_seed(int.from_bytes(digest[:4], "little")))
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
+    return torch.randperm(n, generator=generator, device="cpu")

@@ -80,7 +80,7 @@ def _row(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Row | Non
     length = input_ids.shape[1]
     real = attention_mask != 0  # [B, T]
     lengths = real.sum(1)
-    places = torch.arange(length).expand_as(real)
+    places = torch.arange(length, device=real.device).expand_as(real)
     following = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)  # [B, T]
     padded_right = torch.equal(real, places < lengths[:, None]) and int(lengths.min()) > 0
     # RoPE may depend on the longest length (dynamic, longrope), which is the batch's only where an example fills it.
@@ -104,7 +104,7 @@ class _Causal(Tensor):
     @staticmethod
     def of(lengths: list[int]) -> "_Causal":
         n = sum(lengths)
-        mask = torch.ones((), dtype=torch.bool).expand(1, 1, n, n).as_subclass(_Causal)  # takes no memory
+        mask = torch.ones((), dtype=torch.bool, device="cpu").expand(1, 1, n, n).as_subclass(_Causal)  # takes no memory
         mask.lengths = lengths
         return mask
 
@@ -227,9 +227,11 @@ def _difference(model: Any) -> tuple[float, float]:
 
     Three examples of random tokens, of which the second sees another before it and the third is one token.
     """
-    real = torch.arange(7) < torch.tensor([3, 7, 1])[:, None]  # [3, 7]; 11 tokens, a number that no width has
+    real = (
+        torch.arange(7, device="cpu") < torch.tensor([3, 7, 1], device="cpu")[:, None]
+    )  # [3, 7]; 11 tokens, a number that no width has
     vocabulary = model.config.get_text_config().vocab_size
-    ids = torch.randint(vocabulary, real.shape, generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(vocabulary, real.shape, generator=torch.Generator().manual_seed(0), device="cpu")
     row = _row(ids, real.long(), torch.full_like(ids, IGNORE_INDEX))
     assert row is not None
     with mode(model, training=False), torch.random.fork_rng([]):

@@ -54,7 +54,7 @@ def trained_parts(shard: Shard, parameters: Mapping[str, Tensor]) -> dict[str, P
             if is_sliced(value, stop - start):
                 parts[f"{kind}/{name}"] = Part(value, start)
             elif start == 0:
-                parts[f"{kind}/{name}"] = Part(torch.as_tensor(value))
+                parts[f"{kind}/{name}"] = Part(torch.as_tensor(value, device="cpu"))
     return parts
 
 

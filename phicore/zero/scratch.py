@@ -24,14 +24,14 @@ class Scratch:
         if like.device.type != "cpu":
             return torch.empty_like(like)
         fitting = next((place for place, block in enumerate(self._free) if block.nbytes >= like.nbytes), None)
-        block = torch.empty(like.nbytes, dtype=torch.uint8) if fitting is None else self._free.pop(fitting)
+        block = like.new_empty(like.nbytes, dtype=torch.uint8) if fitting is None else self._free.pop(fitting)
         return block[: like.nbytes].view(like.dtype)
 
     def give(self, tensor: Tensor) -> None:
         """Takes a tensor back that `take` has lent; nobody may use it any more."""
         if tensor.device.type != "cpu" or tensor.untyped_storage().nbytes() > self.keep_bytes:
             return
-        block = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+        block = tensor.new_empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
         self._free = sorted([*self._free, block], key=lambda block: block.nbytes)
         while sum(block.nbytes for block in self._free) > self.keep_bytes:
             self._free.pop(0)

@@ -1,17 +1,22 @@
 """Adapted models under DDP and FSDP2: the gradients of two ranks are those of one process."""
 
 from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import phicore
+from phicore.formats.peft import WEIGHTS, adapter_tensors
 from tests.adapters.any_model import Drawn
 from tests.zero.ranks import Ranks
 
@@ -141,6 +146,31 @@ def attach_to_wrapped() -> None:
         phicore.attach(nn.Sequential(fully_shard(Block(), mesh=mesh)), config)
 
 
+def save_wrapped(directory: Path) -> None:
+    """A file holds the names and tensors of the model, not of its wrappers and shards."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    path = directory / str(dist.get_rank())
+    for dora in (False, True):
+        expected = adapter_tensors(build(dora, False))
+        for wrap in (DistributedDataParallel, torch.compile, partial(fully_shard, mesh=mesh)):
+            wrapped: Any = wrap(build(dora, False))
+            phicore.save_adapter(wrapped, path)
+            found = load_file(path / WEIGHTS)
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+            if not isinstance(wrapped, FSDPModule):
+                assert phicore.load_adapter(wrapped, path) is wrapped
+                continue
+            for change in (phicore.merge, lambda model: phicore.load_adapter(model, path)):
+                with pytest.raises(ValueError, match=r"is a FSDPModule, whose weights are in parts on ranks"):
+                    change(wrapped)
+    bare = nn.Sequential(Block(), Block(), nn.Linear(64, 8))
+    with pytest.raises(ValueError, match=r"the model is a DistributedDataParallel, .* attach first"):
+        phicore.load_adapter(DistributedDataParallel(bare), path)
+    phicore.load_adapter(torch.compile(bare), path)
+    assert adapter_tensors(bare).keys() == expected.keys()
+
+
 @pytest.fixture(scope="module")
 def started():
     groups: list[Ranks] = []
@@ -164,6 +194,10 @@ def test_two_ranks_have_the_gradients_of_one_process(ranks, how, dora, nf4):
 
 def test_a_wrapped_model_takes_no_adapter(ranks):
     ranks(attach_to_wrapped)
+
+
+def test_a_wrapped_model_is_saved_by_its_own_names(ranks, tmp_path):
+    ranks(save_wrapped, tmp_path)
 
 
 @pytest.mark.parametrize("meta", [False, True])

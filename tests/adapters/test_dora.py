@@ -301,14 +301,11 @@ def test_no_temporary_of_the_size_of_the_weight(layer_of, randomize):
 def test_flops_are_those_of_lora_and_rank_terms(layer_of, randomize):
     out, inner, tokens, rank = 80, 100, 30, 4
 
-    def in_place(_y, a, b, *, out_shape, **_options):  # which the counter does not know
-        return 2 * a[0] * a[1] * b[1]
-
     counts = []
     for make in (phicore.LoRALinear, phicore.DoRALinear):
         layer = randomize(make(layer_of("linear", out, inner, dtype=torch.float32)[0], rank=rank, alpha=8.0))
         x = torch.randn(tokens, inner, requires_grad=True)
-        with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place}) as counter:
+        with FlopCounterMode(display=False) as counter:
             layer(x).pow(2).sum().backward()
         counts.append(counter.get_total_flops())
     lora, dora_ = counts

@@ -1,5 +1,7 @@
-"""Adapted layers under torch.func's transforms and forward-mode differentiation: the same numbers as without them."""
+"""Adapted layers under torch.func's transforms, forward-mode differentiation and torch.jit.trace: the same numbers as
+without them."""
 
+import io
 from collections.abc import Callable
 
 import pytest
@@ -254,3 +256,13 @@ def test_several_gradients_of_one_output(case):
     for found, again, *expected in zip(vmap(backward)(grads), batched, *map(backward, grads), strict=True):
         torch.testing.assert_close(found, torch.stack(expected))
         torch.testing.assert_close(again, torch.stack(expected))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_trace_is_saved_and_takes_other_batches(case):
+    layer, x = case
+    x = x.flatten(0, 1)
+    traced, file = torch.jit.trace(layer.eval(), x[:2]), io.BytesIO()
+    torch.jit.save(traced, file)
+    file.seek(0)
+    torch.testing.assert_close(torch.jit.load(file)(x), layer(x))

@@ -59,6 +59,13 @@ def test_round_trip_and_bitsandbytes_reads_it(
         torch.testing.assert_close(theirs, weight.dequantize())
 
 
+def test_parts_lie_where_the_weight_does_whatever_the_default_device() -> None:
+    weight = phicore.nf4.quantize(torch.randn(8, 64))
+    with torch.device("meta"):
+        back = unpack_weight(pack_weight(weight), "w")
+    assert torch.equal(back.dequantize(), weight.dequantize())
+
+
 def test_a_state_that_bitsandbytes_wrote_is_read() -> None:
     packed, state = bitsandbytes.functional.quantize_4bit(
         torch.randn(48, 64, dtype=torch.bfloat16), quant_type="nf4", compress_statistics=True

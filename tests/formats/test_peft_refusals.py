@@ -380,3 +380,10 @@ def test_metadata_that_is_not_right(spoiled, refused, text):
     data = (spoiled / WEIGHTS).read_bytes()
     (spoiled / WEIGHTS).write_bytes(with_metadata(data, "phicore.parts", text))
     refused(spoiled, r"its metadata phicore\.parts")
+
+
+def test_an_adapter_without_values_is_not_written(toy, tmp_path):
+    model = phicore.attach(toy().to("meta"), phicore.LoRAConfig(rank=2))
+    with pytest.raises(ValueError, match=r"\.lora_A\.weight is on meta, without values.*load the model whole"):
+        phicore.save_adapter(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 
 import phicore
@@ -118,17 +119,17 @@ def test_tying_leaves_a_coded_head_and_ties_the_others(tiny: Callable[..., nn.Mo
     assert type(model)._tied_weights_keys.keys() - model._tied_weights_keys.keys() == {"lm_head.weight"}
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"target_modules": ["embed_tokens"]},
-        {"target_modules": ["embed_tokens"], "ensure_weight_tying": True, "dora": True},
-        {"target_modules": ["lm_head"]},
-        {"target_modules": ["q_proj"], "trainable_token_indices": [3, 7]},
-        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
-        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
-    ],
-)
+TIED = [
+    {"target_modules": ["embed_tokens"]},
+    {"target_modules": ["embed_tokens"], "ensure_weight_tying": True, "dora": True},
+    {"target_modules": ["lm_head"]},
+    {"target_modules": ["q_proj"], "trainable_token_indices": [3, 7]},
+    {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+]
+
+
+@pytest.mark.parametrize("options", TIED)
 def test_tying_passes_adapters_by(
     tiny: Callable[..., nn.Module], randomize: Callable[[nn.Module], nn.Module], options: dict[str, Any]
 ) -> None:
@@ -150,3 +151,42 @@ def test_tying_passes_adapters_by(
     head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
     model.tie_weights()
     assert head.weight is embedding.weight
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("options", TIED)
+def test_a_checkpoint_of_transformers_trainer_goes_back_into_a_tied_model(
+    tiny: Callable[..., nn.Module],
+    randomize: Callable[[nn.Module], nn.Module],
+    tmp_path: Path,
+    options: dict[str, Any],
+    given: bool,
+) -> None:
+    def adapted() -> Any:
+        model = tiny("llama", dtype=torch.float32, tied=True, vocab_size=300)
+        return phicore.attach(model, phicore.LoRAConfig(rank=3, alpha=7, **options))
+
+    model, other = randomize(adapted()), adapted()
+    model.save_pretrained(tmp_path, state_dict=model.state_dict() if given else None)
+    found = other.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
+    assert not found.unexpected_keys
+    assert torch.equal(other(IDS).logits, model(IDS).logits)
+
+
+def test_only_models_of_transformers_are_written_so_wherever_they_stand(
+    tiny: Callable[..., nn.Module], tmp_path: Path
+) -> None:
+    class OfAnotherLibrary(nn.Module):  # as models of diffusers, peft and sentence-transformers
+        config = None
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = tiny("llama", dtype=torch.float32, vocab_size=300, hidden_size=64, intermediate_size=128)
+
+        def save_pretrained(self, directory: Path, safe_serialization: bool = True) -> None:
+            assert safe_serialization is True
+            self.inner.save_pretrained(directory)
+
+    whole: Any = phicore.quantize_(OfAnotherLibrary(), exclude_modules=["lm_head"])
+    whole.save_pretrained(tmp_path)
+    assert loads_alike(tmp_path, whole.inner)

@@ -81,6 +81,13 @@ def test_what_is_read_is_not_tied_to_the_file(tmp_path: Path) -> None:
     assert torch.equal(tensor, torch.arange(1000.0))
 
 
+def test_what_is_read_is_on_the_cpu_whatever_the_default_device(tmp_path: Path) -> None:
+    save_file({"a": torch.arange(10.0)}, tmp_path / "some.safetensors")
+    with torch.device("meta"):
+        tensor = TensorFile(tmp_path / "some.safetensors").read("a")
+    assert torch.equal(tensor, torch.arange(10.0))
+
+
 def test_a_file_that_is_cut_after_its_header_was_read(tmp_path: Path) -> None:
     path = tmp_path / "some.safetensors"
     save_file({"a": torch.arange(1000.0)}, path)

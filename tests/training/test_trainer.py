@@ -27,6 +27,7 @@ from tests.training.small_run import (
     examples,
     history,
     metrics,
+    saved,
     small_model,
     small_trainer,
 )
@@ -209,6 +210,17 @@ def test_a_mask_of_the_users_is_not_replaced(tmp_path: Path) -> None:
     config = TrainConfig(output=str(tmp_path), steps=1, batch_size=3)
     Trainer(small_model(), config, padded, loss_fn=loss_fn).fit()
     assert seen[0].tolist() == [[1, 1, 0]] * 3
+
+
+def test_the_default_device_is_no_matter(tmp_path: Path) -> None:
+    order = {"group_by_length": True, "seed": 77}  # of no other test, since permutations are kept
+    found, expected = (small_trainer(tmp_path / name, **order) for name in ("found", "expected"))
+    with torch.device("meta"):  # in a GPU's place, under torch.set_default_device
+        found.fit()
+        tensors = saved(tmp_path / "found")
+    expected.fit()
+    assert history(tmp_path / "found") == history(tmp_path / "expected")
+    assert_same_tensors(tensors, saved(tmp_path / "expected"))
 
 
 # ===== Evaluation =====

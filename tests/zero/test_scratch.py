@@ -49,3 +49,12 @@ def test_other_devices_have_allocators_of_their_own():
     assert tensor.is_meta
     scratch.give(tensor)
     assert kept(scratch) == 0
+
+
+def test_the_default_device_is_no_matter():
+    scratch = Scratch(1000)
+    with torch.device("meta"):
+        tensor = scratch.take(torch.empty(5, device="cpu"))
+        scratch.give(tensor)
+    assert tensor.device.type == "cpu"
+    assert kept(scratch) == 20
