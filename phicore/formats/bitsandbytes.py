@@ -207,6 +207,9 @@ def load_quantized(directory: Path, config: Any, dtype: torch.dtype) -> Any:
     with no_init_weights():  # memory that is never written is never taken
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     load_weights(model, weights, dtype)
+    for tensor in model.state_dict(keep_vars=True).values():
+        tensor._is_hf_initialized = True  # what the class below leaves alone
+    model.initialize_weights()  # tables of positions, which no file holds: the first ones were computed in dtype
     if (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)
     return model
