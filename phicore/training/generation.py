@@ -114,7 +114,7 @@ def _continue(
         if 8 * len(stay) <= 7 * len(going):
             going = [going[row] for row in stay]
             index = torch.tensor(stay, device=ids.device)
-            cache.batch_select_indices(index)
+            cache.reorder_cache(index)  # and not batch_select_indices, which linear attention lacks
             tokens, mask, positions = tokens[index], mask[index], positions[index]
         ids, positions = tokens[:, None], positions[:, -1:] + 1
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
