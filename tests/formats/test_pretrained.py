@@ -60,6 +60,18 @@ def test_a_coded_head_of_a_tied_model_is_written(tiny: Callable[..., nn.Module],
     assert loads_alike(tmp_path, model)
 
 
+def test_a_head_that_is_tied_to_the_decoder_s_embedding_stays_so(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    bert = transformers.BertConfig(**sizes, num_attention_heads=4)
+    config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(bert, copy.deepcopy(bert))
+    model: Any = phicore.quantize_(transformers.EncoderDecoderModel(config=config).eval())
+    assert model.get_output_embeddings().weight is not model.get_input_embeddings().weight
+    model.save_pretrained(tmp_path)
+    loaded, info = transformers.EncoderDecoderModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    assert torch.equal(loaded.get_output_embeddings().weight, model.get_output_embeddings().weight)
+
+
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_saves_itself(model: Any, tmp_path: Path, clone: Callable[[Any], Any]) -> None:
     other = clone(model)
