@@ -149,15 +149,25 @@ def name_parts(name: str, weight: NF4Tensor) -> dict[str, Tensor]:
 
 
 def quantization_config(model: nn.Module) -> dict[str, Any]:
-    """What config.json says of a model with NF4 layers, in transformers' words.
+    """What config.json says of a model with NF4 layers, in transformers' words. A warning is logged for layers that
+    transformers leaves dense whatever it says.
 
     Raises:
         ValueError: the model has no NF4 layer, or its layers differ in double quantisation.
     """
-    layers = [layer for layer in model.modules() if isinstance(layer, NF4Linear)]
+    coded = {name: module for name, module in model.named_modules() if isinstance(module, NF4Linear)}
+    layers = list(coded.values())
     if len({layer.double_quant for layer in layers}) != 1:
         raise ValueError(f"{len(layers)} NF4 layers: there must be some, alike in double quantisation")
     dense = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if left := _left_dense(coded, [*dense, *(getattr(model, "_keep_in_fp32_modules", None) or ())]):
+        logger.warning(
+            "transformers leaves %s of %s dense, whose from_pretrained will not read their codes; for it, quantize "
+            "with exclude_modules=%r",
+            ", ".join(left[:10]),
+            type(model).__name__,
+            sorted({name.rpartition(".")[2] for name in left}),
+        )
     return {
         "quant_method": METHOD,
         "load_in_4bit": True,
@@ -168,6 +178,13 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
         "bnb_4bit_quant_storage": "uint8",
         "llm_int8_skip_modules": sorted(dense),  # None would mean the output head, to transformers
     }
+
+
+def _left_dense(names: Iterable[str], patterns: list[str]) -> list[str]:
+    """Names of modules that these patterns mean, by should_convert_module of transformers 5."""
+    starts = [re.compile(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))") for pattern in patterns]
+    ends = tuple(patterns)
+    return [name for name in names if name.endswith(ends) or any(start.match(name) for start in starts)]
 
 
 def save_quantized(model: Any, directory: Path) -> None:
@@ -207,6 +224,9 @@ def load_quantized(directory: Path, config: Any, dtype: torch.dtype) -> Any:
     with no_init_weights():  # memory that is never written is never taken
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     load_weights(model, weights, dtype)
+    for tensor in model.state_dict(keep_vars=True).values():
+        tensor._is_hf_initialized = True  # what the class below leaves alone
+    model.initialize_weights()  # tables of positions, which no file holds: the first ones were computed in dtype
     if (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)
     return model

@@ -244,7 +244,7 @@ def meta_model(config: Any, dtype: torch.dtype = torch.float32) -> Any:
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # or transformers would build layers of another library
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).to("meta")  # what is drawn is not made there
 
 
 def _quantization(config: Any) -> dict[str, Any]:

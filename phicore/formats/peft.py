@@ -22,7 +22,7 @@ from phicore.adapters.experts import LoRAExperts
 from phicore.adapters.lora import LowRankLayer
 from phicore.adapters.tied import owners_of_tied, shared_pair
 from phicore.adapters.trained import TrainedPart
-from phicore.formats.peft_advice import advice
+from phicore.formats.peft_advice import advice, within_attention
 from phicore.formats.peft_config import adapter_config, differences, lora_config, tied_copies
 from phicore.formats.peft_conversion import MODEL_TYPE, misread
 from phicore.formats.peft_fields import CONFIG, WEIGHTS, read_config, read_raw_config
@@ -140,6 +140,7 @@ def load_adapter(model: Model, directory: str | os.PathLike[str], name: str = "d
             expected, together = expected_tensors(model, config), tied_copies(model, raw, tensors)
         except ValueError as error:
             raise ValueError(f"{directory}: {error}") from error
+    _drop_untrained(model, expected, tensors)
     _drop_tables(model, expected, tensors, directory)
     _check_keys(model, raw, expected, tensors, directory)
     check_parts(model, config, name, tensors, directory)
@@ -182,6 +183,16 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 # ===== checks before a model is changed =====
+
+
+def _drop_untrained(model: nn.Module, expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
+    """Takes out adapters of out_proj in an nn.MultiheadAttention, which reads its weight past them, if they are as
+    PEFT's all-linear leaves them: without a gradient, B stays zero."""
+    for path in {within_attention(model, key) for key in tensors.keys() - expected.keys()} - {None}:
+        B = tensors.get(f"{PREFIX}{path}.lora_B.weight")
+        if B is not None and not B.any():
+            for key in [key for key in tensors if key.startswith(f"{PREFIX}{path}.lora_")]:
+                del tensors[key]
 
 
 def _drop_tables(model: nn.Module, expected: dict[str, Tensor], tensors: dict[str, Tensor], directory: Path) -> None:

@@ -50,7 +50,7 @@ def advice(
             "peft on the present transformers (PeftModel.from_pretrained), save it again (save_pretrained), and load "
             "that"
         )
-    if dead := sorted({path for key in keys if (path := _within_attention(model, key))}):
+    if dead := sorted({path for key in keys if (path := within_attention(model, key))}):
         found.append(
             f"{', '.join(dead)} stands in an nn.MultiheadAttention, which reads its weight past it, so that the pair "
             f"has no effect in PEFT either: delete its keys from {WEIGHTS}"
@@ -88,9 +88,9 @@ def _numbered_experts(model: nn.Module) -> bool:
     return any(re.search(r"\.experts\.\d+$", path) for path, _ in model.named_modules())
 
 
-def _within_attention(model: nn.Module, key: str) -> str | None:
-    """The name of a layer in an nn.MultiheadAttention whose pair a key is of."""
-    found = re.fullmatch(re.escape(PREFIX) + r"((.+)\.out_proj)\.lora_(A|B)\.weight", key)
+def within_attention(model: nn.Module, key: str) -> str | None:
+    """The name of a layer in an nn.MultiheadAttention whose adapter a key is of."""
+    found = re.fullmatch(re.escape(PREFIX) + r"((.+)\.out_proj)\.lora_(?:[AB]\.weight|magnitude_vector)", key)
     if found is None or found[2] not in dict(model.named_modules()):
         return None
     return found[1] if isinstance(model.get_submodule(found[2]), nn.MultiheadAttention) else None

@@ -15,7 +15,7 @@ from torch.nn import Module, Parameter
 
 from phicore.adapters.attach import adapter_layers
 from phicore.adapters.attach import finishers as adapted_finishers
-from phicore.formats.bitsandbytes import packed_groups, quantization_config
+from phicore.formats.bitsandbytes import packed_groups, quantization_config, tied_groups
 from phicore.modules import replace
 from phicore.nf4.convert import finishers
 from phicore.nf4.linear import NF4Linear
@@ -151,7 +151,7 @@ def tied_as_is(model: Any) -> Iterator[None]:
     configs = {id(config): config for config in (model.config, model.config.get_text_config())}.values()
     tied = [config for config in configs if getattr(config, "tie_word_embeddings", False)]
     dense = head is not None and not isinstance(head, NF4Linear)
-    if head is None or (dense and (head.weight is embedding.weight or _same(head.weight, embedding.weight))):
+    if head is None or (dense and (_stays_tied(model, head) or _same(head.weight, embedding.weight))):
         tied = []
     for config in tied:
         config.tie_word_embeddings = False
@@ -160,6 +160,14 @@ def tied_as_is(model: Any) -> Iterator[None]:
     finally:
         for config in tied:
             config.tie_word_embeddings = True
+
+
+def _stays_tied(model: Any, head: Any) -> bool:
+    """Whether the head's weight is that of all that its model ties it to, which need not be the input's embedding: in
+    encoder-decoders it may be the decoder's own."""
+    names = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter is head.weight}
+    groups = [group for group in tied_groups(model) if group & names]
+    return bool(groups) and all(group <= names for group in groups)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -28,7 +28,9 @@ def generate(
     """Continues each prompt greedily, until its eos or end-of-turn token or for max_new_tokens.
 
     Prompts are run in batches of like length, padded on the left; the answers are those that each would get alone, up
-    to rounding. The model's sampling settings are not used, and its mode (train or eval) is as before afterwards.
+    to rounding. (Models that are given no position_ids and learn positions, such as BART's decoder, count the padding:
+    batch_size=1 is for those.) The model's sampling settings are not used, and its mode (train or eval) is as before
+    afterwards.
 
     Args:
         model: a causal language model of transformers; its linear layers may be phicore's.
@@ -114,7 +116,7 @@ def _continue(
         if 8 * len(stay) <= 7 * len(going):
             going = [going[row] for row in stay]
             index = torch.tensor(stay, device=ids.device)
-            cache.batch_select_indices(index)
+            cache.reorder_cache(index)  # and not batch_select_indices, which linear attention lacks
             tokens, mask, positions = tokens[index], mask[index], positions[index]
         ids, positions = tokens[:, None], positions[:, -1:] + 1
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)

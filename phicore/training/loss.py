@@ -69,7 +69,7 @@ def causal_lm_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tenso
     positions = (labels != IGNORE_INDEX).any(0).nonzero().squeeze(1)  # [K]
     targets = labels[:, positions].reshape(-1)  # [B * K]
     chosen = "logits_to_keep" in accepted  # by the model itself, before its head
-    if "use_cache" in accepted:
+    if _takes_use_cache(inner, accepted):
         inputs["use_cache"] = False
     if chosen:
         inputs["logits_to_keep"] = positions
@@ -114,6 +114,14 @@ def causal_lm_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tenso
         found.reshape(-1, found.shape[-1]).float(), targets, ignore_index=IGNORE_INDEX, reduction="sum"
     )
     return loss, count
+
+
+def _takes_use_cache(model: Any, accepted: Mapping[str, inspect.Parameter]) -> bool:
+    """Whether a model can be told to keep no keys and values: by its forward, or by that of the model in it, to which
+    it hands on what it does not name (GraniteMoe). A cache would be filled twice where blocks are recomputed."""
+    hands_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
+    within = inspect.signature(getattr(model, "base_model", model).forward).parameters if hands_on else {}
+    return "use_cache" in accepted or "use_cache" in within
 
 
 # Models whose logits turned out not to be what their head gives.

@@ -136,10 +136,16 @@ def _last_token(model: nn.Module, ids: Tensor) -> Any:
 
 
 class _Answers(TorchDispatchMode):
-    """Answers "no" where a model asks for a value, of which shapes have none: DoRA asks whether a norm cancelled."""
+    """Answers "no" where a model asks for a value, of which shapes have none: DoRA asks whether a norm cancelled. And
+    for the products of experts, of which torch knows the shape in bfloat16 alone."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return 0 if func is torch.ops.aten._local_scalar_dense.default else func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 0
+        if func is torch.ops.aten._grouped_mm.default:
+            tokens, experts = args[:2]  # [n, in], [experts, in, out]
+            return tokens.new_empty(len(tokens), experts.shape[-1])
+        return func(*args, **(kwargs or {}))
 
 
 def _give_shapes(model: nn.Module) -> None:

@@ -97,6 +97,20 @@ def test_nf4_layers_are_written_as_they_are(model: Any, tokenizer: Any, tmp_path
     assert torch.equal(logits(loaded), logits(model))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_tables_that_no_file_holds_are_not_computed_in_16_bits(dtype: torch.dtype, tmp_path: Path) -> None:
+    tokenizer = chat_tokenizer("smollm2")
+    sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "n_positions": 512}
+    dense: Any = transformers.GPTJForCausalLM(transformers.GPTJConfig(vocab_size=len(tokenizer), **sizes))
+    save_model(dense, tokenizer, tmp_path / "dense")
+    save_model(phicore.quantize_(dense), tokenizer, tmp_path / "nf4")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=dtype)
+    ours, _ = load_model(str(tmp_path / "nf4"), dtype)
+    for name, table in theirs.named_buffers():
+        assert ours.get_buffer(name).dtype == torch.float32
+        assert torch.equal(ours.get_buffer(name), table), name
+
+
 def test_overwriting_needs_to_be_asked_for(model: Any, tokenizer: Any, tmp_path: Path) -> None:
     target = tmp_path / "model"
     target.mkdir()

@@ -230,6 +230,21 @@ def test_pairs_within_an_attention_that_it_reads_past(tmp_path, unchanged):
     torch.testing.assert_close(phicore.load_adapter(model, tmp_path)(x), other(x))
 
 
+@pytest.mark.parametrize("dora", [False, True])
+def test_pairs_within_an_attention_that_did_not_train_are_passed_over(tmp_path, dora):
+    """As a PEFT adapter of Gemma 3 has them: no gradient has reached B."""
+    base, x = Attending().eval(), torch.linspace(-1, 1, 48).view(2, 3, 8)
+    other = peft.get_peft_model(
+        copy.deepcopy(base), peft.LoraConfig(r=4, target_modules="all-linear", use_dora=dora)
+    ).eval()
+    optimizer = torch.optim.AdamW(other.parameters(), lr=0.1)
+    for _ in range(2):
+        other(x).square().mean().backward()
+        optimizer.step()
+    other.save_pretrained(tmp_path)
+    torch.testing.assert_close(phicore.load_adapter(base, tmp_path)(x), other(x))
+
+
 def deepseek() -> torch.nn.Module:
     """A dense block and one of experts, two of each layer's weights under names that PEFT takes for experts'."""
     torch.manual_seed(0)

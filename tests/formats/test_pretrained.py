@@ -61,6 +61,18 @@ def test_a_coded_head_of_a_tied_model_is_written(tiny: Callable[..., nn.Module],
     assert loads_alike(tmp_path, model)
 
 
+def test_a_head_that_is_tied_to_the_decoder_s_embedding_stays_so(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    bert = transformers.BertConfig(**sizes, num_attention_heads=4)
+    config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(bert, copy.deepcopy(bert))
+    model: Any = phicore.quantize_(transformers.EncoderDecoderModel(config=config).eval())
+    assert model.get_output_embeddings().weight is not model.get_input_embeddings().weight
+    model.save_pretrained(tmp_path)
+    loaded, info = transformers.EncoderDecoderModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    assert torch.equal(loaded.get_output_embeddings().weight, model.get_output_embeddings().weight)
+
+
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_saves_itself(model: Any, tmp_path: Path, clone: Callable[[Any], Any]) -> None:
     other = clone(model)
@@ -90,6 +102,25 @@ def test_what_from_pretrained_cannot_read_is_warned_of(
             f"{tmp_path / name}: written with phicore's own names, which from_pretrained does not"
         )
         assert "phicore.save_adapter" in message
+
+
+def test_layers_that_transformers_leaves_dense_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    sizes = {"vocab_size": 320, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
+    config = transformers.T5Config(**sizes, dropout_rate=0.0, decoder_start_token_id=0)
+    model: Any = transformers.T5ForConditionalGeneration(config).eval()
+    other = phicore.quantize_(copy.deepcopy(model), exclude_modules=["wo"])
+    phicore.quantize_(model).save_pretrained(tmp_path / "all")
+    (message,) = [record.getMessage() for record in caplog.records if record.name.startswith("phicore")]
+    assert message.startswith("transformers leaves encoder.block.0.layer.1.DenseReluDense.wo, ")
+    assert message.endswith("quantize with exclude_modules=['wo']")
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):  # as long as it is so
+        transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "all")
+    caplog.clear()
+    other.save_pretrained(tmp_path / "other")
+    assert not [record for record in caplog.records if record.name.startswith("phicore")]
+    loaded = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "other").train()  # as in loads_alike
+    given = {"input_ids": IDS, "decoder_input_ids": IDS}
+    torch.testing.assert_close(loaded(**given).logits, other.train()(**given).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_a_merged_model_without_coded_layers_is_written_as_ever(

@@ -47,10 +47,24 @@ def test_a_batch_answers_as_one_by_one(
 
 def wide(tiny: Callable[..., nn.Module], family: str) -> Any:
     sizes = {"vocab_size": VOCABULARY, "max_position_embeddings": 256, **WIDE}
+    if family in ("lfm2", "falcon_h1"):
+        return linear_attention(family)
     if family != "gpt2":
         return tiny(family, dtype=torch.float32, **sizes)
     config = transformers.GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=256, **WIDE)
     return transformers.GPT2LMHeadModel(config).eval()
+
+
+def linear_attention(family: str) -> Any:
+    """Layers of it beside those of attention (LFM2), or within each (Falcon H1)."""
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 2, **WIDE}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    torch.manual_seed(0)
+    if family == "lfm2":
+        kinds = ["conv", "full_attention"]
+        return transformers.Lfm2ForCausalLM(transformers.Lfm2Config(**sizes, **heads, layer_types=kinds)).eval()
+    mamba = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8}
+    return transformers.FalconH1ForCausalLM(transformers.FalconH1Config(**sizes, **heads, **mamba)).eval()
 
 
 @torch.no_grad()
@@ -94,7 +108,7 @@ def inputs_of(model: Any) -> list[Tensor]:
     return seen
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "lfm2", "falcon_h1"])
 def test_rows_that_have_ended_leave_the_batch(tiny: Callable[..., nn.Module], tokenizer: Any, family: str) -> None:
     model = wide(tiny, family)
     prompts = [f"{chr(97 + i)}{prompt}" for i in range(4) for prompt in PROMPTS]

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -30,6 +31,8 @@ def prepare(model: Any, method: str) -> Any:
 def pair(tiny: Tiny, family: str, method: str) -> tuple[Any, Any]:
     """A model with weights and the same without, both ready to train."""
     real: Any = tiny(family, dtype=torch.float32)
+    if family == "mixtral":
+        real.set_experts_implementation("grouped_mm")  # as in a model that is loaded
     return prepare(real, method).train(), prepare(meta_model(real.config), method)
 
 
@@ -49,7 +52,8 @@ def really_saved(model: nn.Module, examples: int, length: int) -> int:
 
 
 @pytest.mark.parametrize(
-    ("family", "method"), [("gpt2", "lora"), ("gpt2", "dora"), *(("tied llama", method) for method in METHODS)]
+    ("family", "method"),
+    [("gpt2", "lora"), ("gpt2", "dora"), *((family, m) for family in ("tied llama", "mixtral") for m in METHODS)],
 )
 def test_activations_over_shapes_are_those_of_a_real_pass(tiny: Tiny, family: str, method: str) -> None:
     real, shapes = pair(tiny, family, method)
@@ -58,6 +62,13 @@ def test_activations_over_shapes_are_those_of_a_real_pass(tiny: Tiny, family: st
         assert counted == held
     else:  # over shapes, transformers repeats the grouped heads itself
         assert held <= counted <= 1.15 * held
+
+
+def test_weights_that_a_model_draws_on_the_cpu_are_on_meta_too() -> None:
+    sizes = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 2}
+    model = meta_model(transformers.DiffLlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
+    assert all(p.is_meta for p in model.parameters())
+    assert step_memory(prepare(model, "qlora"), TrainConfig(batch_size=2), 8).activations > 0
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 import phicore
@@ -49,6 +50,18 @@ def test_adapter_gradients_are_the_same(
     assert given.keys() == exact.keys()
     for name, gradient in exact.items():
         torch.testing.assert_close(given[name], gradient, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_no_cache_is_filled_twice_by_a_model_that_only_hands_use_cache_on(randomize: Build) -> None:
+    sizes = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2}
+    config = transformers.GraniteMoeConfig(**sizes, num_attention_heads=4, num_local_experts=4, num_experts_per_tok=2)
+    model = randomize(phicore.attach(transformers.GraniteMoeForCausalLM(config), phicore.LoRAConfig(rank=3))).train()
+    exact = gradients(model)
+    with checkpointed_blocks(model):
+        given = gradients(model)
+    assert given.keys() == exact.keys()
+    for name, gradient in exact.items():
+        torch.testing.assert_close(given[name], gradient, msg=name)
 
 
 def test_activations_are_computed_again_and_not_kept(
