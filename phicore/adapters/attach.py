@@ -350,26 +350,29 @@ WRAPPERS = {"DistributedDataParallel", *SHARDED}
 
 def check_not_wrapped(model: nn.Module) -> None:
     """Raises ValueError for a model whose gradients torch sums over ranks."""
-    for path, module in model.named_modules():
-        if kinds := _kinds_of_torch(module) & WRAPPERS:
-            raise ValueError(
-                f"{path or 'the model'} is a {min(kinds)}, which sums the gradients of those parameters "
-                f"over ranks that it was made with, and not of an adapter; attach first, and wrap the model then"
-            )
+    _refuse(
+        model,
+        WRAPPERS,
+        "which sums the gradients of those parameters over ranks that it was made with, and not of an adapter; attach "
+        "first, and wrap the model then",
+    )
 
 
 def check_not_sharded(model: nn.Module) -> None:
     """Raises ValueError for a model of whose weights each rank has a part, where whole ones are needed."""
+    _refuse(
+        model,
+        SHARDED,
+        "whose weights are in parts on ranks; load and merge adapters in a model that is not sharded (save_adapter, "
+        "called on all ranks, writes whole tensors)",
+    )
+
+
+def _refuse(model: nn.Module, kinds: set[str], reason: str) -> None:
     for path, module in model.named_modules():
-        if kinds := _kinds_of_torch(module) & SHARDED:
-            raise ValueError(
-                f"{path or 'the model'} is a {min(kinds)}, whose weights are in parts on ranks; load and merge "
-                f"adapters in a model that is not sharded (save_adapter, called on all ranks, writes whole tensors)"
-            )
-
-
-def _kinds_of_torch(module: nn.Module) -> set[str]:
-    return {kind.__name__ for kind in type(module).__mro__ if kind.__module__.startswith("torch.")}
+        own = {kind.__name__ for kind in type(module).__mro__ if kind.__module__.startswith("torch.")}
+        if found := own & kinds:
+            raise ValueError(f"{path or 'the model'} is a {min(found)}, {reason}")
 
 
 def _adapter(
