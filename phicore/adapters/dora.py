@@ -207,7 +207,7 @@ class DoRALayer(LowRankLayer):
             return norm_squared.sqrt(), False
         if cancelled.any():
             return dense().sqrt(), False
-        return norm_squared.sqrt(), bool(norm_squared.all())
+        return norm_squared.sqrt(), not (norm_squared == 0).any()  # a NaN is not zero, and stays one
 
     def _apply(self, fn: Any, recurse: bool = True) -> "DoRALayer":
         dtype = self.dtype
