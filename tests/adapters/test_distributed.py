@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper, checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -146,13 +147,19 @@ def attach_to_wrapped() -> None:
         phicore.attach(nn.Sequential(fully_shard(Block(), mesh=mesh)), config)
 
 
+def compiled_blocks(model: nn.Sequential) -> nn.Sequential:
+    for place, block in enumerate(model):
+        model[place] = checkpoint_wrapper(torch.compile(block))
+    return model
+
+
 def save_wrapped(directory: Path) -> None:
     """A file holds the names and tensors of the model, not of its wrappers and shards."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     path = directory / str(dist.get_rank())
     for dora in (False, True):
         expected = adapter_tensors(build(dora, False))
-        for wrap in (DistributedDataParallel, torch.compile, partial(fully_shard, mesh=mesh)):
+        for wrap in (DistributedDataParallel, torch.compile, partial(fully_shard, mesh=mesh), compiled_blocks):
             wrapped: Any = wrap(build(dora, False))
             phicore.save_adapter(wrapped, path)
             found = load_file(path / WEIGHTS)
@@ -167,8 +174,10 @@ def save_wrapped(directory: Path) -> None:
     bare = nn.Sequential(Block(), Block(), nn.Linear(64, 8))
     with pytest.raises(ValueError, match=r"the model is a DistributedDataParallel, .* attach first"):
         phicore.load_adapter(DistributedDataParallel(bare), path)
-    phicore.load_adapter(torch.compile(bare), path)
-    assert adapter_tensors(bare).keys() == expected.keys()
+    phicore.load_adapter(torch.compile(compiled_blocks(bare)), path)
+    phicore.save_adapter(bare, path)
+    assert load_file(path / WEIGHTS).keys() == expected.keys()
+    assert isinstance(bare[0], CheckpointWrapper)
 
 
 @pytest.fixture(scope="module")
