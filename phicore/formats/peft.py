@@ -15,7 +15,15 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from phicore import atomic
-from phicore.adapters.attach import adapter_layers, attach, check_not_sharded, check_not_wrapped, merged_layers, plan
+from phicore.adapters.attach import (
+    adapter_layers,
+    attach,
+    check_not_flattened,
+    check_not_sharded,
+    check_not_wrapped,
+    merged_layers,
+    plan,
+)
 from phicore.adapters.config import LoRAConfig
 from phicore.adapters.dora import DoRALayer
 from phicore.adapters.experts import LoRAExperts
@@ -56,11 +64,13 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str 
         name: which adapter.
 
     Raises:
-        ValueError: the model has no such adapter, is merged, or holds the adapter without values (on meta).
+        ValueError: the model has no such adapter, is merged, or holds the adapter without values (on meta) or in parts
+            that cannot be put together (FullyShardedDataParallel).
 
     Warns:
         UserWarning: layers that PEFT misreads on this type of model; phicore reads them rightly.
     """
+    check_not_flattened(model)
     with unwrapped(model) as model:
         found = adapter_tensors(model, name)
         if without := [key for key, tensor in found.items() if tensor.is_meta]:

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper, checkpoint_wrapper
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import phicore
@@ -171,6 +171,11 @@ def save_wrapped(directory: Path) -> None:
             for change in (phicore.merge, lambda model: phicore.load_adapter(model, path)):
                 with pytest.raises(ValueError, match=r"is a FSDPModule, whose weights are in parts on ranks"):
                     change(wrapped)
+    flattened = FullyShardedDataParallel(build(True, False), use_orig_params=True, device_id=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"the model is a FullyShardedDataParallel, which holds parts .* fully_shard"):
+        phicore.save_adapter(flattened, path)
+    whole = build(True, False)
+    whole.load_state_dict(get_model_state_dict(flattened, options=StateDictOptions(full_state_dict=True)))
     bare = nn.Sequential(Block(), Block(), nn.Linear(64, 8))
     with pytest.raises(ValueError, match=r"the model is a DistributedDataParallel, .* attach first"):
         phicore.load_adapter(DistributedDataParallel(bare), path)
