@@ -5,6 +5,7 @@ import re
 import sys
 import warnings
 from collections.abc import Container, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 from torch import nn
@@ -269,11 +270,31 @@ def no_match(what: str, name: str, among: Sequence[str] | dict[str, nn.Module]) 
     return f"no module matches {what}; {hint}"
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model in torch's wrappers (DistributedDataParallel, torch.compile), which put a name before all its names."""
-    while isinstance(model, DistributedDataParallel) or "_orig_mod" in model._modules:
-        model = model.module if isinstance(model, DistributedDataParallel) else model.get_submodule("_orig_mod")
-    return model
+@contextmanager
+def unwrapped(model: nn.Module) -> Iterator[nn.Module]:
+    """The model while torch's wrappers, which put a name before those of what they hold, are off it and its parts."""
+    wrapped = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent._modules.items()
+        if child is not None and _within(child) is not child
+    ]
+    for parent, name, child in wrapped:
+        parent._modules[name] = _within(child)
+    try:
+        yield _within(model)
+    finally:
+        for parent, name, child in wrapped:
+            if parent._modules[name] is _within(child):  # and not an adapter, which took its place
+                parent._modules[name] = child
+
+
+def _within(module: nn.Module) -> nn.Module:
+    """What DistributedDataParallel, torch.compile and torch's checkpoint_wrapper hold."""
+    inner = "module" if isinstance(module, DistributedDataParallel) else None
+    for name in ("_orig_mod", "_checkpoint_wrapped_module"):
+        inner = name if name in module._modules else inner
+    return module if inner is None else _within(module.get_submodule(inner))
 
 
 def output_heads(model: nn.Module) -> set[nn.Module]:

@@ -254,3 +254,6 @@ def test_what_is_pefts_is_named_and_left_alone(targets, named):
             change(theirs, targets)
         assert [name for name, p in theirs.named_parameters() if p.requires_grad] == trained
     assert phicore.quantize_(theirs, ["third"]) is theirs
+    whole = phicore.LoRAConfig(rank=2, target_modules=["third"], modules_to_save=["second"])
+    with pytest.raises(ValueError, match=r"second belongs to an adapter of peft"):
+        phicore.attach(theirs, whole)

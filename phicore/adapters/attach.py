@@ -34,7 +34,7 @@ from phicore.adapters.tied import (
 )
 from phicore.adapters.token_rows import token_rows
 from phicore.adapters.trained import TrainedBias, TrainedPart, biases_beside, has_bias, new_bias, trains_bias
-from phicore.modules import Model, matches, no_match, replace, select
+from phicore.modules import Model, check_not_in_peft, matches, no_match, replace, select
 from phicore.nf4.convert import check_layer, coded
 from phicore.nf4.linear import NF4Linear
 
@@ -117,6 +117,7 @@ def plan(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, nn.Module], di
                 raise ValueError(f'modules_to_save entry "{entry}" matches {name}, which has an adapter in it already')
             _check_trains_whole(entry, name, module)
         saved |= found
+    check_not_in_peft(saved, every)
     saved = _in_every_name(saved, every)
     whole = tuple(f"{path}." for path in saved)
     only_parameters = bool(config.target_parameters) and not config.target_modules
@@ -364,7 +365,17 @@ def check_not_sharded(model: nn.Module) -> None:
         model,
         SHARDED,
         "whose weights are in parts on ranks; load and merge adapters in a model that is not sharded (save_adapter, "
-        "called on all ranks, writes whole tensors)",
+        "called on all ranks, writes whole tensors of what fully_shard has sharded)",
+    )
+
+
+def check_not_flattened(model: nn.Module) -> None:
+    """Raises ValueError for a model whose parts on ranks have no shape, so that nothing tells them from the whole."""
+    _refuse(
+        model,
+        {"FullyShardedDataParallel"},
+        "which holds parts of flattened weights; shard by fully_shard, or load its full state (get_model_state_dict of "
+        "torch.distributed.checkpoint.state_dict) into a model that is not sharded, and save that",
     )
 
 

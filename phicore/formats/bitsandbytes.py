@@ -224,9 +224,13 @@ def load_quantized(directory: Path, config: Any, dtype: torch.dtype) -> Any:
     with no_init_weights():  # memory that is never written is never taken
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     load_weights(model, weights, dtype)
+    # Tables of positions, which no file holds, were computed in dtype: the class computes those again. The rest is told
+    # to be done: classes zero the row of the padding, and draw numbers, whatever their tensors are marked as.
+    for module in model.modules():
+        module._is_hf_initialized = not module._non_persistent_buffers_set
     for tensor in model.state_dict(keep_vars=True).values():
-        tensor._is_hf_initialized = True  # what the class below leaves alone
-    model.initialize_weights()  # tables of positions, which no file holds: the first ones were computed in dtype
+        tensor._is_hf_initialized = True
+    model.initialize_weights()
     if (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)
     return model

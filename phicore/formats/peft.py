@@ -8,14 +8,22 @@ import json
 import os
 import warnings
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from phicore import atomic
-from phicore.adapters.attach import adapter_layers, attach, check_not_sharded, check_not_wrapped, merged_layers, plan
+from phicore.adapters.attach import (
+    adapter_layers,
+    attach,
+    check_not_flattened,
+    check_not_sharded,
+    check_not_wrapped,
+    merged_layers,
+    plan,
+)
 from phicore.adapters.config import LoRAConfig
 from phicore.adapters.dora import DoRALayer
 from phicore.adapters.experts import LoRAExperts
@@ -56,27 +64,29 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str 
         name: which adapter.
 
     Raises:
-        ValueError: the model has no such adapter, is merged, or holds the adapter without values (on meta).
+        ValueError: the model has no such adapter, is merged, or holds the adapter without values (on meta) or in parts
+            that cannot be put together (FullyShardedDataParallel).
 
     Warns:
         UserWarning: layers that PEFT misreads on this type of model; phicore reads them rightly.
     """
-    model = unwrapped(model)
-    found = adapter_tensors(model, name)
-    if without := [key for key, tensor in found.items() if tensor.is_meta]:
-        raise ValueError(
-            f"{without[0]} is on meta, without values: it was never loaded, or accelerate has offloaded it; load the "
-            f"model whole"
-        )
-    tensors = {key: _whole(tensor).contiguous().cpu() for key, tensor in found.items()}
-    config = adapter_config(model, name)
-    data = save(_each_alone(tensors), metadata={"format": "pt"})
-    if parts := split_parts(model, name):
-        data = with_metadata(data, PARTS, json.dumps(parts, sort_keys=True))
-    model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
-    adapted = (path for path, layer in adapter_layers(model, name) if isinstance(layer, LowRankLayer))
-    if lost := misread(model_type, adapted):
-        data = with_metadata(data, MODEL_TYPE, model_type)
+    check_not_flattened(model)
+    with unwrapped(model) as model:
+        found = adapter_tensors(model, name)
+        if without := [key for key, tensor in found.items() if tensor.is_meta]:
+            raise ValueError(
+                f"{without[0]} is on meta, without values: it was never loaded, or accelerate has offloaded it; load "
+                f"the model whole"
+            )
+        tensors = {key: _whole(tensor).contiguous().cpu() for key, tensor in found.items()}
+        config = adapter_config(model, name)
+        data = save(_each_alone(tensors), metadata={"format": "pt"})
+        if parts := split_parts(model, name):
+            data = with_metadata(data, PARTS, json.dumps(parts, sort_keys=True))
+        model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
+        adapted = (path for path, layer in adapter_layers(model, name) if isinstance(layer, LowRankLayer))
+        if lost := misread(model_type, adapted):
+            data = with_metadata(data, MODEL_TYPE, model_type)
     atomic.write_bytes(Path(directory) / WEIGHTS, data)
     atomic.write_text(Path(directory) / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
     if lost:
@@ -119,7 +129,14 @@ def load_adapter(model: Model, directory: str | os.PathLike[str], name: str = "d
         ValueError: a file that cannot be read, a setting that this library does not know, keys that are missing or
             unexpected, shapes that do not fit: all are listed, and the model is unchanged.
     """
-    given, model, directory = model, cast(Model, unwrapped(model)), Path(directory)
+    if name not in {layer.adapter_name for _, layer in adapter_layers(model)}:
+        check_not_wrapped(model)
+    with unwrapped(model) as bare:
+        _load(bare, Path(directory), name)
+    return model
+
+
+def _load(model: nn.Module, directory: Path, name: str) -> None:
     raw = read_config(directory)
     tensors = read_tensors(directory / WEIGHTS)
     parts = read_parts(directory / WEIGHTS)
@@ -134,7 +151,6 @@ def load_adapter(model: Model, directory: str | os.PathLike[str], name: str = "d
         if unlike:
             raise ValueError(f'the adapter "{name}" of the model and {directory} differ: ' + "; ".join(unlike))
     else:
-        check_not_wrapped(given)
         try:
             config = lora_config(model, raw, tensors, parts)
             expected, together = expected_tensors(model, config), tied_copies(model, raw, tensors)
@@ -166,7 +182,6 @@ def load_adapter(model: Model, directory: str | os.PathLike[str], name: str = "d
     for _, layer in adapter_layers(model):
         if isinstance(layer, DoRALayer) and isinstance(layer.base, LowRankLayer):
             layer.refresh_base_norm()  # the adapter under it may be the one that was loaded
-    return given
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

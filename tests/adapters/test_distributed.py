@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper, checkpoint_wrapper
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import phicore
@@ -146,13 +147,19 @@ def attach_to_wrapped() -> None:
         phicore.attach(nn.Sequential(fully_shard(Block(), mesh=mesh)), config)
 
 
+def compiled_blocks(model: nn.Sequential) -> nn.Sequential:
+    for place, block in enumerate(model):
+        model[place] = checkpoint_wrapper(torch.compile(block))
+    return model
+
+
 def save_wrapped(directory: Path) -> None:
     """A file holds the names and tensors of the model, not of its wrappers and shards."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     path = directory / str(dist.get_rank())
     for dora in (False, True):
         expected = adapter_tensors(build(dora, False))
-        for wrap in (DistributedDataParallel, torch.compile, partial(fully_shard, mesh=mesh)):
+        for wrap in (DistributedDataParallel, torch.compile, partial(fully_shard, mesh=mesh), compiled_blocks):
             wrapped: Any = wrap(build(dora, False))
             phicore.save_adapter(wrapped, path)
             found = load_file(path / WEIGHTS)
@@ -164,11 +171,18 @@ def save_wrapped(directory: Path) -> None:
             for change in (phicore.merge, lambda model: phicore.load_adapter(model, path)):
                 with pytest.raises(ValueError, match=r"is a FSDPModule, whose weights are in parts on ranks"):
                     change(wrapped)
+    flattened = FullyShardedDataParallel(build(True, False), use_orig_params=True, device_id=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"the model is a FullyShardedDataParallel, which holds parts .* fully_shard"):
+        phicore.save_adapter(flattened, path)
+    whole = build(True, False)
+    whole.load_state_dict(get_model_state_dict(flattened, options=StateDictOptions(full_state_dict=True)))
     bare = nn.Sequential(Block(), Block(), nn.Linear(64, 8))
     with pytest.raises(ValueError, match=r"the model is a DistributedDataParallel, .* attach first"):
         phicore.load_adapter(DistributedDataParallel(bare), path)
-    phicore.load_adapter(torch.compile(bare), path)
-    assert adapter_tensors(bare).keys() == expected.keys()
+    phicore.load_adapter(torch.compile(compiled_blocks(bare)), path)
+    phicore.save_adapter(bare, path)
+    assert load_file(path / WEIGHTS).keys() == expected.keys()
+    assert isinstance(bare[0], CheckpointWrapper)
 
 
 @pytest.fixture(scope="module")

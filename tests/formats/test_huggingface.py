@@ -111,6 +111,20 @@ def test_tables_that_no_file_holds_are_not_computed_in_16_bits(dtype: torch.dtyp
         assert torch.equal(ours.get_buffer(name), table), name
 
 
+def test_what_was_loaded_is_not_initialised(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+    ranks = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
+    tokenizer = chat_tokenizer("smollm2")
+    config = transformers.YoutuConfig(vocab_size=len(tokenizer), pad_token_id=0, **sizes, **ranks)
+    model: Any = transformers.AutoModelForCausalLM.from_config(config)  # its class zeroes the padding's row at any time
+    torch.nn.init.normal_(model.get_input_embeddings().weight)
+    save_model(phicore.quantize_(model), tokenizer, tmp_path / "nf4")
+    before = torch.get_rng_state()
+    loaded, _ = load_model(str(tmp_path / "nf4"), torch.float32)
+    assert torch.equal(loaded.get_input_embeddings().weight, model.get_input_embeddings().weight)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_overwriting_needs_to_be_asked_for(model: Any, tokenizer: Any, tmp_path: Path) -> None:
     target = tmp_path / "model"
     target.mkdir()
