@@ -74,11 +74,12 @@ def new_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     aside: Path | None = None
     try:
-        temporary.chmod(0o755)  # mkdtemp makes it private
         yield temporary
         for root, _, names in os.walk(temporary):
+            os.chmod(root, 0o755)  # mkdtemp makes it private, and safetensors its files
             for name in names:
                 with open(os.path.join(root, name), "rb") as file:
+                    os.fchmod(file.fileno(), 0o644)
                     os.fsync(file.fileno())
             fsync_directory(root)
         if path.exists():
