@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from phicore import atomic
@@ -70,14 +70,15 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str 
         )
     tensors = {key: _whole(tensor).contiguous().cpu() for key, tensor in found.items()}
     config = adapter_config(model, name)
-    data = save(_each_alone(tensors), metadata={"format": "pt"})
-    if parts := split_parts(model, name):
-        data = with_metadata(data, PARTS, json.dumps(parts, sort_keys=True))
+    more = {PARTS: json.dumps(parts, sort_keys=True)} if (parts := split_parts(model, name)) else {}
     model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
     adapted = (path for path, layer in adapter_layers(model, name) if isinstance(layer, LowRankLayer))
     if lost := misread(model_type, adapted):
-        data = with_metadata(data, MODEL_TYPE, model_type)
-    atomic.write_bytes(Path(directory) / WEIGHTS, data)
+        more[MODEL_TYPE] = model_type
+    with atomic.new_file(Path(directory) / WEIGHTS) as temporary:
+        save_file(_each_alone(tensors), temporary, metadata={"format": "pt"})  # bytes of it would be two copies more
+        for key, value in more.items():
+            temporary.write_bytes(with_metadata(temporary.read_bytes(), key, value))
     atomic.write_text(Path(directory) / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
     if lost:
         warnings.warn(
