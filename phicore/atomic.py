@@ -10,24 +10,34 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
-    """Writes a file so that a reader, or a kill at any moment, sees the old content or the new, never a part."""
+@contextmanager
+def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields the name of an empty temporary file beside path; when the block ends well, it takes path's place, so that
+    a reader, or a kill at any moment, sees the old content or the new, never a part."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = Path(name)
+    os.close(handle)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fchmod(file.fileno(), 0o644)  # mkstemp makes it private
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fchmod(file.fileno(), 0o644)  # mkstemp makes it private, and safetensors its files
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename is None:  # of a full disk, say, which does not say where
             error.filename = str(path)
+        _raise_as_system(error, path)
         raise
     fsync_directory(path.parent)
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Writes a file that is whole or absent, see `new_file`."""
+    with new_file(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -74,11 +84,12 @@ def new_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     aside: Path | None = None
     try:
-        temporary.chmod(0o755)  # mkdtemp makes it private
         yield temporary
         for root, _, names in os.walk(temporary):
+            os.chmod(root, 0o755)  # mkdtemp makes it private, and safetensors its files
             for name in names:
                 with open(os.path.join(root, name), "rb") as file:
+                    os.fchmod(file.fileno(), 0o644)
                     os.fsync(file.fileno())
             fsync_directory(root)
         if path.exists():
@@ -93,12 +104,16 @@ def new_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
                 os.replace(aside, path)
             if not aside.exists():
                 aside.parent.rmdir()
-        # safetensors and tokenizers are written in Rust, and raise what the system says as no OSError.
-        if (system := re.search(r"\(os error (\d+)\)$", str(error))) and not isinstance(error, OSError):
-            raise OSError(int(system[1]), os.strerror(int(system[1])), str(path)) from error
+        _raise_as_system(error, path)
         raise
     if aside is not None:
         shutil.rmtree(aside.parent)
+
+
+def _raise_as_system(error: BaseException, path: Path) -> None:
+    """Raises an OSError for what Rust, in which safetensors and tokenizers write, says of the system as another."""
+    if (system := re.search(r"\(os error (\d+)\)$", str(error))) and not isinstance(error, OSError):
+        raise OSError(int(system[1]), os.strerror(int(system[1])), str(path)) from error
 
 
 def _end_of_links(path: Path) -> Path:

@@ -1,5 +1,6 @@
 """LoRAConfig: which layers are adapted and how."""
 
+import functools
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -157,9 +158,15 @@ def _check_indices(what: str, indices: int | Sequence[int]) -> None:
 def pattern_value(pattern: Mapping[str, T], name: str, default: T) -> T:
     """The value whose key, a regular expression, is the whole name or its end after a dot; the first that fits."""
     for key, value in pattern.items():
-        if re.fullmatch(ends_with(key), name):
+        if _end(key).fullmatch(name):
             return value
     return default
+
+
+# Kept here, since re keeps 512, and the file of an adapter with many ranks has a key for each of its layers.
+@functools.lru_cache(maxsize=2**14)
+def _end(key: str) -> re.Pattern[str]:
+    return re.compile(ends_with(key))
 
 
 def scaling(rank: int, alpha: float, rslora: bool) -> float:

@@ -1,6 +1,5 @@
 """phicore finetune: a model, JSONL data and a method in; an adapter and what it changed out."""
 
-import hashlib
 import io
 import json
 import platform
@@ -32,6 +31,7 @@ from phicore.training.output import after_restart
 from phicore.training.precision import DTYPES, choose_dtype
 from phicore.training.resume import changed_settings
 from phicore.training.scoring import exact_match, span_f1
+from phicore.training.shards import digest
 from phicore.training.watch import Watch
 
 
@@ -298,7 +298,8 @@ def _load_data(options: FinetuneOptions, tokenizer: Any) -> tuple[TokenDataset, 
 
 
 def _load(path: str, tokenizer: Any, sequence_length: int, limit: int | None) -> TokenDataset:
-    data = load_dataset(path, tokenizer, sequence_length, limit)
+    with stage(f"encoding {path}"):
+        data = load_dataset(path, tokenizer, sequence_length, limit)
     say(f"{path}: {len(data)} examples, {data.tokens:,} tokens, {data.loss_tokens:,} of them carry loss")
     if (report := data.report()) is not None:
         say(f"{path}: {report}")
@@ -317,17 +318,13 @@ def _identity(options: FinetuneOptions, dtype: torch.dtype) -> dict[str, Any]:
     nf4 = {"block_size": options.block_size, "double_quant": options.double_quant} if options.method[0] == "q" else {}
     return {
         "model": options.model,
-        "data_sha256": _sha256(options.data),
+        "data_sha256": digest(Path(options.data)),
         "method": options.method,
         "sequence_length": options.sequence_length,
         "dtype": str(dtype).removeprefix("torch."),
         **nf4,
         **adapter,
     }
-
-
-def _sha256(path: str) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
@@ -342,7 +339,7 @@ def _before(
     held-out settings computes it anew, from the same untrained model."""
     kept = Path(options.train.output) / "before.json"
     asked = {name: getattr(options, name) for name in ("eval_limit", "answers", "max_new_tokens")}
-    asked["eval_data_sha256"] = _sha256(options.eval_data) if options.eval_data else None
+    asked["eval_data_sha256"] = digest(Path(options.eval_data)) if options.eval_data else None
     asked = json.loads(json.dumps({**settings, **asked}))
 
     def read_kept() -> dict[str, Any] | None:

@@ -353,8 +353,6 @@ def save_model(
         else:
             model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        for file in temporary.iterdir():
-            file.chmod(0o644)  # safetensors makes its file private
 
 
 def convert_gguf(

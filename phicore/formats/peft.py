@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from phicore import atomic
@@ -71,23 +71,25 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str 
         UserWarning: layers that PEFT misreads on this type of model; phicore reads them rightly.
     """
     check_not_flattened(model)
-    with unwrapped(model) as model:
-        found = adapter_tensors(model, name)
+    with unwrapped(model) as bare:
+        found = adapter_tensors(bare, name)
         if without := [key for key, tensor in found.items() if tensor.is_meta]:
             raise ValueError(
                 f"{without[0]} is on meta, without values: it was never loaded, or accelerate has offloaded it; load "
                 f"the model whole"
             )
         tensors = {key: _whole(tensor).contiguous().cpu() for key, tensor in found.items()}
-        config = adapter_config(model, name)
-        data = save(_each_alone(tensors), metadata={"format": "pt"})
-        if parts := split_parts(model, name):
-            data = with_metadata(data, PARTS, json.dumps(parts, sort_keys=True))
-        model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
-        adapted = (path for path, layer in adapter_layers(model, name) if isinstance(layer, LowRankLayer))
-        if lost := misread(model_type, adapted):
-            data = with_metadata(data, MODEL_TYPE, model_type)
-    atomic.write_bytes(Path(directory) / WEIGHTS, data)
+        config, parts = adapter_config(bare, name), split_parts(bare, name)
+        model_type = str(getattr(getattr(bare, "config", None), "model_type", ""))
+        adapted = (path for path, layer in adapter_layers(bare, name) if isinstance(layer, LowRankLayer))
+        lost = misread(model_type, adapted)
+    more = {PARTS: json.dumps(parts, sort_keys=True)} if parts else {}
+    if lost:
+        more[MODEL_TYPE] = model_type
+    with atomic.new_file(Path(directory) / WEIGHTS) as temporary:
+        save_file(_each_alone(tensors), temporary, metadata={"format": "pt"})  # bytes of it would be two copies more
+        for key, value in more.items():
+            temporary.write_bytes(with_metadata(temporary.read_bytes(), key, value))
     atomic.write_text(Path(directory) / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
     if lost:
         warnings.warn(

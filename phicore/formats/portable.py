@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from phicore import atomic
@@ -339,7 +339,7 @@ def export(
         scaling, tensors = _rescaled(adapter, tensors, reader)
         config |= scaling
     with atomic.new_directory(output, overwrite=overwrite) as temporary:
-        atomic.write_bytes(temporary / WEIGHTS, save(tensors, metadata={"format": "pt"}))
+        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
         # the order inside a pattern is its meaning, so only the fields are sorted
         atomic.write_text(temporary / CONFIG, json.dumps(dict(sorted(config.items())), indent=2) + "\n")
     return list(misfits.values())

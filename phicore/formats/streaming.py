@@ -110,8 +110,6 @@ def quantize_directory(
             )
             write_config(model, temporary)
             _copy_companions(source, temporary)
-            for file in temporary.rglob("*"):
-                file.chmod(0o755 if file.is_dir() else 0o644)  # safetensors makes its files private
     read = sum(file.entries[key].stop - file.entries[key].start for key, file in weights.items())
     return read, written
 

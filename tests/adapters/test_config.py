@@ -1,12 +1,13 @@
 """LoRAConfig: what it refuses, and the two scalings."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
 
 import phicore
-from phicore.adapters.config import scaling
+from phicore.adapters.config import pattern_value, scaling
 
 
 @pytest.mark.parametrize(
@@ -48,6 +49,15 @@ def test_instances_do_not_share_their_containers():
 def test_scaling(rank, alpha):
     assert scaling(rank, alpha, rslora=False) == alpha / rank
     assert scaling(rank, alpha, rslora=True) == pytest.approx(alpha / rank**0.5)
+
+
+def test_many_patterns_are_compiled_once_each_however_many_names_there_are(monkeypatch):
+    compiled = []
+    compile_ = re.compile
+    monkeypatch.setattr(re, "compile", lambda pattern: compiled.append(pattern) or compile_(pattern))
+    pattern = {rf"layers\.{i}\.once": i for i in range(600)}  # re itself keeps 512
+    assert [pattern_value(pattern, f"layers.{i}.once", -1) for i in (0, 599, 600)] == [0, 599, -1]
+    assert len(compiled) == 600
 
 
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])

@@ -51,6 +51,7 @@ def test_result_adapter_and_table(
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 3
     shown = capsys.readouterr().out
+    assert f"encoding {data} ...\n" in shown  # of a large file it takes minutes
     assert "before" in shown
     assert "0 Elm St" in shown
     # The saved adapter is the trained one: over the same base, it gives the reported loss.

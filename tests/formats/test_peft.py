@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 
 import bitsandbytes
 import peft
 import pytest
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -521,3 +523,29 @@ def test_modules_to_save_that_end_in_an_entry_as_peft_takes_it(tmp_path, randomi
     torch.testing.assert_close(logits(model), logits(other))
     phicore.save_adapter(model, tmp_path / "ours")
     torch.testing.assert_close(logits(load_in_peft(tiny("llama").double(), tmp_path / "ours")), logits(other))
+
+
+def test_saving_makes_no_copy_of_the_adapter_in_python(tmp_path):
+    model = phicore.attach(nn.Sequential(nn.Linear(1024, 1024)), phicore.LoRAConfig(rank=512))  # 4 MB
+    phicore.save_adapter(model, tmp_path)  # imports
+    tracemalloc.start()
+    try:
+        phicore.save_adapter(model, tmp_path)
+        assert tracemalloc.get_traced_memory()[1] < 1e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_full_disk_leaves_the_adapter_that_was_there(tmp_path, monkeypatch):
+    model = phicore.attach(nn.Sequential(nn.Linear(4, 4)), phicore.LoRAConfig(rank=2))
+    phicore.save_adapter(model, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def save_file(tensors, path, metadata):
+        path.write_bytes(b"half of it")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("phicore.formats.peft.save_file", save_file)
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path / WEIGHTS}'"):
+        phicore.save_adapter(model, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
