@@ -147,9 +147,8 @@ def _argument(path: str, key: str, value: Any) -> list[str]:
 
 def _from_home(argument: str) -> str:
     """`--option=~/path` with the home directory, which shells put in place of a "~" at the start of a word only."""
-    option, _, value = argument.partition("=")
-    a_path = option.startswith("--") and value.startswith("~/")  # and not, say, a prompt that begins with "~"
-    return f"{option}={os.path.expanduser(value)}" if a_path else argument
+    option, equals, value = argument.partition("=")
+    return f"{option}={os.path.expanduser(value)}" if equals and option.startswith("--") else argument
 
 
 def _toml(text: str) -> dict[str, Any]:

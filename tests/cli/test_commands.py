@@ -254,8 +254,6 @@ def test_a_home_directory_behind_an_equals_sign(tmp_path: Path, monkeypatch: pyt
     options = parse(FinetuneOptions, ["--config=~/c.toml", "--model=~/m", "--output=~/runs/a=~"], "finetune", "")
     assert (options.model, options.data) == (f"{tmp_path}/m", "d")
     assert options.train.output == f"{tmp_path}/runs/a=~"
-    asked = parse(GenerateOptions, ["--model=~/m", "--prompt=~", "--system=~root"], "generate", "")
-    assert (asked.model, asked.prompt, asked.system) == (f"{tmp_path}/m", ("~",), "~root")
 
 
 def test_what_is_wrong_with_a_file_is_told_with_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
