@@ -111,11 +111,22 @@ def test_a_run_restarted_on_two_nodes_goes_on_from_its_checkpoint(tmp_path: Path
     nodes = ["--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "1"]
     meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "7"]
     command = [*TORCHRUN, *nodes, *meeting, *script(tmp_path / "run", settings, 6)]
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    agents = [subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, **pipes) for _ in range(2)]
+    files = [tmp_path / f"agent-{i}.txt" for i in range(2)]  # so that an agent that hangs is heard, and the other too
+    agents = []
+    for file in files:
+        with file.open("w") as output:
+            agents.append(subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=output, stderr=subprocess.STDOUT))
     whole = start(2, train, tmp_path / "whole", 0.0, settings)
-    told = [agent.communicate(timeout=100)[0] for agent in agents]
-    assert [agent.returncode for agent in agents] == [0, 0], told
+    try:
+        for agent in agents:
+            agent.wait(100)
+    except subprocess.TimeoutExpired:
+        pass  # its code is None then
+    codes = [agent.poll() for agent in agents]
+    for agent in agents:
+        agent.terminate()
+    told = [file.read_text() for file in files]
+    assert codes == [0, 0], "\n=====\n".join(told)
     assert "".join(told).count("going on with the run in") == 1
     assert "".join(told).count("training 4/6") == 1  # rank 0 alone speaks
     for one in whole:
