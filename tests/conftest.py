@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -309,6 +310,20 @@ def saved_for_backward() -> Callable[[Callable[[], Tensor], nn.Module], list[Ten
         return [tensor for pointer, tensor in kept.items() if pointer not in own]
 
     return record
+
+
+@pytest.fixture(scope="session")
+def most_held() -> Callable[[Callable[[], object]], int]:
+    """The most bytes of tensors on the CPU that a call has at one moment, beyond those there were."""
+
+    def measure(call: Callable[[], object]) -> int:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            call()
+        events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+        changes = sorted(((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"), key=lambda e: e[0])
+        return max(accumulate((size for _, size in changes), initial=0))
+
+    return measure
 
 
 @pytest.fixture

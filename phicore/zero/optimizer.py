@@ -413,12 +413,14 @@ class ZeroOptimizer(torch.optim.Optimizer):
             if any(part.state for part in source.slices.get(name, [])):
                 raise ValueError(f"the state has been trained for {name}, which is frozen here; unfreeze it first")
         pieces = [(bucket, piece) for bucket in self._reducer.buckets for piece in bucket.pieces]
-        loaded = [(bucket, piece, state.cut(source, piece.name, piece.start, piece.stop)) for bucket, piece in pieces]
+        # All is looked at before anything changes, and copied a parameter at a time: the state is not held twice.
+        cuts = [state.cut(source, piece.name, piece.start, piece.stop) for _, piece in pieces]
         for group, settings in zip(self.param_groups, source.groups, strict=True):
             group.update(_own(settings))
         by_tensor = {id(piece): group for group in self.param_groups for piece in group["params"]}
         self.state.clear()
-        for bucket, piece, values in loaded:
+        for (bucket, piece), parts in zip(pieces, cuts, strict=True):
+            values = state.joined(parts)
             master = values.pop(state.MASTER, None)
             if bucket.has_masters:
                 weights = bucket.shard[piece.place]
@@ -525,10 +527,10 @@ def _device_of(groups: Sequence[Mapping[str, Any]]) -> torch.device:
 
 
 def _as_state(value: Any, piece: Tensor, group: Mapping[str, Any]) -> Any:
-    """A loaded state on the device and in the dtype that torch's optimizers keep it."""
+    """A loaded state (of `state.joined`) on the device and in the dtype that torch's optimizers keep it."""
     if not isinstance(value, Tensor):
         return value
     if state.is_sliced(value, piece.numel()):
-        return value.to(piece.device, piece.dtype if value.is_floating_point() else value.dtype, copy=True)
+        return value.to(piece.device, piece.dtype if value.is_floating_point() else value.dtype)
     # Counters are on the CPU unless the update runs without it.
     return value.to(piece.device if group.get("capturable") or group.get("fused") else "cpu", copy=True)

@@ -135,13 +135,19 @@ def _check_names(saved: Mapping[str, Sequence[int]], shapes: Mapping[str, torch.
             raise ValueError(f"{name} has shape {list(saved[name])} in the state, {list(shapes[name])} here")
 
 
-def cut(source: Source, name: str, start: int, stop: int) -> dict[str, Any]:
-    """State of the elements [start, stop) of a parameter.
+Cut = list[tuple[Slice, int, int]]
+"""Parts of a source that one after the other are some elements of a parameter, with those taken of each: [begin, end),
+counted in the parameter."""
+
+
+def cut(source: Source, name: str, start: int, stop: int) -> Cut:
+    """Where the state of the elements [start, stop) of a parameter lies; nothing is copied.
 
     Raises:
         ValueError: the source does not hold them all, or parts are of different steps.
     """
-    parts, at = [], start  # (slice, first element, last + 1) of each part, in the parameter
+    parts: Cut = []
+    at = start
     for part in sorted(source.slices.get(name, []), key=lambda part: part.start):
         if part.start <= at < part.stop and at < stop:
             parts.append((part, at, min(stop, part.stop)))
@@ -158,6 +164,12 @@ def cut(source: Source, name: str, start: int, stop: int) -> dict[str, Any]:
         ]
         if part.state.keys() != first.state.keys() or scalars[0] != scalars[1]:
             raise ValueError(f"the parts of the state of {name} are of different steps: {scalars[0]} and {scalars[1]}")
+    return parts
+
+
+def joined(parts: Cut) -> dict[str, Any]:
+    """The state that lies there. What has an entry for each element is new memory, the rest is the source's own."""
+    first = parts[0][0]
     return {
         key: torch.cat([part.state[key][begin - part.start : end - part.start] for part, begin, end in parts])
         if is_sliced(value, first.stop - first.start)

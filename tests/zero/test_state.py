@@ -1,5 +1,6 @@
 """State moves between world sizes, and to and from plain torch optimizers, without a change of a bit."""
 
+import copy
 import io
 from itertools import pairwise
 from typing import Any
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import phicore
-from phicore.zero.state import FORMAT, cut, read_shards
+from phicore.zero.state import FORMAT, cut, joined, read_shards
 from tests.zero.models import Net, backward, batch, equal_parts, farthest, loss_sum, train_alone, weights
 
 KINDS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
@@ -239,6 +240,31 @@ def test_a_state_that_does_not_fit_is_named_and_changes_nothing():
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loading_holds_the_state_once_and_a_parameters_beside_it(most_held, dtype):
+    model = nn.Sequential(*[nn.Linear(64, 64, bias=False) for _ in range(8)]).to(dtype)
+    optimizer = zero(model)
+    model(torch.ones(2, 64, dtype=dtype)).sum().backward()
+    optimizer.step()
+    moments = 2 * 4 * sum(p.numel() for p in model.parameters())
+    own, full = optimizer.state_dict(), optimizer.full_state_dict()
+    halves = [
+        {
+            **own,
+            "slices": {name: [a, b] for name in own["slices"]},
+            "state": {
+                name: {key: v[a:b] if v.dim() else v for key, v in state.items()}
+                for name, state in own["state"].items()
+            },
+        }
+        for a, b in ((0, 1000), (1000, 64 * 64))  # of two ranks
+    ]
+    for saved in (own, full, halves):
+        other = zero(copy.deepcopy(model))
+        assert most_held(lambda: other.load_state_dict(saved)) < 1.3 * moments  # noqa: B023
+        assert all(map(torch.equal, flat(other.full_state_dict()).values(), flat(full).values()))
+
+
 @given(st.integers(1, 40), st.lists(st.integers(0, 40), max_size=4), st.data())
 def test_any_cut_of_any_slices_is_the_slice(numel, cuts, data):
     whole = torch.arange(numel, dtype=torch.float32)
@@ -258,6 +284,6 @@ def test_any_cut_of_any_slices_is_the_slice(numel, cuts, data):
     source = read_shards(shards, {"w": torch.Size([numel])}, [["w"]])
     start = data.draw(st.integers(0, numel - 1))
     stop = data.draw(st.integers(start + 1, numel))
-    state = cut(source, "w", start, stop)
+    state = joined(cut(source, "w", start, stop))
     assert torch.equal(state["exp_avg"], whole[start:stop])
     assert float(state["step"]) == 7
