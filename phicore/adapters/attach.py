@@ -37,6 +37,7 @@ from phicore.adapters.trained import TrainedBias, TrainedPart, biases_beside, ha
 from phicore.modules import Model, check_not_in_peft, matches, no_match, replace, select
 from phicore.nf4.convert import check_layer, coded
 from phicore.nf4.linear import NF4Linear
+from phicore.nf4.pages import Freed
 
 finishers: list[Callable[[nn.Module], None]] = []
 """Called with each model that attach has changed, as those of quantize_."""
@@ -292,6 +293,7 @@ def attach(model: Model, config: LoRAConfig, name: str = "default") -> Model:
     targets, opened = _opened(model, targets)
     layers: dict[nn.Module, nn.Module] = {}
     tied = owners_of_tied(model, targets) if config.ensure_weight_tying else {}
+    freed = Freed()  # DoRA's norms and some starts are computed of dense weights
     for path, module in sorted(targets.items(), key=lambda item: item[0] in tied):  # which take the pairs of others
         if module in layers:  # a layer that stands in two places gets one adapter
             continue
@@ -314,6 +316,7 @@ def attach(model: Model, config: LoRAConfig, name: str = "default") -> Model:
         if trains_bias(model, config.bias, path, module):
             layer.trained_bias = new_bias(layer, config.adapter_dtype)
         layers[module] = layer
+        freed.add(4 * layer.innermost.weight.numel())
     experts: dict[nn.Module, LoRAExperts] = {}
     for module, ranks, alphas in stacks.values():
         if module not in experts:

@@ -1,7 +1,5 @@
 """Putting NF4 layers in the place of a model's linear layers."""
 
-import ctypes
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +9,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from phicore.modules import ALL_LINEAR, Model, has_own_forward, replace, select
 from phicore.nf4.linear import NF4Linear
+from phicore.nf4.pages import give_back_freed_memory
 from phicore.nf4.tensor import check_block_size
 
 finishers: list[Callable[[nn.Module], None]] = []
@@ -68,7 +67,7 @@ def quantize_(
     chosen.clear()
     done.clear()
     layer = None  # the last reference to the dense weights
-    _give_back_freed_memory()
+    give_back_freed_memory()
     for finish in finishers:
         finish(model)
     return model
@@ -114,12 +113,3 @@ def check_layer(name: str, layer: nn.Linear, all_meta: bool) -> None:
         raise TypeError(f"{name}.weight is {weight.dtype}; NF4 encodes float32, bfloat16 or float16 weights")
     if weight.numel() and not weight.is_meta and not torch.stack(weight.detach().aminmax()).isfinite().all():
         raise ValueError(f"{name}.weight holds NaN or Inf, for which NF4 has no code; the model is unchanged")
-
-
-def _give_back_freed_memory() -> None:
-    """Gives the dense weights' memory back to the system. glibc keeps what lies between blocks in use, in pieces that
-    the activations of training do not fit into: 0.4 of the 1.8 GB that fine-tuning SmolLM2-135M took."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
-        if trim is not None:
-            trim(0)

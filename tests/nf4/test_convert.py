@@ -156,7 +156,7 @@ def test_dense_weights_are_gone_when_their_memory_is_given_back(monkeypatch):
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     weights = [weakref.ref(layer.weight) for layer in model]
     alive = []
-    monkeypatch.setattr(convert, "_give_back_freed_memory", lambda: alive.extend(w() is not None for w in weights))
+    monkeypatch.setattr(convert, "give_back_freed_memory", lambda: alive.extend(w() is not None for w in weights))
     phicore.quantize_(model)
     assert alive == [False, False]
 
