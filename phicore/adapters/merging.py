@@ -1,7 +1,6 @@
 """Merging adapters into a model's weights, and taking them out again."""
 
-from collections.abc import Mapping
-from typing import cast
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,11 @@ from phicore.adapters.tied import same_table, shared_pair
 from phicore.adapters.trained import TrainedPart
 from phicore.modules import Model, replace
 from phicore.nf4.linear import NF4Linear
+from phicore.nf4.pages import Freed
 from phicore.nf4.tensor import quantize
+
+Made: TypeAlias = dict[AdapterLayer, tuple[nn.Module, float]]
+"""Adapter layers with the layers that were made to take their places, and the relative errors of these."""
 
 
 @torch.no_grad()
@@ -38,6 +41,53 @@ def merge(model: nn.Module, *, requantize: bool = False) -> dict[str, float]:
         ValueError: the model has no adapter, is one, is sharded, or is merged already; a layer that cannot be merged
             (one with a forward of its own, or that computes its weight). The model is then unchanged.
     """
+    outermost = _outermost(model)
+    made: Made = {}
+    shared: dict[int, nn.Parameter] = {}
+    freed = Freed()
+    for path, layer in outermost.items():
+        if layer not in made:
+            made[layer] = _made(path, layer, made, shared, requantize)
+            freed.add(_bytes(made[layer][0]))
+    for path, layer in outermost.items():
+        merged, _ = made[layer]
+        merged.__dict__["merged_from"] = layer  # past nn.Module's registry: not a submodule, not in state dicts
+        replace(model, path, merged)
+    _close(model)
+    allow_fused_paths(model)
+    return {path: made[layer][1] for path, layer in outermost.items()}
+
+
+@torch.no_grad()
+def merge_for_good(model: nn.Module) -> dict[str, float]:
+    """`merge` without a way back: each adapter layer goes with its base once its merged layer is made, so that beside
+    the model there is one layer in memory. After an error the model is partly merged."""
+    places: dict[AdapterLayer, list[str]] = {}
+    for path, layer in _outermost(model).items():
+        places.setdefault(layer, []).append(path)
+    made: Made = {}  # what others may be merged by: a tied table, what trains whole
+    shared: dict[int, nn.Parameter] = {}
+    errors: dict[str, float] = {}
+    freed = Freed()
+    while places:
+        layer = next(iter(places))
+        paths = places.pop(layer)
+        merged, error = _made(paths[0], layer, made, shared)
+        for path in paths:
+            replace(model, path, merged)
+            errors[path] = error
+        if isinstance(layer, TrainedPart) or shared_pair(layer) is not None:
+            made[layer] = merged, error
+        freed.add(_bytes(merged))
+    _close(model)
+    for _, merged, _ in list(merged_layers(model)):
+        del merged.__dict__["merged_from"]
+    allow_fused_paths(model)
+    return errors
+
+
+def _outermost(model: nn.Module) -> dict[str, AdapterLayer]:
+    """The adapter layers to merge, by the names of their places: of several in one place the outermost."""
     if any(merged_layers(model)):
         raise ValueError("the model is merged already")
     outermost: dict[str, AdapterLayer] = {}
@@ -51,27 +101,26 @@ def merge(model: nn.Module, *, requantize: bool = False) -> dict[str, float]:
             f"the model itself is a {type(model).__name__}, which a plain layer cannot take the place of; put it into "
             f"another module, and merge that"
         )
-    made: dict[AdapterLayer, tuple[nn.Module, float]] = {}
-    shared: dict[int, nn.Parameter] = {}
-    for path, layer in outermost.items():
-        if layer in made:
-            continue
-        try:
-            if isinstance(layer, TrainedPart):
-                made[layer] = (layer.merged(shared), 0.0)
-            elif isinstance(layer, LoRAExperts):
-                made[layer] = layer.merged()
-            else:
-                made[layer] = _merged_once(layer, made) or _merged_layer(layer, requantize)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-    for path, layer in outermost.items():
-        merged, _ = made[layer]
-        merged.__dict__["merged_from"] = layer  # past nn.Module's registry: not a submodule, not in state dicts
-        replace(model, path, merged)
-    _close(model)
-    allow_fused_paths(model)
-    return {path: made[layer][1] for path, layer in outermost.items()}
+    return outermost
+
+
+def _made(
+    path: str, layer: AdapterLayer, made: Made, shared: dict[int, nn.Parameter], requantize: bool = False
+) -> tuple[nn.Module, float]:
+    """The layer that takes an adapter layer's place, and its relative error."""
+    try:
+        if isinstance(layer, TrainedPart):
+            return layer.merged(shared), 0.0
+        if isinstance(layer, LoRAExperts):
+            return layer.merged()
+        return _merged_once(layer, made) or _merged_layer(layer, requantize)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _bytes(merged: nn.Module) -> int:
+    """Of its weights in float32, in which they were summed."""
+    return 4 * sum(p.numel() for p in merged.parameters())
 
 
 def _close(model: nn.Module) -> None:
@@ -85,9 +134,7 @@ def _close(model: nn.Module) -> None:
             replace(model, path, closed[module])
 
 
-def _merged_once(
-    layer: LowRankLayer, made: Mapping[AdapterLayer, tuple[nn.Module, float]]
-) -> tuple[nn.Module, float] | None:
+def _merged_once(layer: LowRankLayer, made: Made) -> tuple[nn.Module, float] | None:
     """A merged layer with the very table of one that was merged before, if the two read one."""
     if shared_pair(layer) is not None:
         for other, (merged, error) in made.items():

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 
 import phicore
+from phicore.adapters.merging import merge_for_good
 from phicore.cli.console import say
 from phicore.cli.options import parse
 from phicore.training.encoding import render
@@ -71,7 +72,7 @@ def answers(options: GenerateOptions) -> list[str]:
         phicore.quantize_(model, block_size=options.block_size, double_quant=options.double_quant)
     if options.adapter is not None:
         phicore.load_adapter(model, options.adapter)
-        phicore.merge(model)
+        merge_for_good(model)
     prompts = [_rendered(tokenizer, prompt, options) for prompt in options.prompt]
     chat = options.chat and bool(tokenizer.chat_template)  # the template writes its own special tokens
     return generate(model, tokenizer, prompts, options.max_new_tokens, batch_size=16, add_special_tokens=not chat)

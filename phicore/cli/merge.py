@@ -7,6 +7,7 @@ from typing import Literal
 
 import phicore
 from phicore import atomic
+from phicore.adapters.merging import merge_for_good
 from phicore.cli.console import say, stage
 from phicore.cli.options import parse
 from phicore.training.precision import DTYPES
@@ -49,7 +50,7 @@ def merge(options: MergeOptions) -> None:
     with stage(f"loading {options.model}"):
         model, tokenizer = load_model(options.model, DTYPES[options.dtype])
     phicore.load_adapter(model, options.adapter)
-    errors = phicore.merge(model)
+    errors = merge_for_good(model)
     say(f"merged {len(errors)} layers; rounding to {options.dtype} costs a relative {max(errors.values()):.1e} at most")
     with stage(f"writing {options.output}"):
         save_model(model, tokenizer, options.output, overwrite=options.overwrite)

@@ -8,6 +8,8 @@ from torch import nn
 
 import phicore
 from phicore.adapters import adapter_layers
+from phicore.adapters.merging import merge_for_good
+from tests.adapters import test_tied
 from tests.adapters.toys import CONFIG, DORA, NF4, Experts, adapted, build, trainable, x_for
 
 
@@ -117,6 +119,43 @@ def test_a_merged_model_saves_and_copies_like_a_plain_one(toy, randomize):
     phicore.unmerge(other)
     assert not list(adapter_layers(model))
     torch.testing.assert_close(other(x), model(x))
+
+
+@NF4
+@DORA
+def test_merging_for_good_gives_the_same_layers(randomize, nf4, dora):
+    model = nn.ModuleDict({"tied": test_tied.Net(), "attention": nn.MultiheadAttention(6, 2), "up": nn.Linear(6, 6)})
+    model.update({"whole": nn.Linear(6, 6), "up_again": model["up"]})
+    if nf4:
+        phicore.quantize_(model, ["fc", "up", "up_again"])
+    options = {
+        "target_modules": ["embed", "fc", "attention", "up", "up_again"],
+        "modules_to_save": ["whole"],
+        "bias": "lora_only",
+    }
+    adapted(model, randomize, ensure_weight_tying=True, dora=dora, **options)
+    adapted(model, randomize, "second", target_modules=["fc"])
+    other = copy.deepcopy(model)
+    errors = phicore.merge(model)
+    assert merge_for_good(other) == errors
+    assert other.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in other.state_dict().items())
+    assert [type(module) for module in other.modules()] == [type(module) for module in model.modules()]
+    assert other["up"] is other["up_again"]
+    assert other["tied"].head.weight is other["tied"].embed.weight
+    with pytest.raises(ValueError, match="is not merged"):
+        phicore.unmerge(other)
+
+
+@DORA
+def test_merging_for_good_holds_one_model(randomize, most_held, dora):
+    def build_and_merge(merging) -> None:
+        model = nn.Sequential(*[nn.Linear(64, 64, bias=False) for _ in range(32)])
+        merging(adapted(model, randomize, dora=dora))
+
+    layer = 4 * 64 * 64  # bytes
+    assert most_held(lambda: build_and_merge(merge_for_good)) < 44 * layer
+    assert most_held(lambda: build_and_merge(phicore.merge)) > 64 * layer  # so that unmerge can give the base back
 
 
 def test_a_bare_adapter_layer_is_not_merged(unchanged):
