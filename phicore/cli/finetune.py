@@ -195,7 +195,8 @@ def finetune(options: FinetuneOptions) -> dict[str, Any]:
     trained = trainer.fit()
     with watch.during("writing what was trained"):
         if options.method == "full":
-            distributed.on_first_rank(lambda: save_model(model, tokenizer, output / "model", overwrite=True))
+            with stage(f"writing {output / 'model'}"):
+                distributed.on_first_rank(lambda: save_model(model, tokenizer, output / "model", overwrite=True))
         else:
             distributed.on_first_rank(lambda: phicore.save_adapter(model, output / "adapter"))
     with watch.during("the held-out examples after training"):

@@ -3,12 +3,18 @@
 import json
 import os
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from phicore import atomic
+from phicore.training.distributed import rank, world_size
+
+LARGE = 256 << 20  # bytes that take a second or more to be read or written to a disk
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -95,3 +101,25 @@ class Progress:
         """Leaves the terminal to others."""
         if self.bar is not None:
             self.bar.close()
+
+
+@contextmanager
+def told(what: str, nbytes: int) -> Iterator[None]:
+    """Says what is read or written, and how long it took, where this rank's part of it is large.
+
+    Lines go to standard error, on rank 0, and above a bar that is drawn there.
+    """
+    start = time.perf_counter()
+    shown = nbytes >= LARGE and rank() == 0
+    if shown:
+        _line(f"{what}: {nbytes / 1e9:.2f} GB{' a rank' if world_size() > 1 else ''} ...")
+    yield
+    if shown:
+        _line(f"{what}: {time.perf_counter() - start:.1f} s")
+
+
+def _line(text: str) -> None:
+    tqdm = sys.modules.get("tqdm")
+    write = print if tqdm is None else tqdm.tqdm.write
+    write(text, file=sys.stderr)
+    sys.stderr.flush()

@@ -36,7 +36,7 @@ from phicore.training.data import step_indices
 from phicore.training.distributed import gather_rows, on_first_rank, rank, sum_over_ranks, world_size
 from phicore.training.frozen import check_same_frozen
 from phicore.training.loss import causal_lm_loss, masked_mean, sum_and_count
-from phicore.training.metrics import MetricsLog, Progress, peak_memory_bytes
+from phicore.training.metrics import MetricsLog, Progress, peak_memory_bytes, told
 from phicore.training.modes import mode, stop_signals
 from phicore.training.output import after_restart, hold_output, prepare_output
 from phicore.training.randomness import kept_random, random_json, seed_everything
@@ -454,11 +454,13 @@ class Trainer:
             "param_groups": shard["param_groups"],
         }
         save = functools.partial(checkpoint.save_checkpoint, self.checkpoints, state, keep=self.config.keep_checkpoints)
+        new = self.checkpoints / checkpoint.directory_name(self.step)
         if not self.config.async_save:
-            return save(parts)
+            with told(f"writing {new}", sum(part.tensor.nbytes for part in parts.values())):
+                return save(parts)
         self._writer.wait()  # before there is a second copy in memory
         self._writer.start(functools.partial(save, to_memory(parts), random=random_json(), group=self._writers))
-        return self.checkpoints / checkpoint.directory_name(self.step)
+        return new
 
     def request_stop(self, status: int = 0) -> None:
         """Makes `fit` finish its step on all ranks, write a checkpoint and exit with a status, as SIGTERM does."""
@@ -476,7 +478,9 @@ class Trainer:
             seed_everything(self.config.seed, rank=rank())
         else:
             buffers = dict(self.model.named_buffers())
-            load_checkpoint(newest, state, self.optimizer, self.parameters, buffers, self.config.seed)
+            stored = sum(path.stat().st_size for path in newest.glob("rank-*"))
+            with told(f"reading {newest}", stored // world_size()):
+                load_checkpoint(newest, state, self.optimizer, self.parameters, buffers, self.config.seed)
             self.step, self.tokens = state["step"], state["tokens"]
             self.loss = math.nan if (loss := state.get("loss")) is None else loss  # another trainer's has none
         self._has_begun = True

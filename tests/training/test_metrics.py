@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import pty
+import re
 import select
 import struct
 import sys
@@ -15,6 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from phicore.training import metrics
 from phicore.training.metrics import MetricsLog, Progress, peak_memory_bytes
 from tests.training.small_run import process, small_trainer
 
@@ -123,6 +125,25 @@ def test_on_a_terminal_a_run_draws_a_bar(tmp_path: Path, without_tqdm: bool) -> 
     assert "5/5" in last
     assert "loss " in last
     assert "tokens/s" in last
+
+
+def test_a_large_checkpoint_is_told_of_and_a_small_one_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small_trainer(tmp_path / "small", steps=1, log_every=2).fit()
+    assert "writing" not in capsys.readouterr().err
+    monkeypatch.setattr(metrics, "LARGE", 100)
+    small_trainer(tmp_path / "run", steps=2, save_every=1).fit()
+    told = [re.sub(r"[\d.]+ s$", "_ s", line) for line in capsys.readouterr().err.splitlines()]
+    one, two = (tmp_path / f"run/checkpoints/step-0000000{step}" for step in (1, 2))
+    assert [line for line in told if not line.startswith("training")] == [
+        f"writing {one}: 0.00 GB ...",
+        f"writing {one}: _ s",
+        f"writing {two}: 0.00 GB ...",
+        f"writing {two}: _ s",
+    ]
+    small_trainer(tmp_path / "run", steps=2, save_every=1, resume=True).fit()
+    assert f"reading {two}: 0.00 GB ...\nreading {two}: " in capsys.readouterr().err
 
 
 # ===== Memory =====
