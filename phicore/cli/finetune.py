@@ -452,9 +452,10 @@ def _show(result: dict[str, Any], before: list[dict[str, str]], after: list[dict
     ]
     if rows:
         table("held out", ["", "before", "after"], rows)
+    kind = "resident memory" if result["machine"]["device"] == "cpu" else "memory"  # of a CPU, with mapped files
     say(
         f"{result['steps']} steps, {result['tokens']:,} tokens at {result['tokens_per_second']:.0f} tokens/s; "
-        f"peak memory {gigabytes(result['peak_memory_bytes'])}; {result['wall_seconds']:.0f} s in all"
+        f"peak {kind} {gigabytes(result['peak_memory_bytes'])}; {result['wall_seconds']:.0f} s in all"
     )
 
 

@@ -7,6 +7,7 @@ import pty
 import re
 import select
 import struct
+import subprocess
 import sys
 import termios
 from pathlib import Path
@@ -157,3 +158,11 @@ def test_peak_memory_is_in_bytes_and_does_not_fall() -> None:
     assert peak_memory_bytes(cpu) >= before
     del block
     assert peak_memory_bytes(cpu) >= before
+
+
+def test_peak_memory_is_this_process_own_and_not_that_of_the_one_that_started_it() -> None:
+    held = torch.ones(256 << 20)  # 1 GiB
+    script = "import torch; from phicore.training.metrics import peak_memory_bytes as p; print(p(torch.device('cpu')))"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert 50e6 < int(run.stdout) < held.nbytes
