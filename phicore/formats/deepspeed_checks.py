@@ -70,7 +70,8 @@ def _check_groups(state: Mapping[str, Any], path: Path, groups: Sequence[Mapping
             if key == "param_slice_mappings":
                 _need(value is None or _is_named(value), path, key, value, "by name")
             else:
-                right = value is None or (_are_sizes(value) and len(value) in (0, len(group)))
+                counts = _are(int, value) and all(map(_is_count, value))
+                right = value is None or (counts and len(value) in (0, len(group)))
                 _need(right, path, key, value, f"a list of sizes, {len(group)} of them")
 
 
