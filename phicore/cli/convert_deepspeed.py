@@ -51,6 +51,7 @@ def main(arguments: Sequence[str]) -> None:
         found = read_checkpoint(
             options.checkpoint,
             lambda done, total: progress.step(done, say=done % 100 == 0 or done == total, total=total),
+            mapped=True,
         )
         progress.close()
         if options.dtype != "auto":

@@ -84,7 +84,10 @@ class DeepSpeedCheckpoint:
 
 
 def read_checkpoint(
-    directory: str | os.PathLike[str], progress: Callable[[int, int], object] = lambda done, total: None
+    directory: str | os.PathLike[str],
+    progress: Callable[[int, int], object] = lambda done, total: None,
+    *,
+    mapped: bool = False,
 ) -> DeepSpeedCheckpoint:
     """Reads a checkpoint that DeepSpeed's `save_checkpoint` wrote with ZeRO stage 1 or 2, of any number of ranks.
 
@@ -95,6 +98,8 @@ def read_checkpoint(
     Args:
         directory: of the run, where `latest` is, or of one checkpoint in it.
         progress: called with how many of how many trained parameters have been read.
+        mapped: leave the optimizer's state in the files, as the model always is, where a tensor lies in one of them.
+            They must then stay as they are while it is used.
 
     Raises:
         FileNotFoundError: there is no checkpoint, or the file of one of its ranks is missing, naming it.
@@ -134,7 +139,7 @@ def read_checkpoint(
         split = {key: _Flat(every) for key, every in parts.items()}
         for (name, shape), start in zip(group.items(), _starts(group, paddings), strict=True):
             where = f"{folder}: {name}"
-            master = weights.cut(start, shape, where)
+            master = weights.cut(start, shape, where, mapped)
             weight = model.get(name)
             if weight is None or weight.shape != shape or not torch.equal(master.to(weight.dtype), weight):
                 raise ValueError(
@@ -144,7 +149,8 @@ def read_checkpoint(
             if weight.dtype != torch.float32:
                 masters[name] = master
             values[numbers[name]] = {
-                key: split[key].cut(start, shape, where) if key in split else _counter(inner[0][key]) for key in keys
+                key: split[key].cut(start, shape, where, mapped) if key in split else _counter(inner[0][key])
+                for key in keys
             }
             progress(len(values), sum(map(len, shapes)))
         groups.append({**_settings(own[0], folder), "params": list(numbers.values()), "param_names": list(numbers)})
@@ -224,14 +230,14 @@ class _Flat:
     def __init__(self, parts: Sequence[Tensor]) -> None:
         self.parts, self.size = parts, max(len(part) for part in parts)
 
-    def cut(self, start: int, shape: torch.Size, where: str) -> Tensor:
-        """The parameter that begins at `start`, as a tensor of its own."""
+    def cut(self, start: int, shape: torch.Size, where: str, mapped: bool) -> Tensor:
+        """The parameter that begins at `start`, as a tensor of its own or, mapped, of the file if it lies in one."""
         pieces, stop = [], start + shape.numel()
         for rank, part in enumerate(self.parts):
             begin, end = max(start, rank * self.size), min(stop, (rank + 1) * self.size)
             if begin < end:
                 pieces.append(part[begin - rank * self.size : end - rank * self.size])
-        flat = torch.cat(pieces) if pieces else torch.zeros(0)
+        flat = pieces[0] if mapped and len(pieces) == 1 else torch.cat(pieces) if pieces else torch.zeros(0)
         if flat.numel() != shape.numel():
             raise ValueError(
                 f"{where}: shape {list(shape)}, but the optimizer files hold {flat.numel()} elements of it"

@@ -19,7 +19,7 @@ def in_dtype(found: DeepSpeedCheckpoint, dtype: torch.dtype) -> DeepSpeedCheckpo
     has one. 16-bit parameters keep masters, float32 ones need none; buffers stay as they are."""
     trained = [name for group in found.optimizer["param_groups"] for name in group["param_names"]]
     masters: dict[str, Tensor] = found.optimizer.get("masters", {})
-    exact = {name: masters.get(name, found.model[name].float()) for name in trained}
+    exact = {name: masters[name] if name in masters else found.model[name].float() for name in trained}
     by_memory = {found.model[name].data_ptr(): exact[name] for name in trained}  # a tied weight has another name too
     model = {
         name: by_memory.get(t.data_ptr(), t).to(dtype) if t.is_floating_point() and name not in found.buffers else t
@@ -53,10 +53,14 @@ def write_weights(found: DeepSpeedCheckpoint, output: str | os.PathLike[str], *,
         FileExistsError: output is there, is not empty, and overwrite is not set.
         OSError: it cannot be written.
     """
-    # A copy each: the tensors are views into DeepSpeed's files, and tied ones share memory, which safetensors refuses.
-    tensors = {
-        name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in found.model.items()
-    }
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in found.model.items():
+        # safetensors refuses tensors that share memory, as tied ones do.
+        shared = (start := tensor.untyped_storage().data_ptr()) in seen
+        kept = tensor.detach().contiguous()
+        tensors[name] = kept.clone() if shared else kept
+        seen.add(start)
     with atomic.new_directory(output, overwrite=overwrite) as directory:
         save_file(tensors, directory / WEIGHTS_FILE, {"format": "pt"})
     return Path(output) / WEIGHTS_FILE

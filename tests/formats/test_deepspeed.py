@@ -12,9 +12,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 import phicore
 from phicore.formats.deepspeed import read_checkpoint
+from phicore.formats.deepspeed_weights import trained_tensors, write_weights
+from phicore.training.adopt import adopt
+from phicore.training.consolidate import consolidate
 from tests.formats.deepspeed_runs import RUNS, WORLD_SIZE, Net, batch, groups, loss_of
 from tests.spoilt import VALUES
 
@@ -288,7 +292,7 @@ def small(folder: Path, spoil: Callable[[dict[str, Any], dict[str, Any]], Any]) 
         base = {"state": {0: inner}, "param_groups": [{"lr": 0.1, "params": [0]}]}
         state = {"zero_stage": 1, "partition_count": 2, "base_optimizer_state": base, "loss_scaler": None}
         state |= {"single_partition_of_fp32_groups": [part.clone()], "param_slice_mappings": None}
-        ranks.append(state | {"param_alignment_paddings": [[0, 0]]})
+        ranks.append(state | {"param_alignment_paddings": [[0] * len(SMALL)]})
     spoil(model, ranks[0])
     torch.save(model, folder / MODEL)
     for rank, state in enumerate(ranks):
@@ -301,6 +305,29 @@ def test_a_small_checkpoint_is_read(tmp_path):
     assert found.optimizer["param_groups"][0]["param_names"] == ["w", "b"]
     for number, tensor in enumerate(SMALL.values()):
         assert torch.equal(found.optimizer["state"][number]["exp_avg"], 2 * tensor)
+
+
+def test_many_parameters_are_read_and_converted_from_where_they_are(tmp_path, monkeypatch, most_held):
+    many = {f"w{i}": torch.randn(64, 64) for i in range(80)}
+    for name in list(SMALL):
+        monkeypatch.delitem(SMALL, name)
+    for name, tensor in many.items():
+        monkeypatch.setitem(SMALL, name, tensor)
+    folder = small(tmp_path / "x", lambda model, rank: model["module"].update(tied=many["w0"]))
+
+    def convert() -> None:
+        found = read_checkpoint(folder, mapped=True)
+        write_weights(found, tmp_path / "weights")
+        adopt(trained_tensors(found), found.optimizer, 1, tmp_path / "run", origin="DeepSpeed")
+
+    mapped = sum(file.stat().st_size for file in folder.iterdir())  # which is counted too
+    assert most_held(convert) < mapped + 8 * many["w0"].nbytes  # a tied weight, and one that lies in two files
+    written = load_file(tmp_path / "weights/model.safetensors")
+    assert all(torch.equal(written[name], tensor) for name, tensor in (many | {"tied": many["w0"]}).items())
+    tensors, optimizer = consolidate(next((tmp_path / "run/checkpoints").glob("step-*")))
+    for number, (name, tensor) in enumerate(many.items()):
+        assert torch.equal(tensors[name], tensor)
+        assert torch.equal(optimizer["state"][number]["exp_avg"], 2 * tensor)
 
 
 @pytest.mark.parametrize(
