@@ -47,7 +47,7 @@ def consolidate(checkpoint: str | os.PathLike[str]) -> tuple[dict[str, Tensor], 
                 for kind in shard.kinds.get(name, ()):
                     value = shard.read(f"{kind}/{name}")
                     if shard.is_scalar(f"{kind}/{name}"):
-                        found[kind] = value
+                        found[kind] = value.clone()  # a view would keep the whole file mapped
                     else:
                         whole = found.setdefault(kind, value.new_empty(shapes[name]))
                         whole.view(-1)[start:stop] = value

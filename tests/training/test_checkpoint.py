@@ -72,6 +72,15 @@ def test_a_checkpoint_holds_what_it_was_given(tmp_path: Path) -> None:
     assert assert_whole(path) == 40
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_is_consolidated_leaves_the_files(tmp_path: Path) -> None:
+    state, parts = state_of(3)
+    path = checkpoint.save_checkpoint(tmp_path, state, {**parts, "step/a.weight": Part(torch.tensor(3.0))}, keep=1)
+    _, optimizer = consolidate(path)
+    assert float(optimizer["state"][0]["step"]) == 3
+    assert str(path) not in Path("/proc/self/maps").read_text()
+
+
 # ===== Which stay =====
 
 
