@@ -5,9 +5,9 @@ import json
 import platform
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -113,10 +113,23 @@ class FinetuneOptions:
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
+def idle(options: FinetuneOptions) -> list[tuple[bool, str, Collection[str]]]:
+    """Which options have no effect beside the others, see `parse`."""
+    method, adapter = options.method, {f.name for f in fields(AdapterOptions)}
+    return [
+        (method == "full", "with --method full, which has no adapter", {*adapter, "lora_plus_ratio"}),
+        (method[0] != "q", f"with --method {method}, which has no NF4", {"block_size", "double_quant"}),
+        (options.adapter.target_modules == ("all-linear",), "with all-linear, which takes fused layers whole",
+         {"fused_targets"}),
+        (not options.eval_data, "without --eval-data", {"eval_limit", "eval_batch_size"}),
+        (not options.answers, "without --answers", {"samples", "max_new_tokens"}),
+    ]  # fmt: skip
+
+
 def main(arguments: Sequence[str]) -> None:
     """Parses and runs."""
     what = "Fine-tune a causal language model."
-    options = parse_everywhere(FinetuneOptions, arguments, "finetune", what, _join)
+    options = parse_everywhere(FinetuneOptions, arguments, "finetune", what, _join, idle)
     try:
         finetune(options)
     except KeyboardInterrupt as stop:
@@ -244,10 +257,12 @@ def _check_positions(model: Any, *data: TokenDataset | None) -> None:
 
 def adapt(model: torch.nn.Module, options: FinetuneOptions) -> None:
     """Makes a loaded model what the method trains: in NF4, with adapters, or all of it."""
-    already = any(isinstance(layer, phicore.NF4Linear) for layer in model.modules())
-    if already and options.method == "full":
-        raise ValueError(f"{options.model} is in NF4, which does not train; take --method qlora or qdora")
-    coded = options.method in ("qlora", "qdora") and not already
+    already = next((layer for layer in model.modules() if isinstance(layer, phicore.NF4Linear)), None)
+    if already is not None:
+        if options.method == "full":
+            raise ValueError(f"{options.model} is in NF4, which does not train; take --method qlora or qdora")
+        say(f"it is in NF4 already, of block_size {already.block_size} and double_quant {already.double_quant}")
+    coded = options.method in ("qlora", "qdora") and already is None
     if coded and options.adapter.init != "loftq":  # which codes what it adapts when it is attached
         phicore.quantize_(model, block_size=options.block_size, double_quant=options.double_quant)
     torch.manual_seed(options.train.seed)

@@ -229,6 +229,48 @@ def test_an_option_that_a_file_gives_twice_is_refused(
     assert capsys.readouterr().err == f"phicore finetune: {file}: {told}; keep one of them\n"
 
 
+IN_VAIN = {
+    "finetune --model m --data d --method full --rank 8 --init=pissa --lora_plus_ratio 4": (
+        "--rank, --init, --lora_plus_ratio: no effect with --method full, which has no adapter"
+    ),
+    "finetune --model m --data d --method lora --no-double-quant": (
+        "--no-double-quant: no effect with --method lora, which has no NF4"
+    ),
+    "plan --model m --method full --block-size 64": "--block-size: no effect with --method full, which has no NF4",
+    "finetune --model m --data d --fused-targets map": (
+        "--fused-targets: no effect with all-linear, which takes fused layers whole"
+    ),
+    "finetune --model m --data d --eval-limit 3 --eval-batch-size 4 --max-new-tokens 5": (
+        "--eval-limit, --eval-batch-size: no effect without --eval-data; --max-new-tokens: no effect without --answers"
+    ),
+    "generate --model m --prompt p --block-size 32": "--block-size: no effect without --quantize",
+    "export a --target vllm --output o --dtype float32": "--dtype: no effect without --merge",
+    "export a --target vllm --output o --merge --model m --max-rank 8": (
+        "--max-rank: no effect with --merge, which writes no adapter"
+    ),
+}
+
+
+@pytest.mark.parametrize("line", IN_VAIN)
+def test_what_is_typed_without_effect_is_refused(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = line.split()
+    with pytest.raises(SystemExit) as stop:
+        main(command)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"phicore {command[0]}: {IN_VAIN[line]}; leave out what has none\n"
+
+
+def test_a_file_may_be_for_several_methods(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text("rank = 3\ndropout = 0.1\nblock_size = 32\nmax_new_tokens = 5\neval_limit = 4\n")
+    absent = ["finetune", "--config", str(file), "--model", "m", "--data", str(tmp_path / "absent"), "--method", "full"]
+    assert main(absent) == 1
+    assert "--data: no such file" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*absent, "--rank", "3"])
+    assert capsys.readouterr().err.startswith("phicore finetune: --rank: no effect with --method full")
+
+
 def test_a_files_values_are_taken_as_they_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     file = tmp_path / "c.toml"

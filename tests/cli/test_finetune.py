@@ -27,9 +27,9 @@ REQUIRED = {
 
 def run(model: Path, data: Path, output: Path, *more: str) -> int:
     return main(
-        ["finetune", "--model", str(model), "--data", str(data), "--output", str(output), "--steps", "4", "--rank", "4",
-         "--alpha", "6", "--batch-size", "2", "--learning-rate", "1e-2", "--warmup-steps", "1", "--log-every", "1",
-         "--dtype", "float32", *more]
+        ["finetune", "--model", str(model), "--data", str(data), "--output", str(output), "--steps", "4",
+         *([] if "full" in more else ["--rank", "4", "--alpha", "6"]), "--batch-size", "2", "--learning-rate", "1e-2",
+         "--warmup-steps", "1", "--log-every", "1", "--dtype", "float32", *more]
     )  # fmt: skip
 
 
@@ -323,9 +323,9 @@ def test_what_is_refused_is_named(
         (["--eval-data", "text", "--answers", "2"], 'text.jsonl, line 1, holds "text", which has no prompt to answer'),
         (["--eval-every", "2"], "--eval-every is 2, but there is no --eval-data"),
         (["--answers", "2"], "--answers is 2, but there is no --eval-data for it; give one, or --answers 0"),
-        (["--eval-limit", "0"], "--eval-limit must be at least 1, got 0"),
+        (["--eval-data", "text", "--eval-limit", "0"], "--eval-limit must be at least 1, got 0"),
         (["--answers", "-1"], "--answers must be at least 0, got -1"),
-        (["--samples", "-1"], "--samples must be at least 0, got -1"),
+        (["--answers", "1", "--samples", "-1"], "--samples must be at least 0, got -1"),
         (["--sequence-length", "0"], "--sequence-length must be at least 1, got 0"),
         (["--block-size", "48"], "block_size must be one of"),
         (["--init", "loftq", "--method", "lora"], "--init loftq codes the base to NF4"),
@@ -466,7 +466,13 @@ def test_a_model_that_is_in_nf4_already(
     """qlora takes it as it is, and method full, which would train what is not coded, is refused."""
     coded = tmp_path / "nf4"
     assert main(["quantize", "--model", str(tiny_model), "--output", str(coded), "--dtype", "float32"]) == 0
+    capsys.readouterr()
     assert run(coded, data, tmp_path / "qlora", "--method", "qlora") == 0
+    assert "it is in NF4 already, of block_size 64 and double_quant True\n" in capsys.readouterr().out
+    generate = ["generate", "--model", str(coded), "--prompt", "a", "--max-new-tokens", "1", "--quantize"]
+    assert main(generate) == 0
+    assert main([*generate, "--block-size", "32"]) == 1
+    assert "is in NF4 already, and not as --quantize asks" in capsys.readouterr().err
     assert run(tiny_model, data, tmp_path / "same", "--method", "qlora") == 0
     assert losses(tmp_path / "qlora") == losses(tmp_path / "same")
     assert run(coded, data, tmp_path / "full", "--method", "full") == 1
