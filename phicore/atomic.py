@@ -31,7 +31,7 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
             error.filename = str(path)
         _raise_as_system(error, path)
         raise
-    fsync_directory(path.parent)
+    fsync(path.parent)
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
@@ -91,12 +91,12 @@ def new_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
                 with open(os.path.join(root, name), "rb") as file:
                     os.fchmod(file.fileno(), 0o644)
                     os.fsync(file.fileno())
-            fsync_directory(root)
+            fsync(root)
         if path.exists():
             aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent)) / path.name
             os.replace(path, aside)
         os.replace(temporary, path)
-        fsync_directory(path.parent)
+        fsync(path.parent)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if aside is not None:
@@ -127,8 +127,8 @@ def _end_of_links(path: Path) -> Path:
     raise OSError(errno.ELOOP, "a symbolic link that leads to itself; give a directory", str(path))
 
 
-def fsync_directory(path: str | os.PathLike[str]) -> None:
-    """Makes a rename in a directory last through a power cut."""
+def fsync(path: str | os.PathLike[str]) -> None:
+    """Makes what was written into a file, or renamed and removed in a directory, last through a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
