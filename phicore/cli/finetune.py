@@ -20,7 +20,7 @@ from phicore.adapters.config import LoRAConfig
 from phicore.cli import version_of
 from phicore.cli.console import gigabytes, say, stage, table
 from phicore.cli.options import parse_everywhere
-from phicore.cli.start import accepted, check_options, read_data
+from phicore.cli.start import accepted, check_options, read_data, remove_results, result_directory
 from phicore.training import distributed
 from phicore.training.checkpoint import latest_checkpoint, read_state
 from phicore.training.config import TrainConfig, fixed_settings
@@ -205,12 +205,15 @@ def finetune(options: FinetuneOptions) -> dict[str, Any]:
         trainer = phicore.Trainer(model, options.train, train_data, eval_data, identity=identity)
         with watch.during("the held-out examples before training"):
             before = _before(options, settings, trainer, tokenizer, eval_data)
+            if options.train.overwrite:
+                distributed.on_first_rank(lambda: remove_results(output))
     trained = trainer.fit()
     with watch.during("writing what was trained"):
+        result_path = output / result_directory(options.method)
         if options.method == "full":
-            distributed.on_first_rank(lambda: save_model(model, tokenizer, output / "model", overwrite=True))
+            distributed.on_first_rank(lambda: save_model(model, tokenizer, result_path, overwrite=True))
         else:
-            distributed.on_first_rank(lambda: phicore.save_adapter(model, output / "adapter"))
+            distributed.on_first_rank(lambda: phicore.save_adapter(model, result_path))
     with watch.during("the held-out examples after training"):
         after = _held_out(options, trainer, tokenizer, eval_data, "after")
 
@@ -239,8 +242,7 @@ def finetune(options: FinetuneOptions) -> dict[str, Any]:
         _plot_loss(output)
         atomic.write_text(output / "result.json", json.dumps(result, indent=2) + "\n")
     _show(result, before["answers"], after["answers"], options.samples)
-    what = "model" if options.method == "full" else "adapter"
-    say(f"{what}: {output / what}   figures: {output / 'result.json'}   loss: {output / 'loss.png'}")
+    say(f"{result_path.name}: {result_path}   figures: {output / 'result.json'}   loss: {output / 'loss.png'}")
     return result
 
 

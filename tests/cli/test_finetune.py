@@ -261,6 +261,55 @@ def test_overwriting_leaves_the_old_run_until_there_is_a_new_one(
     assert run(tiny_model, data, tmp_path, "--overwrite") == 0
 
 
+def test_overwriting_with_another_method_leaves_nothing_of_the_old_run(
+    tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(tiny_model, data, tmp_path, "--method", "lora") == 0
+    (tmp_path / "notes").write_text("mine")
+    take_step = phicore.Trainer._train_step
+
+    def fail(trainer: phicore.Trainer) -> dict[str, float]:
+        raise OSError("no more")
+
+    monkeypatch.setattr(phicore.Trainer, "_train_step", fail)
+    assert run(tiny_model, data, tmp_path, "--method", "full", "--overwrite") == 1
+    names = {"answers.jsonl", "loss.png", "result.json"}
+    assert not {path.name for path in tmp_path.iterdir()} & {"adapter", "model", *names}
+    monkeypatch.setattr(phicore.Trainer, "_train_step", take_step)
+    for method, there in (("full", "model"), ("lora", "adapter")):
+        assert run(tiny_model, data, tmp_path, "--method", method, "--overwrite") == 0
+        assert {path.name for path in tmp_path.iterdir()} & {"adapter", "model", "notes", *names} == {
+            there, "notes", *names,
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize("more", [[], ["--overwrite"], ["--resume"]], ids=str)
+def test_a_run_does_not_replace_its_own_base(
+    more: list[str], tiny_model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    assert run(model, data, tmp_path, "--method", "full", *more) == 1
+    assert f"model is {model}, and would be replaced" in capsys.readouterr().err
+    assert load_model(str(model), torch.float32)
+    if not more:  # beside it, an adapter is welcome
+        assert run(model, data, tmp_path, "--method", "lora") == 0
+        assert run(model, data, tmp_path, "--method", "lora", "--overwrite") == 0
+        assert load_model(str(model), torch.float32)
+
+
+@pytest.mark.parametrize(("method", "name"), [("lora", "adapter"), ("full", "model")])
+def test_what_no_run_made_is_not_written_over(
+    method: str, name: str, tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "adapter_config.json").write_text("mine")
+    monkeypatch.setattr("phicore.formats.huggingface.load_model", no_model)
+    assert run(tiny_model, data, tmp_path, "--method", method) == 1
+    assert f"{tmp_path / name} exists and is not an empty directory" in capsys.readouterr().err
+    assert (tmp_path / name / "adapter_config.json").read_text() == "mine"
+
+
 def test_resuming_with_changed_settings_lists_them(
     tiny_model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
