@@ -87,7 +87,17 @@ def test_a_chat_that_the_template_refuses_is_told_in_a_line(
     model = shutil.copytree(tiny_model, tmp_path / "model")
     (model / "chat_template.jinja").write_text("{{ raise_exception('no system here') }}")
     assert main(["generate", "--model", str(model), "--system", "Tag.", "--prompt", "1 Elm St"]) == 1
-    assert "refuses messages with the roles system, user: no system here" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert f"the chat template of {model} refuses messages with the roles system, user: no system here" in told
+
+
+def test_an_end_that_is_no_token_is_named(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    (model / "generation_config.json").write_text('{"eos_token_id": "end"}')
+    assert main(["generate", "--model", str(model), "--prompt", "1 Elm St"]) == 1
+    assert "eos_token_id (generation_config.json) must be a token's number or several, got 'end'" in (
+        capsys.readouterr().err
+    )
 
 
 CODING = ["--block-size", "32", "--no-double-quant"]
