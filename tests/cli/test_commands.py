@@ -374,6 +374,44 @@ def test_output_that_nobody_reads_ends_quietly(arguments: list[str]) -> None:
     assert (run.returncode, run.stderr) == (141, "")
 
 
+PROGRAM = "import sys; from phicore.cli import check, console, main; check.main = {}; sys.exit(main(['check']))"
+PRINTS = PROGRAM.format("lambda _: console.table('a title', ['a', 'b'], [['Stré', '\u4f60']])")
+
+
+def shell(line: str, program: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """What a shell's line does with this program of Python's, as $0 -c "$1"."""
+    arguments = ["bash", "-c", f"set -o pipefail; {line}", sys.executable, program]
+    return subprocess.run(arguments, capture_output=True, text=True, env={**os.environ, **environment})
+
+
+def test_a_table_that_nobody_reads_ends_quietly() -> None:
+    run = shell('"$0" -c "$1" | true', "import time; time.sleep(1);" + PRINTS)
+    assert (run.returncode, run.stderr) == (141, "")
+
+
+def test_standard_output_may_be_closed() -> None:
+    assert shell('"$0" -c "$1" >&-', PRINTS).returncode == 0
+    assert shell('"$0" -c "$1" >&- 2>&-', PRINTS).returncode == 0
+    # or a file that is opened would get its number, and what other libraries print
+    numbers = PROGRAM.format("lambda _: print(open('/dev/null').fileno(), file=sys.stderr)")
+    run = shell('"$0" -c "$1" >&-', numbers)
+    assert run.returncode == 0
+    assert int(run.stderr) > 2
+
+
+def test_what_standard_output_cannot_spell_is_escaped() -> None:
+    run = shell('"$0" -c "$1"', PRINTS, PYTHONIOENCODING="ascii", LC_ALL="C")
+    assert run.returncode == 0
+    assert r"Str\xe9" in run.stdout
+    assert r"\u4f60" in run.stdout
+
+
+def test_a_full_disk_under_standard_output_is_told_as_that() -> None:
+    run = shell('"$0" -c "$1" >/dev/full', PROGRAM.format("lambda _: console.say('a line')"))
+    assert run.returncode == 1
+    assert run.stderr == "phicore check: [Errno 28] No space left on device: 'standard output'\n"
+
+
 @pytest.mark.parametrize("package", ["tyro", "yaml"])
 def test_a_missing_extra_is_named_with_what_installs_it(
     package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
