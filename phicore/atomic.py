@@ -57,11 +57,15 @@ def check_apart(output: str | os.PathLike[str], *sources: str | os.PathLike[str]
 
 
 def check_free(path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-    """Raises FileExistsError where `new_directory` would: what is to be written may take long to make."""
+    """Raises OSError where `new_directory` would, as far as that is known before: what is to be written may take long
+    to make."""
     path = _end_of_links(Path(path))
     if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not overwrite)):
         replaced = "set overwrite" if path.is_dir() else "remove it first"
         raise FileExistsError(f"{path} exists and is not an empty directory; choose another, or {replaced}")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
+        raise PermissionError(f"{path} cannot be made: {above} is not a directory that this process may write into")
 
 
 @contextmanager
@@ -76,6 +80,7 @@ def new_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
 
     Raises:
         FileExistsError: path is not empty and overwrite is False, or it is a file.
+        PermissionError: it cannot be made where it shall stand.
         OSError: path is a link that leads to itself; the disk is full.
     """
     check_free(path, overwrite=overwrite)
