@@ -31,7 +31,7 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
             error.filename = str(path)
         _raise_as_system(error, path)
         raise
-    fsync_directory(path.parent)
+    fsync(path.parent)
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
@@ -57,11 +57,15 @@ def check_apart(output: str | os.PathLike[str], *sources: str | os.PathLike[str]
 
 
 def check_free(path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-    """Raises FileExistsError where `new_directory` would: what is to be written may take long to make."""
+    """Raises OSError where `new_directory` would, as far as that is known before: what is to be written may take long
+    to make."""
     path = _end_of_links(Path(path))
     if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not overwrite)):
         replaced = "set overwrite" if path.is_dir() else "remove it first"
         raise FileExistsError(f"{path} exists and is not an empty directory; choose another, or {replaced}")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
+        raise PermissionError(f"{path} cannot be made: {above} is not a directory that this process may write into")
 
 
 @contextmanager
@@ -76,6 +80,7 @@ def new_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
 
     Raises:
         FileExistsError: path is not empty and overwrite is False, or it is a file.
+        PermissionError: it cannot be made where it shall stand.
         OSError: path is a link that leads to itself; the disk is full.
     """
     check_free(path, overwrite=overwrite)
@@ -91,12 +96,12 @@ def new_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
                 with open(os.path.join(root, name), "rb") as file:
                     os.fchmod(file.fileno(), 0o644)
                     os.fsync(file.fileno())
-            fsync_directory(root)
+            fsync(root)
         if path.exists():
             aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent)) / path.name
             os.replace(path, aside)
         os.replace(temporary, path)
-        fsync_directory(path.parent)
+        fsync(path.parent)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if aside is not None:
@@ -127,8 +132,8 @@ def _end_of_links(path: Path) -> Path:
     raise OSError(errno.ELOOP, "a symbolic link that leads to itself; give a directory", str(path))
 
 
-def fsync_directory(path: str | os.PathLike[str]) -> None:
-    """Makes a rename in a directory last through a power cut."""
+def fsync(path: str | os.PathLike[str]) -> None:
+    """Makes what was written into a file, or renamed and removed in a directory, last through a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

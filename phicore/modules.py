@@ -4,7 +4,7 @@ import difflib
 import re
 import sys
 import warnings
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 ALL_LINEAR = "all-linear"
+STRING_OR_NAMES = "a string or a list of names"
 
 Model = TypeVar("Model", bound=nn.Module)  # what a function takes and gives back, of the caller's own class
 
@@ -50,6 +51,16 @@ def has_own_forward(layer: nn.Module) -> bool:
 def ends_with(expression: str) -> str:
     """The regular expression of names that end, after a dot or whole, in what another one matches."""
     return rf"(?:.*\.)?(?:{expression})"
+
+
+def check_names(what: str, names: object, accepted: str = "a list of names") -> None:
+    """Raises ValueError unless these are names. An empty one would be the model's own."""
+    if isinstance(names, str | Mapping) or not (isinstance(names, Collection) and all(map(_is_name, names))):
+        raise ValueError(f"{what} must be {accepted}, got {names!r}; none may be empty")
+
+
+def _is_name(name: object) -> bool:
+    return isinstance(name, str) and name != ""
 
 
 def check_expression(what: str, expression: str) -> None:
@@ -118,12 +129,13 @@ def select(
             f"the model itself is of type {type(model).__name__}, and nothing can take its place; put it into another "
             f"module, such as nn.Sequential"
         )
-    if isinstance(exclude_modules, str):
-        raise ValueError(f"exclude_modules must be a list of names, got {exclude_modules!r}")
+    check_names("exclude_modules", exclude_modules)
     if not target_modules:
-        raise ValueError(f"target_modules must name something, got {target_modules!r}")
+        raise ValueError(f'target_modules must name something, got {target_modules!r}; "{ALL_LINEAR}", say')
     if isinstance(target_modules, str):
         check_expression("target_modules", target_modules)
+    else:
+        check_names("target_modules", target_modules, STRING_OR_NAMES)
     every = dict(model.named_modules(remove_duplicate=False))
     candidates = dict(leaves(model, kinds, closed))
     for excluded in exclude_modules:

@@ -110,6 +110,21 @@ def test_new_directory_appears_whole(tmp_path, there):
     assert modes == {".": 0o755, "x": 0o644, "sub": 0o755, "sub/y": 0o644}
 
 
+def test_a_place_that_cannot_be_written_is_told_before_the_work(tmp_path, monkeypatch):
+    atomic.check_free(tmp_path / "new" / "deep" / "dir")
+    monkeypatch.chdir(tmp_path)
+    atomic.check_free("dir")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PermissionError, match=r"deep/dir cannot be made: .*file is not a directory that this process"):
+        atomic.check_free(tmp_path / "file" / "deep" / "dir")
+    asked = []
+    monkeypatch.setattr(os, "access", lambda path, mode: asked.append((path, mode)))  # root may write anywhere
+    with pytest.raises(PermissionError, match="dir cannot be made"), atomic.new_directory(tmp_path / "new" / "dir"):
+        pass
+    assert asked == [(tmp_path, os.W_OK | os.X_OK)]
+    assert names(tmp_path) == ["file"]
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_failing_block_leaves_things_as_they_were(tmp_path, overwrite):
     path = tmp_path / "dir"

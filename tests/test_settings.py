@@ -63,6 +63,7 @@ def test_betas(beta):
         ({"alpha": "16"}, "alpha must be a number above 0, got '16'"),
         ({"alpha": math.inf}, "alpha must be a number above 0, got inf"),
         ({"trainable_token_indices": 3}, "trainable_token_indices must be a list of whole numbers, got 3"),
+        ({"dropout": "0.1"}, "dropout must be a number, got '0.1'"),
         ({"dora": "yes"}, "dora must be True or False, got 'yes'"),
         ({"modules_to_save": "head"}, "modules_to_save must be a list of names, got 'head'"),
         ({"exclude_modules": "head"}, "exclude_modules must be a list of names, got 'head'"),

@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias, TypeVar, get_args
 import torch
 
 from phicore.adapters.layer_index import as_patterns
-from phicore.modules import check_expression, ends_with
+from phicore.modules import STRING_OR_NAMES, check_expression, check_names, ends_with
 from phicore.settings import check_types
 
 BIASES = ("none", "all", "lora_only")
@@ -97,6 +97,9 @@ class LoRAConfig:
     """Dtype of the adapter's weights in memory and on disk; None takes the base layer's."""
 
     def __post_init__(self) -> None:
+        for what in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(getattr(self, what), Mapping):
+                raise ValueError(f"{what} must be a dict of regular expressions, got {getattr(self, what)!r}")
         for what, rank in [("rank", self.rank), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())]:
             if not isinstance(rank, int) or isinstance(rank, bool) or rank <= 0:
                 raise ValueError(f"{what} must be a whole number above 0, got {rank!r}")
@@ -111,14 +114,9 @@ class LoRAConfig:
                 check_expression(what, key)
                 check_expression(f"{what}, which is put behind a prefix", ends_with(key))
         for what in ("target_parameters", "modules_to_save", "exclude_modules"):
-            names = getattr(self, what)
-            if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-                raise ValueError(f"{what} must be a list of names, got {names!r}")
-        targets = self.target_modules
-        if targets and not (isinstance(targets, Collection) and all(isinstance(name, str) for name in targets)):
-            raise ValueError(f"target_modules must be a string or a list of names, got {targets!r}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout!r}")
+            check_names(what, getattr(self, what))
+        if self.target_modules and not isinstance(self.target_modules, str):
+            check_names("target_modules", self.target_modules, STRING_OR_NAMES)
         if self.init not in INITS:
             raise ValueError(f"init must be one of {', '.join(INITS)}, got {self.init!r}")
         if self.fused_targets not in FUSED_TARGETS:
@@ -134,12 +132,14 @@ class LoRAConfig:
                 check_expression("layers_pattern", name)
                 check_expression("layers_pattern, which is put behind a prefix", ends_with(name))
         check_types(self)
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout!r}")
         dtype = self.adapter_dtype
         trains = isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize >= 2
         if dtype is not None and not trains:
             raise ValueError(f"adapter_dtype must be a floating-point torch.dtype of 16 bits or more, got {dtype!r}")
         tokens = self.trainable_token_indices
-        if isinstance(tokens, int):
+        if isinstance(tokens, int) or tokens == {}:
             raise ValueError(f"trainable_token_indices must be a list of whole numbers, got {tokens!r}")
         for what, indices in tokens.items() if isinstance(tokens, Mapping) else [("", tokens)]:
             if indices is not None:
@@ -148,6 +148,8 @@ class LoRAConfig:
 
 def _check_indices(what: str, indices: int | Sequence[int]) -> None:
     """Raises ValueError unless these are whole numbers from 0, each given once, and at least one."""
+    if not isinstance(indices, int | Collection):
+        raise ValueError(f"{what} must be whole numbers from 0, got {indices!r}")
     listed = [indices] if isinstance(indices, int) else list(indices)
     wrong = [i for i in listed if not isinstance(i, int) or isinstance(i, bool) or i < 0]
     if wrong or not listed or len(set(listed)) < len(listed):

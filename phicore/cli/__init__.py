@@ -1,6 +1,7 @@
 """The `phicore` command: parse, call, print."""
 
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -38,8 +39,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit status: 0, 1 for what the command refused, 2 for arguments it does not take,
     130 after Ctrl-C, 141 where nobody reads its output any more (phicore --help | head -1).
 
-    What a user can mend is told in one line; PHICORE_TRACEBACK=1 shows where it was raised.
+    What a user can mend is told in one line; PHICORE_TRACEBACK=1 shows where it was raised. Standard output may be
+    closed, and what its encoding lacks is escaped.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed; the next file that is opened would take its place
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr's: an answer may hold any character
     try:
         try:
             return _run(sys.argv[1:] if arguments is None else list(arguments))

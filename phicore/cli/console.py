@@ -10,8 +10,13 @@ from phicore.training.distributed import rank
 
 def say(text: str) -> None:
     """A line for the user, at once."""
-    if rank() == 0:
+    if rank() != 0:
+        return
+    try:
         print(text, flush=True)
+    except OSError as error:
+        error.filename = "standard output"  # a file on a full disk, say
+        raise
 
 
 @contextmanager
@@ -36,7 +41,10 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, 
         drawn.add_column(column, overflow="fold")
     for row in rows:
         drawn.add_row(*(Text(cell) for cell in row))  # Text: brackets in a generation are no markup
-    Console(width=None if sys.stdout.isatty() else 120).print(drawn)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    with console.capture() as text:  # by itself it ends the process where nobody reads any more
+        console.print(drawn)
+    say(text.get().removesuffix("\n"))
 
 
 def gigabytes(n: float) -> str:

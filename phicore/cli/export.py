@@ -1,6 +1,6 @@
 """phicore export: an adapter that a server reads rightly."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -40,9 +40,16 @@ class ExportOptions:
     """Replace an output directory that is there."""
 
 
+def _idle(options: ExportOptions) -> list[tuple[bool, str, Collection[str]]]:
+    return [
+        (not options.merge, "without --merge", {"dtype"}),
+        (options.merge, "with --merge, which writes no adapter", {"max_rank"}),
+    ]
+
+
 def main(arguments: Sequence[str]) -> None:
     """Parses and writes."""
-    options = parse(ExportOptions, arguments, "export", "Write an adapter that a server reads rightly.")
+    options = parse(ExportOptions, arguments, "export", "Write an adapter that a server reads rightly.", _idle)
     if options.merge != (options.model is not None):
         raise ValueError("--merge needs --model, the base to merge into, and --model is for --merge only")
     if options.model is not None:

@@ -5,9 +5,9 @@ import json
 import platform
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,7 +20,7 @@ from phicore.adapters.config import LoRAConfig
 from phicore.cli import version_of
 from phicore.cli.console import gigabytes, say, stage, table
 from phicore.cli.options import parse_everywhere
-from phicore.cli.start import accepted, check_options, read_data
+from phicore.cli.start import accepted, check_options, read_data, remove_results, result_directory
 from phicore.training import distributed
 from phicore.training.checkpoint import latest_checkpoint, read_state
 from phicore.training.config import TrainConfig, fixed_settings
@@ -113,10 +113,23 @@ class FinetuneOptions:
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
+def idle(options: FinetuneOptions) -> list[tuple[bool, str, Collection[str]]]:
+    """Which options have no effect beside the others, see `parse`."""
+    method, adapter = options.method, {f.name for f in fields(AdapterOptions)}
+    return [
+        (method == "full", "with --method full, which has no adapter", {*adapter, "lora_plus_ratio"}),
+        (method[0] != "q", f"with --method {method}, which has no NF4", {"block_size", "double_quant"}),
+        (options.adapter.target_modules == ("all-linear",), "with all-linear, which takes fused layers whole",
+         {"fused_targets"}),
+        (not options.eval_data, "without --eval-data", {"eval_limit", "eval_batch_size"}),
+        (not options.answers, "without --answers", {"samples", "max_new_tokens"}),
+    ]  # fmt: skip
+
+
 def main(arguments: Sequence[str]) -> None:
     """Parses and runs."""
     what = "Fine-tune a causal language model."
-    options = parse_everywhere(FinetuneOptions, arguments, "finetune", what, _join)
+    options = parse_everywhere(FinetuneOptions, arguments, "finetune", what, _join, idle)
     try:
         finetune(options)
     except KeyboardInterrupt as stop:
@@ -192,13 +205,16 @@ def finetune(options: FinetuneOptions) -> dict[str, Any]:
         trainer = phicore.Trainer(model, options.train, train_data, eval_data, identity=identity)
         with watch.during("the held-out examples before training"):
             before = _before(options, settings, trainer, tokenizer, eval_data)
+            if options.train.overwrite:
+                distributed.on_first_rank(lambda: remove_results(output))
     trained = trainer.fit()
     with watch.during("writing what was trained"):
+        result_path = output / result_directory(options.method)
         if options.method == "full":
-            with stage(f"writing {output / 'model'}"):
-                distributed.on_first_rank(lambda: save_model(model, tokenizer, output / "model", overwrite=True))
+            with stage(f"writing {result_path}"):
+                distributed.on_first_rank(lambda: save_model(model, tokenizer, result_path, overwrite=True))
         else:
-            distributed.on_first_rank(lambda: phicore.save_adapter(model, output / "adapter"))
+            distributed.on_first_rank(lambda: phicore.save_adapter(model, result_path))
     with watch.during("the held-out examples after training"):
         after = _held_out(options, trainer, tokenizer, eval_data, "after")
 
@@ -227,8 +243,7 @@ def finetune(options: FinetuneOptions) -> dict[str, Any]:
         _plot_loss(output)
         atomic.write_text(output / "result.json", json.dumps(result, indent=2) + "\n")
     _show(result, before["answers"], after["answers"], options.samples)
-    what = "model" if options.method == "full" else "adapter"
-    say(f"{what}: {output / what}   figures: {output / 'result.json'}   loss: {output / 'loss.png'}")
+    say(f"{result_path.name}: {result_path}   figures: {output / 'result.json'}   loss: {output / 'loss.png'}")
     return result
 
 
@@ -245,10 +260,12 @@ def _check_positions(model: Any, *data: TokenDataset | None) -> None:
 
 def adapt(model: torch.nn.Module, options: FinetuneOptions) -> None:
     """Makes a loaded model what the method trains: in NF4, with adapters, or all of it."""
-    already = any(isinstance(layer, phicore.NF4Linear) for layer in model.modules())
-    if already and options.method == "full":
-        raise ValueError(f"{options.model} is in NF4, which does not train; take --method qlora or qdora")
-    coded = options.method in ("qlora", "qdora") and not already
+    already = next((layer for layer in model.modules() if isinstance(layer, phicore.NF4Linear)), None)
+    if already is not None:
+        if options.method == "full":
+            raise ValueError(f"{options.model} is in NF4, which does not train; take --method qlora or qdora")
+        say(f"it is in NF4 already, of block_size {already.block_size} and double_quant {already.double_quant}")
+    coded = options.method in ("qlora", "qdora") and already is None
     if coded and options.adapter.init != "loftq":  # which codes what it adapts when it is attached
         phicore.quantize_(model, block_size=options.block_size, double_quant=options.double_quant)
     torch.manual_seed(options.train.seed)

@@ -1,6 +1,6 @@
 """phicore generate: answer prompts with a model and, if given, an adapter."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -49,9 +49,13 @@ class GenerateOptions:
     """Of weights and products; auto as in `phicore finetune` with an adapter."""
 
 
+def _idle(options: GenerateOptions) -> list[tuple[bool, str, Collection[str]]]:
+    return [(not options.quantize, "without --quantize", {"block_size", "double_quant"})]
+
+
 def main(arguments: Sequence[str]) -> None:
     """Parses, answers and prints."""
-    options = parse(GenerateOptions, arguments, "generate", "Answer prompts, greedily.")
+    options = parse(GenerateOptions, arguments, "generate", "Answer prompts, greedily.", _idle)
     for answer in answers(options):
         say(answer)
 
@@ -68,8 +72,12 @@ def answers(options: GenerateOptions) -> list[str]:
     dtype = choose_dtype(device)[0] if options.dtype == "auto" else DTYPES[options.dtype]
     model, tokenizer = load_model(options.model, dtype)
     torch.nn.Module.to(model, device)
-    if options.quantize and not any(isinstance(layer, phicore.NF4Linear) for layer in model.modules()):
-        phicore.quantize_(model, block_size=options.block_size, double_quant=options.double_quant)
+    if options.quantize:
+        coding = {(m.block_size, m.double_quant) for m in model.modules() if isinstance(m, phicore.NF4Linear)}
+        if not coding:
+            phicore.quantize_(model, block_size=options.block_size, double_quant=options.double_quant)
+        elif coding != {(options.block_size, options.double_quant)}:
+            raise ValueError(f"{options.model} is in NF4 already, and not as --quantize asks; leave that out")
     if options.adapter is not None:
         phicore.load_adapter(model, options.adapter)
         merge_for_good(model)

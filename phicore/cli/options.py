@@ -8,16 +8,25 @@ import io
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 T = TypeVar("T")
+Idle: TypeAlias = Callable[[T], Iterable[tuple[bool, str, Collection[str]]]]
+"""Of options as they are parsed: whether something is so, its words, and the options that then have no effect."""
 
 
-def parse(options: type[T], arguments: Sequence[str], command: str, description: str) -> T:
+def parse(options: type[T], arguments: Sequence[str], command: str, description: str, idle: Idle[T] | None = None) -> T:
     """Makes an options dataclass from arguments. `--config FILE` reads a TOML or YAML file first.
+
+    Args:
+        options: the dataclass; its fields become options.
+        arguments: without the command's name.
+        command, description: for what is printed.
+        idle: which options have no effect beside the others. They are refused where they were typed, and stay without
+            effect where they stand in a file, which may be for several methods.
 
     Raises:
         SystemExit: with status 2 after saying what is wrong, with status 0 after --help.
@@ -31,7 +40,7 @@ def parse(options: type[T], arguments: Sequence[str], command: str, description:
         print(f"phicore {command}: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     try:
-        return tyro.cli(
+        parsed = tyro.cli(
             options,
             prog=f"phicore {command}",
             description=f"{description}\n\nEvery option can also stand in a TOML or YAML file, under its name with or "
@@ -43,28 +52,48 @@ def parse(options: type[T], arguments: Sequence[str], command: str, description:
         if stop.code and files:  # tyro names what it does not take, and knows of no file
             print(f"{', '.join(files)} and what was typed: {shlex.join(given)}", file=sys.stderr)
         raise
+    flags = {_option(word): word.partition("=")[0] for word in typed if word.startswith("--")}
+    in_vain = [
+        f"{', '.join(flags[name] for name in flags if name in names)}: no effect {case}"
+        for so, case, names in (idle(parsed) if idle else ())
+        if so and not flags.keys().isdisjoint(names)
+    ]
+    if in_vain:
+        print(f"phicore {command}: {'; '.join(in_vain)}; leave out what has none", file=sys.stderr)
+        raise SystemExit(2)
+    return parsed
+
+
+def _option(flag: str) -> str:
+    """The name of the field that --flag, --no-flag or --flag=value sets."""
+    return flag.partition("=")[0].removeprefix("--").replace("-", "_").removeprefix("no_")
 
 
 def parse_everywhere(
-    options: type[T], arguments: Sequence[str], command: str, description: str, join: Callable[[T | None], object]
+    options: type[T],
+    arguments: Sequence[str],
+    command: str,
+    description: str,
+    join: Callable[[T | None], object],
+    idle: Idle[T] | None = None,
 ) -> T:
     """`parse` on each of the ranks that the environment asks for (torchrun).
 
     Args:
-        options, arguments, command, description: see `parse`.
+        options, arguments, command, description, idle: see `parse`.
         join: makes this process one of the ranks, given the options, or None where they are refused.
 
     Raises:
         SystemExit: one rank refuses its arguments, on all; what all say alike is said by rank 0 alone.
     """
     if (os.environ.get("WORLD_SIZE") or "1") == "1":
-        return parse(options, arguments, command, description)
+        return parse(options, arguments, command, description, idle)
     from phicore.training.distributed import rank, together
 
     said, parsed, refused = io.StringIO(), None, None
     try:
         with redirect_stdout(said), redirect_stderr(said):
-            parsed = parse(options, arguments, command, description)
+            parsed = parse(options, arguments, command, description, idle)
     except SystemExit as stop:
         refused = (stop.code, said.getvalue())
     join(parsed)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from phicore.cli.console import gigabytes, say, table
-from phicore.cli.finetune import FinetuneOptions, adapt, compute_dtype
+from phicore.cli.finetune import FinetuneOptions, adapt, compute_dtype, idle
 from phicore.cli.options import parse
 from phicore.cli.start import check_options
 from phicore.training.memory import StepMemory, step_memory
@@ -23,7 +23,8 @@ class PlanOptions(FinetuneOptions):
 
 def main(arguments: Sequence[str]) -> None:
     """Parses, counts and prints."""
-    plan(parse(PlanOptions, arguments, "plan", "Say what a run of `phicore finetune` with the same options will take."))
+    what = "Say what a run of `phicore finetune` with the same options will take."
+    plan(parse(PlanOptions, arguments, "plan", what, idle))
 
 
 def plan(options: PlanOptions) -> StepMemory:

@@ -1,11 +1,14 @@
 """What finetune refuses before it loads a model: options, files, and an output that another run holds."""
 
 import importlib.util
+import json
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from phicore import atomic
 from phicore.cli import needs
 from phicore.nf4.tensor import check_block_size
 from phicore.training import distributed
@@ -81,6 +84,29 @@ def _read(option: str, path: str) -> list[Record]:
         raise ValueError(f"{option}: {error}") from error
 
 
+def result_directory(method: str) -> str:
+    """What a run of this method leaves in its output beside its figures."""
+    return "model" if method == "full" else "adapter"
+
+
+def remove_results(output: Path) -> None:
+    """Removes what a run that is overwritten has left: its figures, and its adapter/ or model/."""
+    if (name := _result_before(output)) is not None:
+        path = output / name
+        if path.is_dir() and not path.is_symlink():  # what a link leads to is replaced there
+            shutil.rmtree(path)
+        for file in ("answers.jsonl", "loss.png", "result.json"):  # the last is what tells of the others
+            (output / file).unlink(missing_ok=True)
+
+
+def _result_before(output: Path) -> str | None:
+    """The result_directory of the run that stands in an output, by its result.json; None if there is none."""
+    try:
+        return result_directory(json.loads((output / "result.json").read_text())["options"]["method"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
 @contextmanager
 def accepted(train: TrainConfig, settings: Mapping[str, Any], watch: Watch) -> Iterator[None]:
     """Within it no other run can take the output. A run that `Trainer.fit` would refuse there is refused at once, and
@@ -104,6 +130,12 @@ def accepted(train: TrainConfig, settings: Mapping[str, Any], watch: Watch) -> I
 
 
 def _refuse(train: TrainConfig, settings: Mapping[str, Any]) -> None:
+    output, name = Path(train.output), result_directory(settings["method"])
+    before = _result_before(output)
+    for replaced in {name, before if train.overwrite else None} - {None}:
+        atomic.check_apart(output / str(replaced), settings["model"])
+    if not (train.resume or train.overwrite or before):
+        atomic.check_free(output / name)
     newest = None if train.overwrite else prepare_output(train)
     then = None if newest is None else read_state(newest)["settings"]  # None: another trainer's, which has none
     if then is not None and (changed := changed_settings(then, settings)):

@@ -1,9 +1,10 @@
 """Model directories of transformers: config.json, safetensors weights and a tokenizer. One GGUF file is read too."""
 
 import copy
+import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CONFIG = "config.json"
+SETTINGS = (CONFIG, "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
 
 logger = logging.getLogger(__name__)
@@ -63,8 +65,15 @@ def load_model(path_or_id: str, dtype: torch.dtype) -> "tuple[PreTrainedModel, P
             _check_size(config, weights, path_or_id)
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, **extra)
-        except ValueError as error:  # of a file that is no JSON, too, and then names no file
-            raise ValueError(f"{path_or_id}: its tokenizer's files do not load: {_one_line(error)}") from error
+        except (OSError, ImportError, MemoryError):
+            raise
+        except Exception as error:
+            if local:
+                check_objects(
+                    Path(source), ["tokenizer.json", "vocab.json"]
+                )  # long files: read twice only for a reason
+            why = f"{type(error).__name__}: {_one_line(error)}"
+            raise ValueError(f"{path_or_id}: its tokenizer's files do not load: {why}") from error
         if local and _quantization(config).get("load_in_4bit"):
             model = bitsandbytes.load_quantized(Path(source), config, dtype)
             save_in_layout(model)
@@ -120,6 +129,7 @@ def model_config(path_or_id: str) -> Any:
     """
     path = Path(path_or_id).expanduser()
     source, gguf_file = (str(path), None) if (path / CONFIG).is_file() else find_model(path_or_id)
+    check_objects(Path(source), [CONFIG])
     transformers = import_transformers(gguf=gguf_file is not None)
     extra = {"gguf_file": gguf_file} if gguf_file else {}
     with quiet_transformers(transformers, bars=False), plain_errors(path_or_id, Path(source).is_dir()):
@@ -201,6 +211,7 @@ def look_into(directory: Path) -> str | None:
             f"adapter's files into a directory of their own"
         )
     if has_config and ((directory / WEIGHTS).is_file() or (directory / INDEX).is_file() or not gguf_files):
+        check_objects(directory, SETTINGS)
         model_tensors(directory)
         if not any((directory / name).is_file() for name in TOKENIZERS):
             raise FileNotFoundError(f"{directory} holds no tokenizer; looked for {', '.join(TOKENIZERS)}")
@@ -210,6 +221,19 @@ def look_into(directory: Path) -> str | None:
     if gguf_files:
         raise ValueError(f"{directory} holds several GGUF files; give one of them: {', '.join(gguf_files)}")
     raise FileNotFoundError(f"{directory} holds no model; looked for {CONFIG} or one .gguf file")
+
+
+def check_objects(directory: Path, names: Iterable[str]) -> None:
+    """Raises ValueError for a file of these names that holds no JSON object: transformers passes over some of them, and
+    does not name others."""
+    for file in (directory / name for name in names):
+        if file.is_file():
+            try:
+                found = json.loads(file.read_text(encoding="utf-8"))
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{file} is not a whole JSON file: {error}") from error
+            if not isinstance(found, dict):
+                raise ValueError(f"{file} must hold a JSON object, holds a {type(found).__name__}")
 
 
 def _check_config(config: Any, path_or_id: str, from_gguf: bool) -> None:

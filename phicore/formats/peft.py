@@ -7,6 +7,7 @@ adapter_config.json are in `peft_fields`, and what they say of a model's adapter
 import json
 import os
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,11 @@ __all__ = [
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str = "default") -> None:
-    """Writes an adapter in PEFT's format; each file appears whole or not at all, the weights first.
+    """Writes an adapter in PEFT's format.
+
+    A reader, or a kill at any moment, finds the old adapter, the new one, or, where their adapter_config.json differ,
+    weights without it, which PEFT and its kin refuse as no adapter: never one's weights with the other's settings.
+    (But a reader that opens the one file before and the other after a save reads both adapters; let it wait.)
 
     Args:
         model: a model with the adapter attached and not merged. Of one that fully_shard has sharded all ranks must call
@@ -86,11 +91,18 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str 
     more = {PARTS: json.dumps(parts, sort_keys=True)} if parts else {}
     if lost:
         more[MODEL_TYPE] = model_type
-    with atomic.new_file(Path(directory) / WEIGHTS) as temporary:
-        save_file(_each_alone(tensors), temporary, metadata={"format": "pt"})  # bytes of it would be two copies more
-        for key, value in more.items():
-            temporary.write_bytes(with_metadata(temporary.read_bytes(), key, value))
-    atomic.write_text(Path(directory) / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    settings = Path(directory) / CONFIG
+    with atomic.new_file(settings) as new_settings:  # and take their place after the weights
+        new_settings.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        with atomic.new_file(Path(directory) / WEIGHTS) as temporary:
+            save_file(_each_alone(tensors), temporary, metadata={"format": "pt"})  # bytes of it would be two copies
+            for key, value in more.items():
+                temporary.write_bytes(with_metadata(temporary.read_bytes(), key, value))
+            with suppress(FileNotFoundError):  # there are none, or another rank has just removed them
+                if settings.read_bytes() != new_settings.read_bytes():
+                    atomic.fsync(temporary)  # a disk may say only here that it is full
+                    settings.unlink()
+                    atomic.fsync(directory)
     if lost:
         warnings.warn(
             f"PEFT will misread this adapter: on {model_type} models it takes {_shown(lost)} for experts, which "

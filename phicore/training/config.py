@@ -90,7 +90,8 @@ class TrainConfig:
     """Go on from the newest checkpoint in output, if there is one."""
 
     overwrite: bool = False
-    """Start anew where output holds a run already; its checkpoints and metrics are removed."""
+    """Start anew where output holds a run already; its checkpoints and metrics are removed, and by phicore finetune
+    what it made, too."""
 
     def __post_init__(self) -> None:
         check_types(self)

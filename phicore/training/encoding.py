@@ -173,7 +173,8 @@ def render(tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except Exception as error:  # templates refuse by jinja2.TemplateError, and jinja2 is no dependency of this file
         roles = ", ".join(message["role"] for message in messages)
-        raise ValueError(f"the chat template refuses messages with the roles {roles}: {error}") from error
+        where = getattr(tokenizer, "name_or_path", "") or "the tokenizer"
+        raise ValueError(f"the chat template of {where} refuses messages with the roles {roles}: {error}") from error
 
 
 def _unstable(what: str) -> str:

@@ -128,6 +128,8 @@ def stop_ids(model: Any, tokenizer: Any) -> list[int]:
     found: list[int] = []
     for ids in (tokenizer.eos_token_id, model.generation_config.eos_token_id):
         found += ids if isinstance(ids, list) else [ids] if ids is not None else []
+    if wrong := [token for token in found if not isinstance(token, int)]:
+        raise ValueError(f"eos_token_id (generation_config.json) must be a token's number or several, got {wrong[0]!r}")
     if tokenizer.chat_template:
         turn = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
         try:

@@ -87,7 +87,17 @@ def test_a_chat_that_the_template_refuses_is_told_in_a_line(
     model = shutil.copytree(tiny_model, tmp_path / "model")
     (model / "chat_template.jinja").write_text("{{ raise_exception('no system here') }}")
     assert main(["generate", "--model", str(model), "--system", "Tag.", "--prompt", "1 Elm St"]) == 1
-    assert "refuses messages with the roles system, user: no system here" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert f"the chat template of {model} refuses messages with the roles system, user: no system here" in told
+
+
+def test_an_end_that_is_no_token_is_named(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    (model / "generation_config.json").write_text('{"eos_token_id": "end"}')
+    assert main(["generate", "--model", str(model), "--prompt", "1 Elm St"]) == 1
+    assert "eos_token_id (generation_config.json) must be a token's number or several, got 'end'" in (
+        capsys.readouterr().err
+    )
 
 
 CODING = ["--block-size", "32", "--no-double-quant"]
@@ -229,6 +239,48 @@ def test_an_option_that_a_file_gives_twice_is_refused(
     assert capsys.readouterr().err == f"phicore finetune: {file}: {told}; keep one of them\n"
 
 
+IN_VAIN = {
+    "finetune --model m --data d --method full --rank 8 --init=pissa --lora_plus_ratio 4": (
+        "--rank, --init, --lora_plus_ratio: no effect with --method full, which has no adapter"
+    ),
+    "finetune --model m --data d --method lora --no-double-quant": (
+        "--no-double-quant: no effect with --method lora, which has no NF4"
+    ),
+    "plan --model m --method full --block-size 64": "--block-size: no effect with --method full, which has no NF4",
+    "finetune --model m --data d --fused-targets map": (
+        "--fused-targets: no effect with all-linear, which takes fused layers whole"
+    ),
+    "finetune --model m --data d --eval-limit 3 --eval-batch-size 4 --max-new-tokens 5": (
+        "--eval-limit, --eval-batch-size: no effect without --eval-data; --max-new-tokens: no effect without --answers"
+    ),
+    "generate --model m --prompt p --block-size 32": "--block-size: no effect without --quantize",
+    "export a --target vllm --output o --dtype float32": "--dtype: no effect without --merge",
+    "export a --target vllm --output o --merge --model m --max-rank 8": (
+        "--max-rank: no effect with --merge, which writes no adapter"
+    ),
+}
+
+
+@pytest.mark.parametrize("line", IN_VAIN)
+def test_what_is_typed_without_effect_is_refused(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = line.split()
+    with pytest.raises(SystemExit) as stop:
+        main(command)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"phicore {command[0]}: {IN_VAIN[line]}; leave out what has none\n"
+
+
+def test_a_file_may_be_for_several_methods(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text("rank = 3\ndropout = 0.1\nblock_size = 32\nmax_new_tokens = 5\neval_limit = 4\n")
+    absent = ["finetune", "--config", str(file), "--model", "m", "--data", str(tmp_path / "absent"), "--method", "full"]
+    assert main(absent) == 1
+    assert "--data: no such file" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*absent, "--rank", "3"])
+    assert capsys.readouterr().err.startswith("phicore finetune: --rank: no effect with --method full")
+
+
 def test_a_files_values_are_taken_as_they_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     file = tmp_path / "c.toml"
@@ -320,6 +372,44 @@ def test_output_that_nobody_reads_ends_quietly(arguments: list[str]) -> None:
     run = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert (run.returncode, run.stderr) == (141, "")
+
+
+PROGRAM = "import sys; from phicore.cli import check, console, main; check.main = {}; sys.exit(main(['check']))"
+PRINTS = PROGRAM.format("lambda _: console.table('a title', ['a', 'b'], [['Stré', '\u4f60']])")
+
+
+def shell(line: str, program: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """What a shell's line does with this program of Python's, as $0 -c "$1"."""
+    arguments = ["bash", "-c", f"set -o pipefail; {line}", sys.executable, program]
+    return subprocess.run(arguments, capture_output=True, text=True, env={**os.environ, **environment})
+
+
+def test_a_table_that_nobody_reads_ends_quietly() -> None:
+    run = shell('"$0" -c "$1" | true', "import time; time.sleep(1);" + PRINTS)
+    assert (run.returncode, run.stderr) == (141, "")
+
+
+def test_standard_output_may_be_closed() -> None:
+    assert shell('"$0" -c "$1" >&-', PRINTS).returncode == 0
+    assert shell('"$0" -c "$1" >&- 2>&-', PRINTS).returncode == 0
+    # or a file that is opened would get its number, and what other libraries print
+    numbers = PROGRAM.format("lambda _: print(open('/dev/null').fileno(), file=sys.stderr)")
+    run = shell('"$0" -c "$1" >&-', numbers)
+    assert run.returncode == 0
+    assert int(run.stderr) > 2
+
+
+def test_what_standard_output_cannot_spell_is_escaped() -> None:
+    run = shell('"$0" -c "$1"', PRINTS, PYTHONIOENCODING="ascii", LC_ALL="C")
+    assert run.returncode == 0
+    assert r"Str\xe9" in run.stdout
+    assert r"\u4f60" in run.stdout
+
+
+def test_a_full_disk_under_standard_output_is_told_as_that() -> None:
+    run = shell('"$0" -c "$1" >/dev/full', PROGRAM.format("lambda _: console.say('a line')"))
+    assert run.returncode == 1
+    assert run.stderr == "phicore check: [Errno 28] No space left on device: 'standard output'\n"
 
 
 @pytest.mark.parametrize("package", ["tyro", "yaml"])

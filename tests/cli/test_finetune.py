@@ -27,9 +27,9 @@ REQUIRED = {
 
 def run(model: Path, data: Path, output: Path, *more: str) -> int:
     return main(
-        ["finetune", "--model", str(model), "--data", str(data), "--output", str(output), "--steps", "4", "--rank", "4",
-         "--alpha", "6", "--batch-size", "2", "--learning-rate", "1e-2", "--warmup-steps", "1", "--log-every", "1",
-         "--dtype", "float32", *more]
+        ["finetune", "--model", str(model), "--data", str(data), "--output", str(output), "--steps", "4",
+         *([] if "full" in more else ["--rank", "4", "--alpha", "6"]), "--batch-size", "2", "--learning-rate", "1e-2",
+         "--warmup-steps", "1", "--log-every", "1", "--dtype", "float32", *more]
     )  # fmt: skip
 
 
@@ -261,6 +261,55 @@ def test_overwriting_leaves_the_old_run_until_there_is_a_new_one(
     assert run(tiny_model, data, tmp_path, "--overwrite") == 0
 
 
+def test_overwriting_with_another_method_leaves_nothing_of_the_old_run(
+    tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(tiny_model, data, tmp_path, "--method", "lora") == 0
+    (tmp_path / "notes").write_text("mine")
+    take_step = phicore.Trainer._train_step
+
+    def fail(trainer: phicore.Trainer) -> dict[str, float]:
+        raise OSError("no more")
+
+    monkeypatch.setattr(phicore.Trainer, "_train_step", fail)
+    assert run(tiny_model, data, tmp_path, "--method", "full", "--overwrite") == 1
+    names = {"answers.jsonl", "loss.png", "result.json"}
+    assert not {path.name for path in tmp_path.iterdir()} & {"adapter", "model", *names}
+    monkeypatch.setattr(phicore.Trainer, "_train_step", take_step)
+    for method, there in (("full", "model"), ("lora", "adapter")):
+        assert run(tiny_model, data, tmp_path, "--method", method, "--overwrite") == 0
+        assert {path.name for path in tmp_path.iterdir()} & {"adapter", "model", "notes", *names} == {
+            there, "notes", *names,
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize("more", [[], ["--overwrite"], ["--resume"]], ids=str)
+def test_a_run_does_not_replace_its_own_base(
+    more: list[str], tiny_model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    assert run(model, data, tmp_path, "--method", "full", *more) == 1
+    assert f"model is {model}, and would be replaced" in capsys.readouterr().err
+    assert load_model(str(model), torch.float32)
+    if not more:  # beside it, an adapter is welcome
+        assert run(model, data, tmp_path, "--method", "lora") == 0
+        assert run(model, data, tmp_path, "--method", "lora", "--overwrite") == 0
+        assert load_model(str(model), torch.float32)
+
+
+@pytest.mark.parametrize(("method", "name"), [("lora", "adapter"), ("full", "model")])
+def test_what_no_run_made_is_not_written_over(
+    method: str, name: str, tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "adapter_config.json").write_text("mine")
+    monkeypatch.setattr("phicore.formats.huggingface.load_model", no_model)
+    assert run(tiny_model, data, tmp_path, "--method", method) == 1
+    assert f"{tmp_path / name} exists and is not an empty directory" in capsys.readouterr().err
+    assert (tmp_path / name / "adapter_config.json").read_text() == "mine"
+
+
 def test_resuming_with_changed_settings_lists_them(
     tiny_model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -323,9 +372,9 @@ def test_what_is_refused_is_named(
         (["--eval-data", "text", "--answers", "2"], 'text.jsonl, line 1, holds "text", which has no prompt to answer'),
         (["--eval-every", "2"], "--eval-every is 2, but there is no --eval-data"),
         (["--answers", "2"], "--answers is 2, but there is no --eval-data for it; give one, or --answers 0"),
-        (["--eval-limit", "0"], "--eval-limit must be at least 1, got 0"),
+        (["--eval-data", "text", "--eval-limit", "0"], "--eval-limit must be at least 1, got 0"),
         (["--answers", "-1"], "--answers must be at least 0, got -1"),
-        (["--samples", "-1"], "--samples must be at least 0, got -1"),
+        (["--answers", "1", "--samples", "-1"], "--samples must be at least 0, got -1"),
         (["--sequence-length", "0"], "--sequence-length must be at least 1, got 0"),
         (["--block-size", "48"], "block_size must be one of"),
         (["--init", "loftq", "--method", "lora"], "--init loftq codes the base to NF4"),
@@ -466,7 +515,13 @@ def test_a_model_that_is_in_nf4_already(
     """qlora takes it as it is, and method full, which would train what is not coded, is refused."""
     coded = tmp_path / "nf4"
     assert main(["quantize", "--model", str(tiny_model), "--output", str(coded), "--dtype", "float32"]) == 0
+    capsys.readouterr()
     assert run(coded, data, tmp_path / "qlora", "--method", "qlora") == 0
+    assert "it is in NF4 already, of block_size 64 and double_quant True\n" in capsys.readouterr().out
+    generate = ["generate", "--model", str(coded), "--prompt", "a", "--max-new-tokens", "1", "--quantize"]
+    assert main(generate) == 0
+    assert main([*generate, "--block-size", "32"]) == 1
+    assert "is in NF4 already, and not as --quantize asks" in capsys.readouterr().err
     assert run(tiny_model, data, tmp_path / "same", "--method", "qlora") == 0
     assert losses(tmp_path / "qlora") == losses(tmp_path / "same")
     assert run(coded, data, tmp_path / "full", "--method", "full") == 1

@@ -17,7 +17,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import phicore
-from phicore.formats.huggingface import convert_gguf, find_model, import_transformers, load_model, save_model
+from phicore.formats.huggingface import (
+    convert_gguf,
+    find_model,
+    import_transformers,
+    load_model,
+    model_config,
+    save_model,
+)
 from phicore.training.generation import generate
 from tests.chat_tokenizers import chat_tokenizer
 from tests.tied_llama import PROMPTS, VOCABULARY, tied_llama
@@ -293,7 +300,38 @@ def test_a_tokenizer_that_is_damaged_or_missing(
     save_model(model, tokenizer, tmp_path / "model")
     file = tmp_path / "model" / name
     file.unlink() if content is None else file.write_text(content)
-    with pytest.raises(ValueError, match="model: its tokenizer"):
+    told = "model: its tokenizer" if content is None else f"model/{name} is not a whole JSON file: "
+    with pytest.raises(ValueError, match=told):
+        load_model(str(tmp_path / "model"), torch.float32)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json"])
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"{", "is not a whole JSON file: "),
+        (b"\xff\xfe{}", "is not a whole JSON file: "),
+        (b"[]", "must hold a JSON object, holds a list"),
+        (b"null", "must hold a JSON object, holds a NoneType"),
+    ],
+)
+def test_a_broken_file_of_settings_is_named(
+    model: Any, tokenizer: Any, tmp_path: Path, name: str, content: bytes, told: str
+) -> None:
+    save_model(model, tokenizer, tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text("{}")
+    (tmp_path / "model" / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"model/{name} {told}"):
+        load_model(str(tmp_path / "model"), torch.float32)
+    if name == "config.json":
+        with pytest.raises(ValueError, match=f"model/{name} {told}"):
+            model_config(str(tmp_path / "model"))
+
+
+def test_a_tokenizer_without_its_parts_is_named(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    save_model(model, tokenizer, tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="model: its tokenizer's files do not load: KeyError"):
         load_model(str(tmp_path / "model"), torch.float32)
 
 

@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 import tracemalloc
+from functools import partial
+from pathlib import Path
 
 import bitsandbytes
 import peft
@@ -21,6 +23,7 @@ from phicore.adapters.attach import TrainedCopy
 from phicore.formats.bitsandbytes import save_quantized
 from phicore.formats.peft import CONFIG, PREFIX, WEIGHTS
 from tests.formats.peft_files import assert_same_files, edit, edit_tensors, kinds, load_in_peft, logits
+from tests.killed import kills
 
 LLAMA = ["q_proj", "v_proj", "down_proj"]
 
@@ -549,3 +552,37 @@ def test_a_full_disk_leaves_the_adapter_that_was_there(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=f"No space left on device: '{tmp_path / WEIGHTS}'"):
         phicore.save_adapter(model, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def a_model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 4))
+
+
+def save_of(seed: int, directory: Path, **settings: object) -> nn.Module:
+    model = phicore.attach(a_model(), phicore.LoRAConfig(rank=2, target_modules=["0"], **settings))
+    torch.manual_seed(seed)
+    nn.init.normal_(model[0].lora_B)
+    phicore.save_adapter(model, directory)
+    return model
+
+
+@pytest.mark.parametrize("settings", [{}, {"alpha": 3}], ids=["the same settings", "other settings"])
+def test_a_save_killed_anywhere_leaves_the_old_adapter_the_new_or_none(tmp_path, settings):
+    x = torch.randn(3, 4)
+    outputs = {
+        "old": save_of(1, tmp_path / "start")(x),
+        "new": save_of(2, tmp_path / "new", **settings)(x),
+    }
+    seen = set()
+    for directory in kills(partial(save_of, 2, **settings), tmp_path / "start", tmp_path / "work"):
+        try:
+            y = phicore.load_adapter(a_model(), directory)(x)
+        except FileNotFoundError:
+            with pytest.raises(ValueError, match=f"Can't find '{CONFIG}'"):
+                peft.PeftModel.from_pretrained(a_model(), directory)
+            seen.add("none")
+        else:
+            torch.testing.assert_close(load_in_peft(a_model(), directory)(x), y)
+            seen |= {which for which, exact in outputs.items() if torch.equal(exact, y)} or {"a mixture"}
+    assert seen == ({"old", "new", "none"} if settings else {"old", "new"})
