@@ -11,6 +11,7 @@ with the processes, however these end.
 """
 
 import contextlib
+import functools
 import mmap
 import os
 import select
@@ -71,7 +72,7 @@ class SharedMemory:
         rank: this one.
         peers: the others.
         total: sums parts of all ranks, in a dtype.
-        timeout: seconds that another rank may take.
+        timeout: tells the seconds that another rank may take now.
 
     Raises:
         torch.distributed.DistNetworkError: from any method that waits: another rank has gone, or does not come within
@@ -79,7 +80,12 @@ class SharedMemory:
     """
 
     def __init__(
-        self, memory: Sequence[Tensor], rank: int, peers: Sequence[Peer], total: Total, timeout: float
+        self,
+        memory: Sequence[Tensor],
+        rank: int,
+        peers: Sequence[Peer],
+        total: Total,
+        timeout: Callable[[], float],
     ) -> None:
         self.memory, self.rank, self.peers = memory, rank, peers
         self.total, self.timeout = total, timeout
@@ -240,14 +246,15 @@ class SharedMemory:
                 os.write(peer.outbox, bytes([what]))
 
     def _wait(self, what: str, has_come: Callable[[Peer], bool]) -> None:
-        end = time.monotonic() + self.timeout
+        start = time.monotonic()
         while missing := [peer for peer in self.peers if not has_come(peer)]:
             if gone := [peer.rank for peer in missing if peer.gone]:
                 raise dist.DistNetworkError(f"{_ranks(gone)} closed the connection; rank {self.rank} waits for {what}")
-            left = end - time.monotonic()
+            timeout = self.timeout()
+            left = start + timeout - time.monotonic()
             if left <= 0:
                 late = _ranks([peer.rank for peer in missing])
-                raise dist.DistNetworkError(f"rank {self.rank} waited {self.timeout:g} s for {what} from {late}")
+                raise dist.DistNetworkError(f"rank {self.rank} waited {timeout:g} s for {what} from {late}")
             self._hear(min(left, 3600))
 
     def _hear(self, seconds: float) -> None:
@@ -281,10 +288,10 @@ def open_shared_memory(group: dist.ProcessGroup | None, block_bytes: int, total:
             for other in range(world_size):
                 if other != rank:
                     inboxes[other], outboxes[other] = os.pipe()
-            lent += outboxes.values()
+                    lent.append(outboxes[other])
             offer = (host, os.getpid(), memory, outboxes)
     except OSError:  # too many open files, say
-        offer = None
+        pass
     offers = _all(offer, group)
     peers, memories = [], []
     works = None not in offers and len({host for host, *_ in offers}) == 1
@@ -302,7 +309,7 @@ def open_shared_memory(group: dist.ProcessGroup | None, block_bytes: int, total:
     if not works:
         _close([*inboxes.values(), *(peer.outbox for peer in peers)])
         return None
-    return SharedMemory(memories, rank, peers, total, _timeout(group))
+    return SharedMemory(memories, rank, peers, total, functools.partial(_timeout, group))
 
 
 def _host() -> str | None:
@@ -327,7 +334,7 @@ def _all(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
 
 
 def _timeout(group: dist.ProcessGroup | None) -> float:
-    """Seconds that the group's collectives wait."""
+    """Seconds that the group's collectives wait, as it is set now."""
     found = dist.group.WORLD if group is None else group
     assert found is not None
     return found._get_backend(torch.device("cpu")).options._timeout.total_seconds()
