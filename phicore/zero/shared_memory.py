@@ -68,7 +68,7 @@ class SharedMemory:
     """Sums and gathers tensors of all ranks; every rank must call `reduce` and `gather` in the same order.
 
     Args:
-        memory: uint8 [BLOCKS * bytes of a block] of each rank; this one writes to its own.
+        maps: the memory of each rank, BLOCKS * bytes of a block, whole pages; this rank writes to its own.
         rank: this one.
         peers: the others.
         total: sums parts of all ranks, in a dtype.
@@ -81,15 +81,15 @@ class SharedMemory:
 
     def __init__(
         self,
-        memory: Sequence[Tensor],
+        maps: Sequence[mmap.mmap],
         rank: int,
         peers: Sequence[Peer],
         total: Total,
         timeout: Callable[[], float],
     ) -> None:
-        self.memory, self.rank, self.peers = memory, rank, peers
-        self.total, self.timeout = total, timeout
-        self.block_bytes = memory[rank].numel() // BLOCKS
+        self.rank, self.peers, self.total, self.timeout = rank, peers, total, timeout
+        self.maps, self.memory = maps, [torch.frombuffer(memory, dtype=torch.uint8) for memory in maps]
+        self.block_bytes = len(maps[rank]) // BLOCKS
         self._told = 0  # how often this rank has told of something
         self._read = 0  # how much of what the ranks told of it has read, its own among it
         self._last_use = [0] * BLOCKS  # how often it had then, for each block
@@ -172,6 +172,8 @@ class SharedMemory:
             for rank in range(len(self.memory))
         ]
         started.total = self.total(parts, started.dtype)
+        for rank, block in blocks.items():
+            self._let_go(rank, block * self.block_bytes, self.block_bytes)
         self._answer()
 
     def _take_batch(self) -> None:
@@ -185,6 +187,7 @@ class SharedMemory:
             for full, start in self._batch:
                 shard = self._shards(full)[peer.rank]
                 shard.copy_(self._at(peer.rank, start, shard))
+            self._let_go(peer.rank, 0, len(self.maps[peer.rank]))
         self._answer()
         self._batch = []
 
@@ -229,6 +232,11 @@ class SharedMemory:
 
     def _shards(self, full: Tensor) -> Tensor:
         return full.view(len(self.memory), -1)
+
+    def _let_go(self, rank: int, start: int, size: int) -> None:
+        """Unmaps pages of another rank that have been read, until they are again: each process would count them as its
+        own memory, as often as there are ranks."""
+        self.maps[rank].madvise(mmap.MADV_DONTNEED, start, size)
 
     # Pipes
 
@@ -293,12 +301,12 @@ def open_shared_memory(group: dist.ProcessGroup | None, block_bytes: int, total:
     except OSError:  # too many open files, say
         pass
     offers = _all(offer, group)
-    peers, memories = [], []
+    peers, maps = [], []
     works = None not in offers and len({host for host, *_ in offers}) == 1
     if works:
         try:
             for other, (_, process, memory, outboxes) in enumerate(offers):
-                memories.append(_map(process, memory, size))
+                maps.append(_map(process, memory, size))
                 if other != rank:
                     outbox = os.open(f"/proc/{process}/fd/{outboxes[rank]}", os.O_WRONLY)
                     peers.append(Peer(other, inboxes[other], outbox))
@@ -309,7 +317,7 @@ def open_shared_memory(group: dist.ProcessGroup | None, block_bytes: int, total:
     if not works:
         _close([*inboxes.values(), *(peer.outbox for peer in peers)])
         return None
-    return SharedMemory(memories, rank, peers, total, functools.partial(_timeout, group))
+    return SharedMemory(maps, rank, peers, total, functools.partial(_timeout, group))
 
 
 def _host() -> str | None:
@@ -319,10 +327,10 @@ def _host() -> str | None:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
 
 
-def _map(process: int, descriptor: int, size: int) -> Tensor:
+def _map(process: int, descriptor: int, size: int) -> mmap.mmap:
     opened = os.open(f"/proc/{process}/fd/{descriptor}", os.O_RDWR)
     try:
-        return torch.frombuffer(mmap.mmap(opened, size), dtype=torch.uint8)
+        return mmap.mmap(opened, size)
     finally:
         os.close(opened)
 

@@ -4,6 +4,7 @@ makes ranks do without it."""
 import os
 import random
 import time
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -146,6 +147,29 @@ def test_where_one_rank_cannot_all_use_sockets(ranks, case):
         assert not shared
         torch.testing.assert_close(torch.tensor(weight), expected.detach())
         assert left_open == 0
+
+
+def resident() -> int:
+    """Bytes of shared memory that the system counts as this process's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("RssShmem")).split()[1])
+
+
+def counted_as_its_own() -> tuple[int, int]:
+    before, memory = resident(), opened(2**20)
+    full = torch.ones(2**18 // 12 * 12)
+    for _ in range(4):
+        for finish in [memory.reduce(full, torch.float32) for _ in range(4)]:
+            finish()
+        for gathered in [memory.gather(full) for _ in range(9)]:
+            gathered()
+    dist.barrier()
+    return resident() - before, memory.block_bytes
+
+
+def test_a_process_counts_only_its_own_blocks(ranks):
+    for bytes_held, block_bytes in ranks(3)(counted_as_its_own):
+        assert bytes_held <= 1.05 * shared_memory.BLOCKS * block_bytes
 
 
 def alone(case: str) -> str:
