@@ -36,7 +36,7 @@ class Suite:
 
 # ===== suites whose JSON has a form of its own =====
 
-OURS = ("ZeroOptimizer 1", "ZeroOptimizer 2")
+OURS = ("ZeroOptimizer 1", "ZeroOptimizer 2", "ZeroOptimizer 2, sockets")
 DDP = "DDP + AdamW"
 
 
@@ -50,7 +50,7 @@ def zero_figures(data: dict[str, Any]) -> list[Figure]:
             found += [f for tokens, row in rows.items() for f in _by_tokens(row, f"{ranks}, {tokens} tokens a rank")]
         elif what in ("steps", "memory"):
             peers = [name for name in rows if name not in OURS and "again" not in name and "passes" not in name]
-            for ours in OURS:
+            for ours in filter(rows.__contains__, OURS):
                 for peer in peers:
                     found += (_steps if what == "steps" else _memory)(rows, ours, peer, ranks)
     return sorted(found, key=lambda figure: figure.group)
@@ -77,7 +77,7 @@ def _by_tokens(rows: dict[str, Any], where: str) -> list[Figure]:
         Figure(group="step time by tokens", name=f"{ours}, {where}, beside {peer}", unit="ms",
                ours=1e3 * rows[ours]["seconds"], peer=peer, theirs=1e3 * rows[peer]["seconds"],
                advantage=1 / rows[ours][f"time / {short}"], noise=rows[ours][f"noise of {short}"])
-        for ours in OURS
+        for ours in filter(rows.__contains__, OURS)
         for short, peer in (("DDP", DDP), ("DeepSpeed", "DeepSpeed 2"))
         if peer in rows
     ]  # fmt: skip

@@ -8,7 +8,9 @@
 Psi is the number of trained elements. For each peer that is installed:
 
     state     bytes of optimizer state on the fullest rank, in units of the ideal 8 Psi / W
-    sent      elements sent a step by the average rank, in units of Psi, as the kernel counts its sockets' bytes
+    sent      elements sent a step by the average rank, in units of Psi: its sockets' bytes, as the kernel counts them,
+              and what ZeroOptimizer's ranks take from each other through memory that they share. "sockets" is without
+              that, as between hosts
     time      a step's time beside DDP + AdamW's in the same turn, median over turns; DDP twice gives the noise, and is
               the mean of both what others are compared with
     cpu       the same of the processor time of all ranks, which other load on the machine disturbs less
@@ -37,7 +39,7 @@ from torch import nn
 from benchmarks.pairs import ratio
 from benchmarks.zero_paper import print_paper
 from benchmarks.zero_peers import LAYERS, TOKENS, WIDTH, Step, contenders, model, zero
-from benchmarks.zero_ranks import Peak, bytes_sent, give_back_freed_memory, on_ranks
+from benchmarks.zero_ranks import Peak, bytes_sent, count_taken, give_back_freed_memory, on_ranks
 from benchmarks.zero_trace import overlap, print_overlap, write_trace
 
 __all__ = ["LAYERS", "measure_memory", "on_ranks", "overlap", "print_overlap", "write_trace"]
@@ -80,24 +82,29 @@ def measure_steps(rank: int, world_size: int, turns: int, fused: bool) -> dict[s
     x = torch.randn(TOKENS, WIDTH)
     running: dict[str, Step] = {}
     results: dict[str, dict[str, float]] = {}
+    taken = count_taken()
+
+    def sent() -> int:
+        return bytes_sent() + sum(taken)
+
     for name, setup in contenders(fused).items():
         torch.manual_seed(0)
         step, state = setup(model())
         step(x, 1)
         dist.barrier()
-        before = bytes_sent()
+        before = sent()
         step(x, 1)
         dist.barrier()
-        results[name] = {"sent": (bytes_sent() - before) / 4 / psi, "state": state() / (8 * psi / world_size)}
+        results[name] = {"sent": (sent() - before) / 4 / psi, "state": state() / (8 * psi / world_size)}
         running[name] = step
     for name, every_pass in (("ZeroOptimizer 1, 4 passes", False), ("ZeroOptimizer 2, 4 passes each reduced", True)):
         step, _ = zero(2 if every_pass else 1, every_pass=every_pass)(model())
         step(x, 4)
         dist.barrier()
-        before = bytes_sent()
+        before = sent()
         step(x, 4)
         dist.barrier()
-        results[name] = {"sent": (bytes_sent() - before) / 4 / psi}
+        results[name] = {"sent": (sent() - before) / 4 / psi}
     seconds, processor = alternate(running, TOKENS, turns)
     for name in running:
         wall = beside(seconds, name, DDP)

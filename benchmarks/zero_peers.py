@@ -3,8 +3,10 @@
 import contextlib
 import functools
 import importlib.util
+import os
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -31,17 +33,21 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum((t.to_local() if hasattr(t, "to_local") else t).nbytes for t in tensors)
 
 
-def zero(stage: int, *, every_pass: bool = False) -> Setup:
+def zero(stage: int, *, every_pass: bool = False, sockets: bool = False) -> Setup:
+    """sockets: as between hosts, where ranks share no memory."""
+
     def setup(network: nn.Module, options: dict[str, Any] = OPTIONS) -> tuple[Step, Callable[[], int]]:
         from phicore import ZeroOptimizer
+        from phicore.zero.shared_memory import SWITCH
 
-        optimizer = ZeroOptimizer(
-            network.named_parameters(),
-            torch.optim.AdamW,
-            stage=stage,  # type: ignore[arg-type]
-            bucket_bytes=BUCKET_MIB * 2**20 + 2**16,
-            **options,
-        )
+        with mock.patch.dict(os.environ, {SWITCH: "0"} if sockets else {}):
+            optimizer = ZeroOptimizer(
+                network.named_parameters(),
+                torch.optim.AdamW,
+                stage=stage,  # type: ignore[arg-type]
+                bucket_bytes=BUCKET_MIB * 2**20 + 2**16,
+                **options,
+            )
 
         def step(x: Tensor, passes: int) -> None:
             for i in range(passes):
@@ -130,6 +136,7 @@ def contenders(fused: bool = False) -> dict[str, Setup]:
         "DDP + AdamW again": ddp,
         "ZeroOptimizer 1": zero(1),
         "ZeroOptimizer 2": zero(2),
+        "ZeroOptimizer 2, sockets": zero(2, sockets=True),
         "ZeroRedundancyOptimizer": redundancy,
         "FSDP2": fsdp2,
     }

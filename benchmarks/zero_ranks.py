@@ -1,6 +1,7 @@
 """Running a function on real ranks over gloo, and what the kernel says of a process: bytes sent, peak memory."""
 
 import datetime
+import functools
 import gc
 import json
 import os
@@ -32,6 +33,23 @@ def bytes_sent() -> int:
         except OSError:
             continue  # not TCP, or closed meanwhile
     return total
+
+
+@functools.cache
+def count_taken() -> list[int]:
+    """A list that gets the bytes of whatever ZeroOptimizer takes from other ranks through memory that they share."""
+    from phicore.zero.shared_memory import SharedMemory
+
+    taken: list[int] = []
+    at = SharedMemory._at
+
+    def counting(self: Any, rank: int, start: int, like: torch.Tensor) -> torch.Tensor:
+        if rank != self.rank:
+            taken.append(like.nbytes)
+        return at(self, rank, start, like)
+
+    SharedMemory._at = counting  # type: ignore[method-assign]
+    return taken
 
 
 class Peak:

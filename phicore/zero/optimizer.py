@@ -116,7 +116,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         scratch = Scratch(BUCKETS_KEPT * bucket_bytes)
         self._blame = Blame()
         collectives = _collectives_by_device(process_group, self.world_size, scratch, self._blame)
-        self._reducer = GradientReducer(stage, scale, collectives, scratch, alone=self.world_size == 1)
+        self._reducer = GradientReducer(stage, scale, collectives, alone=self.world_size == 1)
         self.overflows_are_shared = False  # its scaler looks at the reduced gradients of all ranks
         self._ready = False
         super().__init__(groups, options)  # calls add_param_group for each

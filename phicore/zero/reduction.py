@@ -17,7 +17,6 @@ from torch.utils.hooks import RemovableHandle
 
 from phicore.zero.collectives import Collectives
 from phicore.zero.layout import Bucket, Slot
-from phicore.zero.scratch import Scratch
 
 MAX_IN_FLIGHT = 2  # buckets being reduced at once: enough to overlap, and all that stage 2 holds beside its shards
 BUCKETS_KEPT = MAX_IN_FLIGHT + 1  # as much memory of them is kept between steps; one is filled while two travel
@@ -52,7 +51,6 @@ class GradientReducer:
         stage: 1 or 2.
         scale: factor for the sum over ranks.
         collectives: for a device.
-        scratch: where buckets' buffers come from.
         alone: there are no other ranks. Gradients then stay in `p.grad` in both stages, but for 16-bit parameters.
     """
 
@@ -61,12 +59,11 @@ class GradientReducer:
         stage: int,
         scale: float,
         collectives: Callable[[torch.device], Collectives],
-        scratch: Scratch,
         *,
         alone: bool = False,
     ) -> None:
         self.stage, self.scale, self.alone = stage, scale, alone
-        self.collectives, self.scratch = collectives, scratch
+        self.collectives = collectives
         self.watched: list[tuple[Bucket, Slot]] = []  # what hooks tell of
         self.scaled = False  # the reduced gradients are no more what p.grad amounts to
         self.buckets: list[Bucket] = []  # in the order in which they are reduced
@@ -84,6 +81,7 @@ class GradientReducer:
         """Reduces the gradients of a parameter group's new buckets from now on."""
         if self._open:
             self.close_round()
+        self.wait()
         for index, bucket in enumerate(buckets):
             # A backward pass goes through all groups side by side.
             self._places[bucket] = (index + 0.5) / len(buckets)
@@ -93,6 +91,11 @@ class GradientReducer:
                     self.watched.append((bucket, slot))
                     self._handles.append(slot.parameter.register_post_accumulate_grad_hook(hook))
         self.buckets = sorted(self._places, key=self._places.__getitem__)
+        sizes: dict[torch.device, int] = {}
+        for bucket in buckets:
+            sizes[bucket.flat.device] = max(sizes.get(bucket.flat.device, 0), bucket.flat.nbytes)
+        for device, size in sizes.items():
+            self.collectives(device).prepare(size)
 
     def release(self) -> None:
         """Takes no more gradients."""
@@ -162,7 +165,7 @@ class GradientReducer:
 
     def _take(self, bucket: Bucket) -> Tensor:
         """A buffer whose padding is zero: what lay there before might not be finite, and no rank would be to blame."""
-        buffer = self.scratch.take(bucket.flat)
+        buffer = self.collectives(bucket.flat.device).take(bucket.flat)
         for start, stop in bucket.padding:
             buffer[start:stop] = 0
         return buffer
@@ -206,7 +209,7 @@ class GradientReducer:
         bucket, finish, buffer = self._in_flight.popleft()
         total = finish()
         if buffer is not None:
-            self.scratch.give(buffer)
+            self.collectives(buffer.device).give(buffer)
         if self.scale != 1:
             total.mul_(self.scale)
         if self.stage == 2 and bucket.grad is not None:

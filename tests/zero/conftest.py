@@ -1,11 +1,10 @@
 """Real ranks for the tests of this room."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 
-from tests.zero.ranks import Ranks
+from tests.zero.ranks import SHARED, SOCKETS, Ranks
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +22,11 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], 
         group.stop()
 
 
-@pytest.fixture(params=[2, 3])
-def each_world(request: pytest.FixtureRequest, ranks: Callable[[int], Ranks]) -> Any:
-    """The ranks of an even and an odd world size in turn."""
-    return ranks(request.param)
+@pytest.fixture(params=[(2, SHARED), (3, SHARED), (3, SOCKETS)], ids=str)
+def each_world(request: pytest.FixtureRequest, ranks: Callable[[int], Ranks]) -> Iterator[Ranks]:
+    """The ranks of an even and an odd world size in turn, and those with sockets in place of memory that they share."""
+    world_size, wire = request.param
+    group = ranks(world_size)
+    group.wire = wire
+    yield group
+    group.wire = SHARED

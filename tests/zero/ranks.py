@@ -3,6 +3,7 @@
 import datetime
 import gc
 import multiprocessing
+import os
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -12,6 +13,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from phicore.zero.shared_memory import SWITCH
+
+SHARED, SOCKETS = "shared memory", "sockets"  # what ZeroOptimizer's collectives go through
 TIMEOUT = 30  # seconds for a collective; a rank that waits longer is a failure
 
 
@@ -22,7 +26,7 @@ class Ranks:
         context = multiprocessing.get_context("forkserver")  # imports torch once for all ranks
         # torch._dynamo: the first step of any torch optimizer imports it
         context.set_forkserver_preload(["torch._dynamo", "phicore", "tests.zero.models"])
-        self.world_size, self.broken = world_size, False
+        self.world_size, self.broken, self.wire = world_size, False, SHARED
         self.processes, self.pipes = [], []
         for rank in range(world_size):
             here, there = context.Pipe()
@@ -37,7 +41,7 @@ class Ranks:
         answers = []
         try:
             for pipe in self.pipes:
-                pipe.send((function, arguments))
+                pipe.send((function, arguments, self.wire))
             for pipe in self.pipes:
                 answers.append(pipe.recv() if pipe.poll(2 * TIMEOUT) else (False, f"no answer in {2 * TIMEOUT} s"))
         except (OSError, EOFError) as error:
@@ -71,7 +75,8 @@ def _serve(pipe: Connection, rank: int, world_size: int, store: str) -> None:
     while True:
         answer: tuple[bool, Any]
         try:
-            function, arguments = pipe.recv()
+            function, arguments, wire = pipe.recv()
+            os.environ[SWITCH] = "0" if wire == SOCKETS else "1"
             torch.manual_seed(0)
             answer = (True, function(*arguments))
         except EOFError:

@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -10,11 +11,15 @@ from torch import nn
 
 import phicore
 from benchmarks.zero_paper import print_paper
+from benchmarks.zero_ranks import count_taken
+from tests.zero.ranks import SHARED, SOCKETS
 from tests.zero.tcp import bytes_sent
 
 
-def step_costs(options: dict[str, Any], passes: int, no_sync: bool, dtype: torch.dtype) -> tuple[float, float]:
-    """State bytes, and elements sent in a step, in units of the parameters' elements."""
+def step_costs(options: dict[str, Any], passes: int, no_sync: bool, dtype: torch.dtype) -> tuple[float, float, float]:
+    """State bytes, and elements in a step through sockets and through shared memory, in units of the parameters'
+    elements."""
+    taken = count_taken()
     model = nn.Sequential(*[nn.Linear(257, 257) for _ in range(6)]).to(dtype)
     psi = sum(p.numel() for p in model.parameters())
     optimizer = phicore.ZeroOptimizer(model.named_parameters(), torch.optim.AdamW, bucket_bytes=2**19, **options)
@@ -28,15 +33,18 @@ def step_costs(options: dict[str, Any], passes: int, no_sync: bool, dtype: torch
 
     step()
     dist.barrier()
+    taken.clear()
     before = bytes_sent()
     step()
     dist.barrier()
     sent = bytes_sent() - before
     tensors = {id(t): t.nbytes for state in optimizer.state.values() for t in state.values()}
     masters = sum(p.nbytes for group in optimizer.param_groups for p in group["params"]) if dtype.itemsize == 2 else 0
-    return (sum(tensors.values()) + masters) / psi, sent / dtype.itemsize / psi
+    elements = dtype.itemsize * psi
+    return (sum(tensors.values()) + masters) / psi, sent / elements, sum(taken) / elements
 
 
+@pytest.mark.parametrize("wire", [SHARED, SOCKETS])
 @pytest.mark.parametrize(
     ("world_size", "stage", "passes", "no_sync", "dtype"),
     [
@@ -48,15 +56,18 @@ def step_costs(options: dict[str, Any], passes: int, no_sync: bool, dtype: torch
         (4, 2, 1, False, torch.bfloat16),
     ],
 )
-def test_state_and_wire_are_at_the_bounds(ranks, world_size, stage, passes, no_sync, dtype):
-    found = ranks(world_size)(step_costs, {"stage": stage}, passes, no_sync, dtype)
+def test_state_and_wire_are_at_the_bounds(ranks, wire, world_size, stage, passes, no_sync, dtype):
+    with mock.patch.object(group := ranks(world_size), "wire", wire):
+        found = group(step_costs, {"stage": stage}, passes, no_sync, dtype)
     per_element = 12 if dtype == torch.bfloat16 else 8
-    assert max(state for state, _ in found) == pytest.approx(per_element / world_size, rel=0.02)
+    assert max(state for state, *_ in found) == pytest.approx(per_element / world_size, rel=0.02)
     reductions = 1 if no_sync else passes
     bound = (reductions + 1) * (world_size - 1) / world_size
-    mean = sum(sent for _, sent in found) / world_size
-    assert mean == pytest.approx(bound, rel=0.03)
-    assert max(sent for _, sent in found) == pytest.approx(bound, rel=0.05)
+    sent, taken = ([costs[place] for costs in found] for place in (1, 2))
+    here, other = (taken, sent) if wire == SHARED else (sent, taken)
+    assert sum(here) / world_size == pytest.approx(bound, rel=0.03)
+    assert max(here) == pytest.approx(bound, rel=0.05)
+    assert max(other) < 0.01
 
 
 def test_the_papers_memory_table_is_what_the_tensors_hold(capsys):

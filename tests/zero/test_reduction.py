@@ -248,11 +248,15 @@ def test_a_gradient_that_fills_its_bucket_is_sent_from_where_it_is(stage):
     places, sent = [], []
     weight.register_post_accumulate_grad_hook(lambda p: places.append(p.grad.data_ptr()))
 
-    def reduce(full: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
-        sent.append(full.data_ptr())
-        return lambda: 2 * full[:512]
+    class Recorded(Collectives):
+        def reduce(self, full: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
+            sent.append(full.data_ptr())
+            return lambda: 2 * full[:512]
 
-    reducer = GradientReducer(stage, 0.5, lambda device: Collectives(reduce, lambda full: lambda: None), Scratch(0))
+        def gather(self, full: Tensor) -> Callable[[], None]:
+            return lambda: None
+
+    reducer = GradientReducer(stage, 0.5, lambda device: Recorded(Scratch(0)))
     reducer.add([bucket])
     for _ in range(2):
         (3 * weight).sum().backward()
