@@ -43,6 +43,9 @@ class MetricsLog:
     Args:
         path: of the file.
         last_step: lines after this step are removed first: a resumed run writes them again.
+
+    Attributes:
+        evaluated: the last of these steps that has an evaluation; None if none has.
     """
 
     def __init__(self, path: str | os.PathLike[str], last_step: int) -> None:
@@ -51,6 +54,8 @@ class MetricsLog:
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         kept = [line for line in lines if _step(line) is not None and _step(line) <= last_step]  # type: ignore[operator]
         atomic.write_text(self.path, "".join(line + "\n" for line in kept))
+        steps = [values["step"] for values in map(json.loads, kept) if "eval_loss" in values]
+        self.evaluated: int | None = steps[-1] if steps else None
 
     def write(self, **values: Any) -> None:
         """Appends a line at once.

@@ -41,7 +41,7 @@ def stop_signals(ask: Callable[[int], object]) -> Iterator[None]:
             with suppress(OSError):  # print may be what was interrupted, and does not take being called again
                 # torchrun answers another one with SIGTERM to its processes
                 again = "" if dist.is_torchelastic_launched() else "; Ctrl-C again ends at once"
-                os.write(2, f"\nstopping after this step, with a checkpoint{again}\n".encode())
+                os.write(2, f"\nstopping, with a checkpoint{again}\n".encode())
         ask(130)  # as of a program that SIGINT ends
 
     answers: dict[int, Callable[..., object]] = {signal.SIGTERM: lambda *_: ask(0)}

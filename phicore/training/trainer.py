@@ -95,7 +95,8 @@ class Trainer:
 
     On SIGTERM or SIGUSR1, to any rank, the step is finished, a checkpoint is written and all processes exit with
     status 0; on the first Ctrl-C (SIGINT) likewise, with status 130. A second Ctrl-C ends at once (under
-    torchrun it does not: torchrun sends SIGTERM then).
+    torchrun it does not: torchrun sends SIGTERM then). An evaluation ends after its batch, and is made anew by the run
+    that goes on.
 
     Args:
         model: any module; what does not require gradients is neither trained nor saved. What does gets other memory
@@ -187,7 +188,7 @@ class Trainer:
             check_indexed("eval_data", self.eval_data)
         if not len(self.train_data):
             raise ValueError("train_data is empty")
-        if config.eval_every and self.eval_data is None:
+        if config.eval_every and (self.eval_data is None or not len(self.eval_data)):
             raise ValueError(f"eval_every is {config.eval_every}, but there is no eval_data to evaluate on")
         lengths = lengths_of(self.train_data) if config.group_by_length else None
         return json.loads(json.dumps(dict(identity or {}))), parameters, lengths
@@ -261,6 +262,7 @@ class Trainer:
         seconds, first_tokens, saved_step = 0.0, self.tokens, self.step
         try:
             with stop_signals(self.request_stop), recomputed, mode(self.model, training=True):
+                self._evaluate_when_due(log)  # what a stop left out
                 while self.step < config.steps and not self._is_stopping():
                     start = time.perf_counter()
                     with self._watch.during(f"step {self.step + 1}"):
@@ -276,14 +278,7 @@ class Trainer:
                     if say and log is not None:
                         with self._watch.during(f"the metrics of step {self.step}"):
                             log.write(step=self.step, **facts, tokens_per_second=speed)
-                    if self._is_stopping():  # before an evaluation, which may take longer than a SIGKILL
-                        self.save()
-                        saved_step = self.step
-                    if config.eval_every and self.step % config.eval_every == 0:
-                        eval_loss = self.evaluate()
-                        if log is not None:
-                            with self._watch.during(f"the metrics of step {self.step}"):
-                                log.write(step=self.step, eval_loss=eval_loss)
+                    self._evaluate_when_due(log)
                     if config.save_every and self.step % config.save_every == 0 and self.step != saved_step:
                         self.save()
                         saved_step = self.step
@@ -384,7 +379,6 @@ class Trainer:
     def _is_stopping(self) -> bool:
         return self._stop_agreed or (self.stop_requested and world_size() == 1)
 
-    @torch.no_grad()
     def evaluate(self, data: Indexed | None = None) -> float:
         """Mean loss per labelled token over data (default: eval_data), with dropout off.
 
@@ -400,15 +394,43 @@ class Trainer:
         if data is None or not len(data):
             raise ValueError("there is nothing to evaluate on: give the Trainer eval_data")
         with self._watch.during(f"the evaluation after step {self.step}"):
-            return self._evaluate(data)
+            loss = self._evaluate(data, lambda: False)
+        assert loss is not None
+        return loss
 
-    def _evaluate(self, data: Indexed) -> float:
+    def _evaluate_when_due(self, log: MetricsLog | None) -> None:
+        """Evaluates if this step has an evaluation that is not in the log. A stop, which has seconds until SIGKILL
+        where an evaluation may take minutes, comes first; the run that goes on evaluates."""
+        every, data = self.config.eval_every, self.eval_data
+        if not every or data is None or self.step == 0 or self.step % every or self._is_stopping():
+            return
+        with self._watch.during(f"the evaluation after step {self.step}"):
+            if on_first_rank(lambda: log is not None and log.evaluated == self.step):
+                return
+            eval_loss = self._evaluate(data, self._agree_to_stop)
+        if log is not None and eval_loss is not None:
+            with self._watch.during(f"the metrics of step {self.step}"):
+                log.write(step=self.step, eval_loss=eval_loss)
+
+    def _agree_to_stop(self) -> bool:
+        """Whether any rank was asked to stop, the same on all."""
+        self._stop_agreed = any(stop for (stop,) in gather_rows([self.stop_requested], self.device))
+        return self._stop_agreed
+
+    @torch.no_grad()
+    def _evaluate(self, data: Indexed, stops: Callable[[], bool]) -> float | None:
+        """See `evaluate`; None once `stops`, which all ranks ask before each of their batches, says so on all."""
         loss_sum, count = 0.0, 0.0
         self.buffers.share()
         with mode(self.model, training=False), kept_random():
             # Examples of like length share a batch, which pads least; dealt out like cards, ranks have like work.
-            by_length = sorted(range(len(data)), key=lambda i: length_of(data[i]))[rank() :: world_size()]
-            for part in chunks(by_length, self.config.eval_batch_size):
+            by_length = sorted(range(len(data)), key=lambda i: length_of(data[i]))
+            for dealt in chunks(by_length, self.config.eval_batch_size * world_size()):
+                if stops():
+                    return None
+                part = dealt[rank() :: world_size()]
+                if not part:
+                    continue
                 batch = to_device(self.collate_fn([data[i] for i in part]), self.device)
                 loss, n = sum_and_count(self.loss_fn(self.model, batch))
                 loss_sum, count = loss_sum + float(loss), count + float(n)

@@ -192,6 +192,36 @@ def cut_off(output: Path, step: int, settings: dict[str, Any]) -> None:
     assert run.step == step
 
 
+def stop_in_evaluation(output: Path, settings: dict[str, Any]) -> int:
+    """SIGTERM to the last rank in its second batch of the evaluation after step 3; how many this rank evaluated."""
+    run = trainer(output, **settings)
+    inner, batches = run.loss_fn, []
+
+    def signalled(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor | int]:
+        if not model.training:
+            batches.append(run.step)
+            if len(batches) == 2 and dist.get_rank() == dist.get_world_size() - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return inner(model, batch)
+
+    run.loss_fn = signalled
+    with pytest.raises(SystemExit) as stopped:
+        run.fit()
+    assert stopped.value.code == 0
+    assert set(batches) == {run.step} == {3}
+    return len(batches)
+
+
+def test_an_evaluation_stops_on_all_ranks_at_once(tmp_path: Path, ranks: Group) -> None:
+    """Of 7 examples the ranks have 3, 2 and 2, one a batch; the run that goes on evaluates, as the whole one."""
+    settings = {"resume": True, "eval_every": 3, "eval_batch_size": 1}
+    ranks(3)(fit, tmp_path / "whole", settings)
+    assert ranks(3)(stop_in_evaluation, tmp_path / "cut", settings) == [2, 2, 2]
+    assert "eval_loss" not in history(tmp_path / "cut")[-1]
+    ranks(3)(fit, tmp_path / "cut", settings)
+    assert history(tmp_path / "cut") == history(tmp_path / "whole")
+
+
 def test_any_number_of_ranks_goes_on_from_any_other(tmp_path: Path, ranks: Group) -> None:
     """SIGTERM to one rank stops all after the step; what was saved then goes on as one process would, on any number."""
     settings = {"resume": True, "steps": 5}

@@ -78,23 +78,36 @@ def test_ctrl_c_does_not_end_an_interactive_session(tmp_path: Path, monkeypatch:
     assert trainer.fit().steps == SETTINGS["steps"]
 
 
-def test_a_stop_saves_before_an_evaluation(tmp_path: Path) -> None:
-    """Who sends SIGTERM sends SIGKILL some seconds later, and an evaluation may take minutes."""
-    trainer = stop_after(
-        Trainer(small_model(), TrainConfig(output=str(tmp_path), **SETTINGS, eval_every=3), examples(), examples()), 3
-    )
-    inner, found = trainer.loss_fn, []
+@pytest.mark.parametrize("batches", [0, 1, 2])
+def test_a_stop_does_not_wait_for_an_evaluation(tmp_path: Path, batches: int) -> None:
+    """Who sends SIGTERM sends SIGKILL some seconds later, and an evaluation may take minutes: a stop that is asked for
+    in the step before it, or in a batch of it, comes first, and the run that goes on evaluates."""
+
+    def trainer(name: str, **settings: Any) -> Trainer:
+        config = TrainConfig(output=str(tmp_path / name), **SETTINGS, eval_every=3, eval_batch_size=2, **settings)
+        return Trainer(small_model(), config, examples(), examples(7))
+
+    trainer("whole").fit()
+    stopped = trainer("stopped")
+    inner, evaluated = stopped.loss_fn, []
 
     def loss_fn(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor | int]:
         if not model.training:
-            found.append(checkpoint.latest_checkpoint(tmp_path / "checkpoints"))
+            evaluated.append(stopped.step)
+        if len(evaluated) == batches and stopped.step == (3 if batches else 2):
+            os.kill(os.getpid(), signal.SIGTERM)
         return inner(model, batch)
 
-    trainer.loss_fn = loss_fn
+    stopped.loss_fn = loss_fn
     with pytest.raises(SystemExit):
-        trainer.fit()
-    assert found == [tmp_path / "checkpoints" / "step-00000003"]
-    assert "eval_loss" in metrics(tmp_path)[-1]
+        stopped.fit()
+    assert evaluated == [3] * batches
+    assert (
+        checkpoint.latest_checkpoint(tmp_path / "stopped/checkpoints") == tmp_path / "stopped/checkpoints/step-00000003"
+    )
+    assert "eval_loss" not in metrics(tmp_path / "stopped")[-1]
+    trainer("stopped", resume=True).fit()
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
 
 
 def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:

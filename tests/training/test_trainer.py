@@ -441,8 +441,9 @@ def test_an_error_of_the_users_code_leaves_the_model_as_it_was(tmp_path: Path, t
 
 
 def test_evaluations_without_data_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="eval_every is 2, but there is no eval_data"):
-        small_trainer(tmp_path, eval_every=2)
+    for data in (None, []):
+        with pytest.raises(ValueError, match="eval_every is 2, but there is no eval_data"):
+            Trainer(small_model(), TrainConfig(output=str(tmp_path), eval_every=2), examples(), data)
 
 
 def test_metrics_of_a_run_without_a_checkpoint_are_not_written_over(tmp_path: Path) -> None:
