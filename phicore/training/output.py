@@ -1,5 +1,6 @@
 """Whose run an output directory holds: whether to go on with it, to refuse it, or to make room."""
 
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -12,11 +13,13 @@ from pathlib import Path
 from phicore import atomic
 from phicore.training.checkpoint import LATEST, latest_checkpoint
 from phicore.training.config import TrainConfig
-from phicore.training.distributed import is_restarted, on_first_rank, together
+from phicore.training.distributed import is_restarted, on_first_rank, rank, start_of_ranks, together
 
 RUN_ID = "TORCHELASTIC_RUN_ID"
 LOCK = "lock"  # an empty file in the output, locked while a run is at work there
-MARKER = "launch"  # a file in the output: which start of torchrun began, or went on with, the run there
+# A file in the output: which start of torchrun began, or went on with, the run there, by which agent, and by which of
+# its processes; a line each.
+MARKER = "launch"
 
 
 def launch() -> str | None:
@@ -25,6 +28,19 @@ def launch() -> str | None:
     if run_id == "none":  # torchrun's default, which tells nothing apart; its process does
         return f"none, process {os.getppid()} on {socket.gethostname()}"
     return run_id
+
+
+def _agent() -> str:
+    """What tells torchrun's agent that started this process from all others."""
+    parent, began = os.getppid(), ""
+    with contextlib.suppress(OSError):  # Linux only
+        began = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
+    return f"process {parent} of {began} on {socket.gethostname()}"
+
+
+def _start() -> str:
+    """What tells the processes that run now from those before a restart; the same for all ranks that began together."""
+    return start_of_ranks() or on_first_rank(lambda: f"process {os.getpid()}")
 
 
 def hold_output(output: Path) -> Callable[[], None]:
@@ -59,23 +75,36 @@ def hold_output(output: Path) -> Callable[[], None]:
 
 
 def after_restart(config: TrainConfig) -> TrainConfig:
-    """The config with which a process goes on: after a restart by torchrun (`--max-restarts`) with the run that this
-    start of torchrun has begun, whatever resume and overwrite were; otherwise as it is. Every rank must call it.
+    """The config with which a process goes on: after a restart by torchrun with the run that this start of torchrun has
+    begun, whatever resume and overwrite were; otherwise as it is. Every rank must call it.
+
+    torchrun starts processes again after a failure (`--max-restarts`), and then counts it; or because a node has come
+    or gone, and then does not. The agent of some rank is still that which began the run then.
 
     Raises:
         FileExistsError: overwrite is set, and it cannot be told whether the run in the output is this one.
     """
     restarted = any(together(is_restarted))
-    going_on = restarted and on_first_rank(lambda: _has_begun(config))
+    start = _start()
+    replaced = any(together(lambda: _is_by_this_agent_before(Path(config.output), start)))
+    going_on = (restarted or replaced) and on_first_rank(lambda: replaced or _has_begun(config))
+    if going_on and rank() == 0:
+        print(f"restarted by torchrun: going on with the run in {config.output}", file=sys.stderr, flush=True)
     return dataclasses.replace(config, resume=True, overwrite=False) if going_on else config
 
 
+def _is_by_this_agent_before(output: Path, start: str) -> bool:
+    """Whether the run in the output is by this process's agent, and by other processes than those of now."""
+    marker = output / MARKER
+    lines = marker.read_text().splitlines() if launch() is not None and marker.is_file() else []
+    return len(lines) == 3 and lines[1] == _agent() and lines[2] != start
+
+
 def _has_begun(config: TrainConfig) -> bool:
-    """Whether this start of torchrun has begun the run in the output."""
+    """Whether this start of torchrun has begun the run in the output, as far as its name tells."""
     output, own = Path(config.output), launch()
     marker = output / MARKER
-    if marker.is_file() and marker.read_text() == own:
-        print(f"restarted by torchrun: going on with the run in {output}", file=sys.stderr, flush=True)
+    if marker.is_file() and marker.read_text().splitlines()[:1] == [own]:
         return True
     if config.overwrite and own is not None and own.startswith("none,") and (output / "checkpoints" / LATEST).exists():
         raise FileExistsError(
@@ -104,7 +133,8 @@ def prepare_output(config: TrainConfig) -> Path | None:
         raise FileExistsError(f"{log} is of a run that has no checkpoint; set overwrite, or another output")
     own = launch()
     if own is not None:
-        atomic.write_text(output / MARKER, own)
+        start = start_of_ranks() or f"process {os.getpid()}"
+        atomic.write_text(output / MARKER, f"{own}\n{_agent()}\n{start}\n")
     else:
         (output / MARKER).unlink(missing_ok=True)
     return newest

@@ -1,5 +1,6 @@
 """Whose run an output holds, after a restart by torchrun too, and that only one is at work there."""
 
+import os
 import shutil
 import time
 from pathlib import Path
@@ -38,6 +39,21 @@ def test_a_restart_goes_on_with_what_its_own_start_has_begun(tmp_path: Path, mon
     prepare_output(config(tmp_path, resume=True))
     start(monkeypatch, "a", 1)
     assert after_restart(config(tmp_path)) == config(tmp_path)  # a run without torchrun lay between
+
+
+def test_processes_that_a_new_node_replaces_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun counts no restart then."""
+    start(monkeypatch, "a", 0)
+    small_trainer(tmp_path, steps=2).fit()
+    given = config(tmp_path, overwrite=True)
+    assert after_restart(given) == given  # these processes themselves begin anew
+    with monkeypatch.context() as replaced:
+        replaced.setattr(os, "getpid", lambda: 7)
+        assert after_restart(given) == config(tmp_path, resume=True)
+        replaced.setattr(os, "getppid", lambda: 7)  # another torchrun
+        assert after_restart(given) == given
+        replaced.delenv("TORCHELASTIC_RUN_ID")
+        assert after_restart(given) == given
 
 
 def test_what_the_first_start_refused_a_restart_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
