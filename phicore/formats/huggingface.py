@@ -68,10 +68,8 @@ def load_model(path_or_id: str, dtype: torch.dtype) -> "tuple[PreTrainedModel, P
         except (OSError, ImportError, MemoryError):
             raise
         except Exception as error:
-            if local:
-                check_objects(
-                    Path(source), ["tokenizer.json", "vocab.json"]
-                )  # long files: read twice only for a reason
+            if local:  # these are long: read twice only for a reason
+                check_objects(Path(source), ["tokenizer.json", "vocab.json"])
             why = f"{type(error).__name__}: {_one_line(error)}"
             raise ValueError(f"{path_or_id}: its tokenizer's files do not load: {why}") from error
         if local and _quantization(config).get("load_in_4bit"):
