@@ -39,6 +39,11 @@ class Collectives(ABC):
     def gather(self, full: Tensor) -> Callable[[], None]:
         """full [W * shard] with this rank's shard in its place -> None; all shards are in place."""
 
+    def maximum(self, flags: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        """flags, integers [n] -> the greatest of all ranks', each; waits for them."""
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=group)
+        return flags
+
     def prepare(self, size: int) -> None:  # noqa: B027 (most have nothing to do)
         """Makes ready for tensors of at most so many bytes; every rank must call it at the same point."""
 
@@ -127,6 +132,11 @@ class _Gloo(Collectives):
         if self.memory is None:
             return _sum_after_all_to_all(full, dtype, self.group, self.scratch, self.blame)
         return self.memory.reduce(full, dtype)
+
+    def maximum(self, flags: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        if self.memory is None or flags.nbytes > self.memory.block_bytes:
+            return super().maximum(flags, group)
+        return self.memory.maximum(flags)
 
     def gather(self, full: Tensor) -> Callable[[], None]:
         return _broadcast_each_shard(full, self.group) if self.memory is None else self.memory.gather(full)

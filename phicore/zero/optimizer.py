@@ -208,8 +208,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if self.world_size == 1 or self._reducer.changed or not (self._reducer.stage == 1 or self._frozen):
             return here
         anywhere = torch.tensor([here], dtype=torch.uint8, device=self._device)
-        dist.all_reduce(anywhere, op=dist.ReduceOp.MAX, group=self.process_group)
-        return bool(anywhere)
+        return bool(self._maximum(anywhere))
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
@@ -461,6 +460,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
             read, lambda groups: describe(groups, self._class, options), self.world_size, self.process_group
         )
 
+    def _maximum(self, flags: Tensor) -> Tensor:
+        return self._reducer.collectives(flags.device).maximum(flags, self.process_group)
+
     def _exchange_flags(self) -> bool:
         """Makes slot.used mean "on any rank", and gives buckets to parameters that were unfrozen on any rank. True if
         there were such. Ranks also tell each other whose gradients they have seen not to be finite."""
@@ -471,8 +473,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             known = self._blame.ranks
             shared = torch.tensor([*flags, *(rank in known for rank in range(self.world_size))], dtype=torch.uint8)
             shared = shared.to(self._device)
-            dist.all_reduce(shared, op=dist.ReduceOp.MAX, group=self.process_group)
-            found = [bool(flag) for flag in shared.tolist()]
+            found = [bool(flag) for flag in self._maximum(shared).tolist()]
             flags, blamed = found[: len(flags)], found[len(flags) :]
             known.update(rank for rank, flag in enumerate(blamed) if flag)
         for slot, used in zip(slots, flags, strict=False):

@@ -161,6 +161,24 @@ class SharedMemory:
 
         return finish
 
+    def maximum(self, values: Tensor) -> Tensor:
+        """The greatest of all ranks' values [n], each, which fit into a block."""
+        if self._batch:
+            self._take_batch()
+        block = self._wait_for_block()
+        self._at(self.rank, block * self.block_bytes, values).copy_(values)
+        self._tell(block)
+        self._last_use[block] = self._told
+        while self._sums:  # they were told of before
+            self._take_sum()
+        self._wait("flags", lambda peer: bool(peer.told))
+        found = values.clone()
+        for peer in self.peers:
+            theirs = self._at(peer.rank, peer.told.popleft() * self.block_bytes, values)
+            torch.maximum(found, theirs, out=found)
+        self._answer()
+        return found
+
     # What has been told
 
     def _take_sum(self) -> None:

@@ -37,7 +37,7 @@ def given(rank: int, size: int, dtype: torch.dtype, place: int) -> torch.Tensor:
 
 
 def at_random(seed: int) -> list[str]:
-    """Sums and gathers in one random order on all ranks; where each rank fills its buckets, how many it fills at once,
+    """Sums, maxima and gathers in one random order on all ranks. Where each rank fills its buckets, how many at once,
     when it finishes what it has started and when it sleeps differ."""
     rank, world = dist.get_rank(), dist.get_world_size()
     alike, apart = random.Random(seed), random.Random(100 * seed + rank)
@@ -62,6 +62,8 @@ def at_random(seed: int) -> list[str]:
                     time.sleep(0.002)
                 wide = torch.promote_types(values.dtype, torch.float32)
                 started.append((i, wide, memory.reduce(buffers[i], wide)))
+                if alike.random() < 0.1 and not torch.equal(memory.maximum(values[rank]), values.amax(0)):
+                    wrong.append("maximum")
                 while len(started) > 2 or (started and apart.random() < 0.3):
                     i, wide, finish = started.pop(0)
                     check(finish(), exact[i].to(wide), rank, wrong)
