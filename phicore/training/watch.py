@@ -134,6 +134,8 @@ def _has_ended(note: dict[str, Any]) -> bool:
     try:
         state = Path(f"/proc/{note['process']}/stat").read_text().rpartition(")")[2].split()[0]
         return state in "ZX"  # ended, and its parent has not looked yet
+    except ProcessLookupError:  # it went as its file was read
+        return True
     except FileNotFoundError:
         pass
     try:

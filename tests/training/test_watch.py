@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
@@ -94,6 +95,8 @@ def test_an_ended_process_is_told_from_one_elsewhere():
     assert not watch._has_ended(note | {"machine": "elsewhere"})
     assert not watch._has_ended(note | {"process": os.getpid()})
     assert not watch._has_ended({})
+    with mock.patch.object(Path, "read_text", side_effect=ProcessLookupError):  # reaped between opening and reading
+        assert watch._has_ended(note)
 
 
 def test_which_errors_are_of_a_lost_connection():
