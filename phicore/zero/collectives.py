@@ -26,10 +26,11 @@ class Collectives(ABC):
 
     Args:
         scratch: where tensors on their way lie.
+        group: the ranks; default all.
     """
 
-    def __init__(self, scratch: Scratch) -> None:
-        self.scratch = scratch
+    def __init__(self, scratch: Scratch, group: dist.ProcessGroup | None = None) -> None:
+        self.scratch, self.group = scratch, group
 
     @abstractmethod
     def reduce(self, full: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
@@ -39,9 +40,9 @@ class Collectives(ABC):
     def gather(self, full: Tensor) -> Callable[[], None]:
         """full [W * shard] with this rank's shard in its place -> None; all shards are in place."""
 
-    def maximum(self, flags: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    def maximum(self, flags: Tensor) -> Tensor:
         """flags, integers [n] -> the greatest of all ranks', each; waits for them."""
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=group)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.group)
         return flags
 
     def prepare(self, size: int) -> None:  # noqa: B027 (most have nothing to do)
@@ -65,8 +66,8 @@ def choose_collectives(
     traffic. gloo: its reduce-scatter is an all-reduce of which a slice is kept, twice the traffic, and its all-gather
     takes 1.7 times an all-reduce. An all-to-all followed by a local sum moves the optimal (W - 1) / W, and so do W
     broadcasts that run side by side, in 0.7 and 0.6 times an all-reduce at W = 4. Where all ranks run on one host,
-    memory that they share moves the same in half of that, without gloo's threads and sockets. The local sum also runs
-    in the order of ranks and in float32: the result depends neither on bucket sizes nor, for 16-bit gradients, on
+    memory that they share moves the same without gloo's threads and the kernel's copies. The local sum also runs in
+    the order of ranks and in float32: the result depends neither on bucket sizes nor, for 16-bit gradients, on
     rounding between ranks. It sees whose part is not finite as well, for a sum over what it has just summed; where the
     backend sums, each rank looks at all that it sends.
     """
@@ -95,8 +96,8 @@ class _Native(Collectives):
     """The backend's own."""
 
     def __init__(self, scratch: Scratch, group: dist.ProcessGroup | None, blame: Blame) -> None:
-        super().__init__(scratch)
-        self.group, self.blame = group, blame
+        super().__init__(scratch, group)
+        self.blame = blame
 
     def reduce(self, full: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
         self.blame.of_given(full, dtype)
@@ -110,8 +111,8 @@ class _Gloo(Collectives):
     """Through memory that the ranks share, where `prepare` finds that they can, else through sockets."""
 
     def __init__(self, scratch: Scratch, group: dist.ProcessGroup | None, device: torch.device, blame: Blame) -> None:
-        super().__init__(scratch)
-        self.group, self.blame = group, blame
+        super().__init__(scratch, group)
+        self.blame = blame
         self.may_share = device.type == "cpu"
         self.memory: SharedMemory | None = None
 
@@ -133,9 +134,9 @@ class _Gloo(Collectives):
             return _sum_after_all_to_all(full, dtype, self.group, self.scratch, self.blame)
         return self.memory.reduce(full, dtype)
 
-    def maximum(self, flags: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    def maximum(self, flags: Tensor) -> Tensor:
         if self.memory is None or flags.nbytes > self.memory.block_bytes:
-            return super().maximum(flags, group)
+            return super().maximum(flags)
         return self.memory.maximum(flags)
 
     def gather(self, full: Tensor) -> Callable[[], None]:

@@ -461,7 +461,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         )
 
     def _maximum(self, flags: Tensor) -> Tensor:
-        return self._reducer.collectives(flags.device).maximum(flags, self.process_group)
+        return self._reducer.collectives(flags.device).maximum(flags)
 
     def _exchange_flags(self) -> bool:
         """Makes slot.used mean "on any rank", and gives buckets to parameters that were unfrozen on any rank. True if

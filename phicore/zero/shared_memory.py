@@ -65,7 +65,7 @@ class _Sum:
 
 
 class SharedMemory:
-    """Sums and gathers tensors of all ranks; every rank must call `reduce` and `gather` in the same order.
+    """Sums, compares and gathers tensors of all ranks; all must call `reduce`, `maximum` and `gather` in one order.
 
     Args:
         maps: the memory of each rank, BLOCKS * bytes of a block, whole pages; this rank writes to its own.
@@ -115,6 +115,7 @@ class SharedMemory:
         return self._at(self.rank, block * self.block_bytes, like)
 
     def holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor is one that `take` has lent."""
         return self._block_of(tensor) is not None
 
     def reduce(self, full: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
@@ -162,7 +163,7 @@ class SharedMemory:
         return finish
 
     def maximum(self, values: Tensor) -> Tensor:
-        """The greatest of all ranks' values [n], each, which fit into a block."""
+        """The greatest of all ranks' values [n], one by one, which fit into a block; waits for them."""
         if self._batch:
             self._take_batch()
         block = self._wait_for_block()

@@ -175,6 +175,13 @@ def test_buffers_are_rank_0s(tmp_path: Path, ranks: Group) -> None:
 # ===== Checkpoints =====
 
 
+def fit_until_stopped(run: Trainer, loss_fn: Any) -> None:
+    run.loss_fn = loss_fn
+    with pytest.raises(SystemExit) as stopped:
+        run.fit()
+    assert stopped.value.code == 0
+
+
 def cut_off(output: Path, step: int, settings: dict[str, Any]) -> None:
     """Trains until a step and stops there as SIGTERM does, sent to the last rank."""
     run = trainer(output, **settings)
@@ -185,10 +192,7 @@ def cut_off(output: Path, step: int, settings: dict[str, Any]) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return inner(model, batch)
 
-    run.loss_fn = signalled
-    with pytest.raises(SystemExit) as stopped:
-        run.fit()
-    assert stopped.value.code == 0
+    fit_until_stopped(run, signalled)
     assert run.step == step
 
 
@@ -204,10 +208,7 @@ def stop_in_evaluation(output: Path, settings: dict[str, Any]) -> int:
                 os.kill(os.getpid(), signal.SIGTERM)
         return inner(model, batch)
 
-    run.loss_fn = signalled
-    with pytest.raises(SystemExit) as stopped:
-        run.fit()
-    assert stopped.value.code == 0
+    fit_until_stopped(run, signalled)
     assert set(batches) == {run.step} == {3}
     return len(batches)
 
