@@ -3,6 +3,7 @@ makes ranks do without it."""
 
 import os
 import random
+import sys
 import time
 from pathlib import Path
 from unittest import mock
@@ -18,6 +19,7 @@ from phicore.zero.blame import Blame
 from phicore.zero.collectives import _sum
 from phicore.zero.shared_memory import SWITCH, SharedMemory, open_shared_memory
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has memory without names")
 BLOCK = 3000  # bytes, rounded up to a page
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
