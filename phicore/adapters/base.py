@@ -12,7 +12,7 @@ an embedding's table transposed, since an embedding is a linear layer of one-hot
 import copy
 import sys
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -182,6 +182,27 @@ def dense_weight(base: Base, dtype: torch.dtype) -> Tensor:
     if method is not None:
         return method(dtype)
     return _matrix(base).to(dtype)
+
+
+class Held(NamedTuple):
+    """A weight [out, in] as a layer holds it: W itself, and 0 for block_size; or the parts of an NF4 weight."""
+
+    parts: list[Tensor | None]
+    shape: list[int]
+    block_size: int
+
+
+def held(weight: Tensor) -> Held:
+    """A dense weight [out, in]."""
+    return Held([weight], list(weight.shape), 0)
+
+
+def held_weight(base: Base, dtype: torch.dtype) -> Held:
+    """W [out, in] of a linear layer or an embedding as it is held; in dtype, where the base must compute it."""
+    method = getattr(base, "held_weight", None)
+    if method is not None:
+        return Held(*method())
+    return held(dense_weight(base, dtype) if hasattr(base, "dense_weight") else _matrix(base))
 
 
 def computes_weight(base: nn.Module) -> bool:

@@ -69,6 +69,11 @@ class LowRankConvolution(LowRankLayer):
             return self.base.dense_weight(dtype)
         return ungrouped(self.innermost.weight.to(dtype), self.innermost.groups)
 
+    def held_base(self) -> base_layer.Held:
+        if isinstance(self.base, LowRankConvolution):
+            return base_layer.held(self.dense_base())
+        return base_layer.held(ungrouped(self.innermost.weight, self.innermost.groups))
+
     def project(self, x: Tensor) -> Tensor:
         """x through this layer, without the bias."""
         raise NotImplementedError

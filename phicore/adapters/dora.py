@@ -6,71 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from phicore.adapters import base as base_layer
+from phicore.adapters.dora_norm import cancelled, compiled_norm_squared, exact_norm_squared, row_scale
 from phicore.adapters.dora_scale import fuses_scaling, scale_columns
-from phicore.adapters.lora import LowRankLayer, LowRankLinear, dense_product, low_rank_update
+from phicore.adapters.lora import LowRankLayer, LowRankLinear, low_rank_update
 from phicore.adapters.scaled_rows import scaled_rows
 from phicore.adapters.step import low_rank_step
 from phicore.modules import has_own_forward
 from phicore.nf4.linear import autocast
 from phicore.nf4.ops import flat
 from phicore.transforms import transformed
-
-
-def factored_norm_squared(base_norm_squared: Tensor, WA: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """||W + scale * B A||^2 per row, without the dense product.
-
-    ||W||^2 + 2 scale rowsum((W A^T) o B) + scale^2 rowsum((B A A^T) o B), which costs rank / out of the dense way.
-
-    Args:
-        base_norm_squared: rowsum(W o W), [out].
-        WA: W A^T, [out, rank].
-        A: [rank, in].
-        B: [out, rank].
-        scale: factor of B A.
-
-    Returns:
-        [out] in base_norm_squared's dtype, in which everything is summed; not below zero.
-    """
-    A, B, WA = (t.to(base_norm_squared.dtype) for t in (A, B, WA))
-    with base_layer.without_autocast(A.device):
-        gram = A @ A.t()  # [rank, in] @ [in, rank] -> [rank, rank]
-        both = torch.addmm(WA, B, gram, beta=2 * scale, alpha=scale**2)  # [out, rank]: 2 scale W A^T + scale^2 B A A^T
-    return (base_norm_squared + (both * B).sum(1)).clamp_(min=0)
-
-
-def row_scale(magnitude: Tensor, norm: Tensor, positive: bool = False) -> Tensor:
-    """m / ||V'||, [out]; zero where the norm is zero, so that a zero row stays a finite zero row.
-
-    Args:
-        magnitude, norm: [out].
-        positive: whether it is known that no norm is zero.
-    """
-    if positive:
-        return magnitude / norm
-    return torch.where(norm > 0, magnitude / norm.where(norm > 0, 1), 0)
-
-
-# The factored norm subtracts numbers of the size of ||W||^2, so its relative error grows as (||W|| / ||V'||)^2. Rows
-# whose ||V'||^2 falls below this fraction of ||W||^2 are summed densely instead. In 16 bits W A^T itself is rounded.
-CANCELLATION = {torch.float64: 1e-4, torch.float32: 1e-2, torch.bfloat16: 0.25, torch.float16: 0.05}
-
-
-def _allow_cond_in_checkpoints() -> bool:
-    """torch knows its other control flow in checkpointed parts of a compiled graph, but not torch.cond."""
-    try:
-        from torch._higher_order_ops.cond import cond_op
-        from torch._higher_order_ops.utils import redirect_to_mode
-        from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
-    except ImportError:  # names of torch's own, which another version need not have; compiling says what it lacks
-        return False
-    for mode in (_CachingTorchDispatchMode, _CachedTorchDispatchMode):
-        if mode not in cond_op.python_key_table:
-            redirect_to_mode(cond_op, mode)
-    return True
-
-
-# Run as torch.compile traces. Set as torch.compiler.assume_constant_result does, which imports the whole compiler.
-_allow_cond_in_checkpoints._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class DoRALayer(LowRankLayer):
@@ -164,10 +108,6 @@ class DoRALayer(LowRankLayer):
         norm, positive = self._norm(WA)
         return row_scale(self.magnitude.to(norm.dtype), norm, positive)
 
-    def _cancelled(self, norm_squared: Tensor, WA: Tensor) -> Tensor:
-        """Rows, bool [out], whose factored norm lost too many digits. A row of zeros under a row of zeros lost none."""
-        return norm_squared < CANCELLATION[WA.dtype] * self.base_norm_squared
-
     def _direction(self) -> Tensor:
         return self.dense_base() + self.product()  # V', [out, in]
 
@@ -188,25 +128,12 @@ class DoRALayer(LowRankLayer):
         if transformed():  # which know no branch on data, and go past no_grad in forward mode
             return torch.linalg.vector_norm(self._direction().detach(), dim=1), False
         self._follow_base()
-        norm_squared = factored_norm_squared(self.base_norm_squared, WA, A, B, self.factor)
-        cancelled = self._cancelled(norm_squared, WA)
-        # Tensors, since torch.cond takes no numbers that differ between layers.
-        factor = norm_squared.new_full((), self.factor) if torch.compiler.is_compiling() else self.factor
-
-        def dense() -> Tensor:
-            direction = self.dense_base() + dense_product(A, B, factor, base_layer.accumulate_dtype(self.dtype))
-            return torch.where(cancelled, direction.to(norm_squared.dtype).square().sum(1), norm_squared)
-
-        def factored() -> Tensor:
-            return norm_squared.clone()
-
-        if torch.compiler.is_compiling():  # a branch on data inside one graph
-            _allow_cond_in_checkpoints()
-            return torch.cond(cancelled.any(), dense, factored, ()).sqrt(), False
-        if cancelled.is_meta:  # there is nothing to branch on
+        terms = self.base_norm_squared, WA, A, B, self.factor
+        if torch.compiler.is_compiling():
+            return compiled_norm_squared(*terms, self.held_base()).sqrt(), False
+        norm_squared = exact_norm_squared(*terms, self.dense_base)
+        if norm_squared.is_meta:  # there is nothing to branch on
             return norm_squared.sqrt(), False
-        if cancelled.any():
-            return dense().sqrt(), False
         return norm_squared.sqrt(), not (norm_squared == 0).any()  # a NaN is not zero, and stays one
 
     def _apply(self, fn: Any, recurse: bool = True) -> "DoRALayer":
@@ -306,6 +233,6 @@ class DoRALinear(DoRALayer, LowRankLinear):
         A, B = self.matrices()
         v, WA = self._direction_product(x)
         y, norm_squared = scale_columns(v, self.base_norm_squared, WA, A, B, self.magnitude, self.bias, self.factor)
-        if self._cancelled(norm_squared, WA).any():  # rarely: some rows are summed densely
+        if cancelled(norm_squared, self.base_norm_squared, WA.dtype).any():  # rarely: some rows are summed densely
             return scaled_rows(v, self.scale(WA), self.bias)
         return y

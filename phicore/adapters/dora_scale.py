@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from phicore.adapters.base import without_autocast
+from phicore.adapters.dora_norm import factored_norm_squared, row_scale
 from phicore.nf4 import kernels
 from phicore.nf4.ops import flat, unflat
 from phicore.transforms import transformed
@@ -53,8 +54,6 @@ def scale_columns(
 
 
 def reference(v, base_norm_squared, WA, A, B, magnitude, bias, scale):
-    from phicore.adapters.dora import factored_norm_squared, row_scale  # here: that file imports this one
-
     squared = factored_norm_squared(base_norm_squared, WA, A, B, scale)
     y = v * row_scale(magnitude.to(squared.dtype), squared.sqrt())
     return (y if bias is None else y + bias).to(v.dtype), squared
@@ -94,8 +93,6 @@ def _setup(ctx, inputs, output):
 
 
 def _backward(ctx, grad, _grad_squared):
-    from phicore.adapters.dora import row_scale
-
     v, magnitude, squared = ctx.saved_tensors
     norm = squared.sqrt()
     dv = dm = dbias = None

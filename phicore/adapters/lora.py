@@ -339,6 +339,10 @@ class LowRankLayer(nn.Module):
         """The base's weight, [out, in], in float32 (float64 for a float64 layer)."""
         return base_layer.dense_weight(self.base, base_layer.accumulate_dtype(self.dtype))
 
+    def held_base(self) -> base_layer.Held:
+        """The base's weight [out, in] as it is held."""
+        return base_layer.held_weight(self.base, base_layer.accumulate_dtype(self.dtype))
+
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
         """The weight that this layer amounts to for whoever stands over it, [out, in], computed in float32 and rounded
         once to dtype: its base's if it answers for some rows of a batch, which are others than theirs."""

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from phicore.adapters import base as base_layer
-from phicore.adapters.dora import DoRALayer, DoRALinear, row_scale
+from phicore.adapters.dora import DoRALayer, DoRALinear
+from phicore.adapters.dora_norm import row_scale
 from phicore.adapters.embedding import LowRankEmbedding
 from phicore.adapters.lora import LoRALinear, LowRankLayer, LowRankLinear, Options
 from phicore.modules import matches

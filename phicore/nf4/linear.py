@@ -226,6 +226,10 @@ class NF4Linear(nn.Module):
         shape = (self.out_features, self.in_features)
         return self._parts(), partial(ops.reference_dequantize, shape=shape, block_size=self.block_size)
 
+    def held_weight(self) -> tuple[list[Tensor | None], list[int], int]:
+        """The parts of the weight, its shape and its block size. Part of the protocol that adapters call."""
+        return [*self._parts()], [self.out_features, self.in_features], self.block_size
+
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
         """The decoded weight [out, in] in dtype. Part of the protocol that adapters call."""
         return self.nf4.dequantize(dtype)

@@ -1,26 +1,19 @@
 """DoRALinear over every kind of base, against the dense formula W' = m V' / ||V'|| in float64, and what it costs."""
 
 import copy
-from functools import partial
 from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
 import phicore
-from phicore.adapters import dora
 from tests.adapters.cases import dense_cases, leaf
+from tests.adapters.dora_layers import IN, NAMES, OUT, random_adapter, trained
 
 KINDS = ("linear", "nf4", "lora+linear", "dora+nf4", "dora+lora+nf4")
-OUT, IN = 23, 37
-NAMES = ("lora_A", "lora_B", "magnitude")
 
 
 def reference(
@@ -34,25 +27,6 @@ def reference(
     norm = (V**2).sum(dim=1, keepdim=True).sqrt()
     y = x @ (m[:, None] * V / (norm.detach() if detach else norm)).T
     return (y if b is None else y + b), leaves
-
-
-def trained(layer: phicore.DoRALinear) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(getattr(layer, name) for name in NAMES)
-
-
-def random_adapter(base: nn.Module, randomize, **options) -> phicore.DoRALinear:
-    return randomize(phicore.DoRALinear(base, **{"rank": 4, "alpha": 7.0, **options}), seed=3)
-
-
-def norm_used(layer: phicore.DoRALinear, x: Tensor) -> Tensor:
-    """||V'|| per row as a forward pass of the layer uses it."""
-    with mock.patch.object(dora, "row_scale", wraps=dora.row_scale) as spy:
-        layer(x)
-    return spy.call_args.args[1]
-
-
-def row_error(norm: Tensor, exact: Tensor) -> float:
-    return float(((norm.double() - exact) / exact).abs().max())
 
 
 # ===== equal to the dense formula =====
@@ -159,106 +133,6 @@ def test_dropout_touches_the_low_rank_path_only():
     torch.testing.assert_close(low_rank[~dropped], (2 * x / 0.7)[~dropped], rtol=1e-4, atol=1e-4)
     layer.eval()
     torch.testing.assert_close(layer(x), 10 * x + 1)
-
-
-# ===== the factored norm =====
-
-
-@given(out=st.integers(1, 30), inner=st.integers(1, 40), rank=st.integers(1, 9), scale=st.sampled_from((0.1, 1.0, 4.0)))
-def test_factored_norm_equals_the_dense_norm(out, inner, rank, scale):
-    W, A = torch.randn(out, inner, dtype=torch.float64), torch.randn(rank, inner, dtype=torch.float64)
-    B = torch.randn(out, rank, dtype=torch.float64)
-    squared = dora.factored_norm_squared((W**2).sum(1), W @ A.T, A, B, scale)
-    torch.testing.assert_close(squared, ((W + scale * B @ A) ** 2).sum(1))
-
-
-def test_factored_norm_of_nothing_is_not_below_zero():
-    A, B = torch.randn(5, 40), torch.randn(200, 5)
-    W = -(B @ A)  # V' = 0 but for rounding, which may go below
-    squared = dora.factored_norm_squared((W**2).sum(1), W @ A.T, A, B, 1.0)
-    assert (squared >= 0).all()
-    assert (squared == 0).any()
-    assert squared.max() < 1e-3
-
-
-def cancelling(kind: str, layer_of, dtype: torch.dtype, ratio: float) -> tuple[phicore.DoRALinear, Tensor]:
-    """A layer whose s B A takes all but about `ratio` of ||W|| away in each row, and ||V'|| in float64."""
-    out, inner = 16, 12
-    base, W, _ = layer_of(kind, out, inner, dtype=dtype)
-    layer = phicore.DoRALinear(base, rank=inner, alpha=2.0 * inner)
-    with torch.no_grad():
-        layer.lora_A.copy_(torch.linalg.qr(torch.randn(inner, inner)).Q)
-        V = ratio * W.norm(dim=1, keepdim=True) * torch.randn_like(W) / inner**0.5
-        layer.lora_B.copy_((V - W) / 2 @ layer.lora_A.double().inverse())
-        layer.magnitude.normal_()
-    V = W + 2 * layer.lora_B.detach().double() @ layer.lora_A.detach().double()
-    return layer, V.norm(dim=1)
-
-
-@pytest.mark.parametrize("kind", ["linear", "nf4", "lora+nf4"])
-@pytest.mark.parametrize("ratio", [1.0, 0.3, 0.11, 0.09, 0.03, 1e-2, 1e-3])
-def test_norm_in_float32_under_cancellation(layer_of, kind, ratio):
-    layer, exact = cancelling(kind, layer_of, torch.float32, ratio)
-    norm = norm_used(layer, torch.randn(2, 12))
-    assert norm.dtype == torch.float32
-    assert row_error(norm, exact) < 1e-3
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", ["linear", "nf4"])
-@pytest.mark.parametrize("std", [1e-3, 1e-2, 0.1])
-def test_norm_in_16_bits(layer_of, randomize, kind, dtype, std):
-    base, W, _ = layer_of(kind, 96, 200, dtype=dtype)
-    layer = randomize(phicore.DoRALinear(base, rank=8, alpha=16), std=std)
-    exact = (W + 2 * layer.lora_B.detach().double() @ layer.lora_A.detach().double()).norm(dim=1)
-    assert row_error(norm_used(layer, torch.randn(2, 200).to(dtype)), exact) < 1e-3
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("ratio", [0.3, 0.1, 0.03])
-def test_norm_in_16_bits_under_cancellation(layer_of, dtype, ratio):
-    # B is rounded to 16 bits before the exact norm is taken, so V' is what the stored numbers say
-    layer, exact = cancelling("linear", layer_of, dtype, ratio)
-    assert row_error(norm_used(layer, torch.randn(2, 12).to(dtype)), exact) < 1e-2
-
-
-# Above the threshold W A^T stays a product of bfloat16 numbers: three roundings of 2^-9, times ||W|| ||s B A|| /
-# ||V'||^2, which is about the root of 2 there. Below it the row is summed densely in float32.
-@pytest.mark.parametrize(("ratio", "bound"), [(1.0, 3 * 2**-9 * 2**0.5), (0.1, 1e-4), (1e-2, 1e-4), (1e-3, 1e-3)])
-def test_autocast_does_not_reach_the_norm(layer_of, ratio, bound):
-    layer, exact = cancelling("linear", layer_of, torch.float32, ratio)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        norm = norm_used(layer, torch.randn(2, 12))
-        merged = layer.merged_weight()
-    assert row_error(norm, exact) < bound
-    assert torch.equal(merged, layer.merged_weight())
-
-
-@pytest.mark.parametrize("kind", ["linear", "lora+linear"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("B_too", [False, True])
-def test_zero_rows_stay_finite(layer_of, randomize, kind, dtype, B_too):
-    base, _, _ = layer_of(kind, OUT, IN, dtype=dtype)
-    plain = base if kind == "linear" else base.base
-    dead = [0, 5]
-    with torch.no_grad():
-        plain.weight[dead] = 0
-        if kind != "linear":
-            base.lora_B[dead] = 0
-    layer = randomize(phicore.DoRALinear(base, rank=4, alpha=7.0))
-    if B_too:
-        with torch.no_grad():
-            layer.lora_B[dead] = 0
-    x = torch.randn(3, IN).to(dtype).requires_grad_(True)
-    y = layer(x)
-    grads = torch.autograd.grad(y.float().pow(2).sum(), (x, *trained(layer)))
-    assert all(t.isfinite().all() for t in (y, *grads, layer.merged_weight()))
-    if B_too:  # V' is zero there: nothing but the bias is left
-        torch.testing.assert_close(y[:, dead], layer.bias[dead].expand(3, 2))
-    else:  # V' is s B A alone, of length m after scaling
-        assert layer.merged_weight()[dead].norm(dim=1).tolist() == pytest.approx(
-            layer.magnitude[dead].abs().tolist(), rel=1e-2
-        )
 
 
 # ===== what it costs =====
@@ -494,86 +368,6 @@ def test_deepcopy_is_independent(layer_of, randomize):
     assert torch.equal(layer(x), before)
     other.load_state_dict(layer.state_dict())  # the copy's hook refreshes the copy
     assert torch.equal(other(x), before)
-
-
-# ===== torch.compile =====
-
-
-def step(layer: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
-    """A layer's output, and the gradients of its squares' sum."""
-    y = layer(x)
-    return y, *torch.autograd.grad((y**2).sum(), (x, *(p for p in layer.parameters() if p.requires_grad)))
-
-
-def both_ways(layer: phicore.DoRALinear, compiled: nn.Module, x: Tensor, **tolerance: float) -> None:
-    for a, b in zip(step(layer, x), step(compiled, x), strict=True):
-        torch.testing.assert_close(a, b, **tolerance)
-
-
-@pytest.mark.parametrize("kind", ["linear", "dora+nf4"])
-def test_compiled_in_one_graph_equals_eager(layer_of, randomize, kind):
-    torch._dynamo.reset()
-    layer = random_adapter(layer_of(kind, OUT, IN)[0], randomize)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    both_ways(layer, compiled, torch.randn(2, 5, IN, dtype=torch.float64, requires_grad=True))
-
-
-class Checkpointed(nn.Module):
-    """A layer whose forward pass is run again in the backward pass, all of it or what a policy says."""
-
-    def __init__(self, layer: nn.Module, selective: bool) -> None:
-        super().__init__()
-        self.layer, self.selective = layer, selective
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.selective:
-            return checkpoint(self.layer, x, use_reentrant=False)
-        contexts = partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
-        return checkpoint(self.layer, x, use_reentrant=False, context_fn=contexts)
-
-
-@pytest.mark.parametrize("kind", ["linear", "dora+nf4"])
-@pytest.mark.parametrize("selective", [False, True])
-def test_compiled_with_checkpointing_equals_eager(layer_of, randomize, kind, selective):
-    torch._dynamo.reset()
-    layer = random_adapter(layer_of(kind, OUT, IN)[0], randomize)
-    compiled = torch.compile(Checkpointed(layer, selective), fullgraph=True, backend="aot_eager")
-    both_ways(layer, compiled, torch.randn(2, 5, IN, dtype=torch.float64, requires_grad=True))
-
-
-def test_layers_of_other_scalings_compile_too(layer_of, randomize):
-    """From the second value on, torch.compile takes a float as an input of the graph."""
-    torch._dynamo.reset()
-    for alpha in (3, 4, 5):
-        layer = random_adapter(layer_of("linear", OUT, IN)[0], randomize, alpha=alpha)
-        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-        x = torch.randn(2, IN, dtype=torch.float64, requires_grad=True)
-        for layer.strength in (1.0, 0.5):
-            both_ways(layer, compiled, x)
-
-
-def test_one_graph_serves_rows_that_cancel_and_rows_that_do_not(layer_of, randomize):
-    torch._dynamo.reset()
-    layer, _ = cancelling("nf4", layer_of, torch.float32, 1e-3)
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(layer, fullgraph=True, backend=counter)
-    x = torch.randn(3, 12, requires_grad=True)
-    both_ways(layer, compiled, x, rtol=1e-2, atol=1e-2)  # products in another order, a thousand times enlarged
-    expected = x.double() @ (layer.merged_weight().double()).T + layer.bias.double()
-    torch.testing.assert_close(compiled(x).double(), expected, rtol=1e-3, atol=1e-3)
-    randomize(layer, std=1.0)
-    both_ways(layer, compiled, x)
-    assert counter.frame_count == 1
-
-
-def test_compiled_under_autocast_equals_eager(layer_of, relative_error):
-    torch._dynamo.reset()
-    layer, _ = cancelling("linear", layer_of, torch.float32, 0.4)  # enough for 16 bits, and little enough to compare
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        x = torch.randn(5, 12, requires_grad=True)
-        for a, b in zip(step(layer, x), step(compiled, x), strict=True):
-            assert relative_error(a, b) < 0.03
 
 
 @pytest.mark.parametrize("bias", [True, False])

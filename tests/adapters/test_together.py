@@ -191,7 +191,7 @@ def test_an_operator_of_the_base_leaves_a_trained_bias_its_place(randomize, monk
 
 
 def test_layers_of_different_scalings_compile_to_one_graph_each(randomize):
-    """torch.compile turns a number that differs between layers into a symbol, which torch.cond does not take."""
+    """torch.compile turns a number that differs between layers into a symbol."""
     x = torch.randn(3, WIDTH)
     for alpha in (3, 5, 7):
         layer = randomize(
