@@ -20,7 +20,7 @@ def lora_plus_groups(
         Groups with "params" and "lr"; one that would be empty is left out.
 
     Raises:
-        ValueError: ratio is not above 0, or nothing trains.
+        ValueError: ratio is not above 0, or nothing trains, or no B does and ratio is not 1.
 
     Example:
         >>> model = attach(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)), LoRAConfig(rank=2, target_modules=["0"]))
@@ -35,6 +35,11 @@ def lora_plus_groups(
         raise ValueError("no parameter requires a gradient; attach an adapter first")
     names = ("lora_B", "embedding_B")  # the latter where a tied head stands before its embedding
     b = [parameter for name, parameter in training if name.rpartition(".")[2] in names]
+    if not b and ratio != 1:
+        raise ValueError(
+            f"a ratio of B's learning rate to A's of {ratio!r} has no effect: no lora_B trains (of {len(training)} "
+            f"parameters that do the first is {training[0][0]}); attach LoRA first, or leave the ratio at 1"
+        )
     rest = [parameter for name, parameter in training if name.rpartition(".")[2] not in names]
     groups = ({"params": rest, "lr": learning_rate}, {"params": b, "lr": ratio * learning_rate})
     return [group for group in groups if group["params"]]

@@ -39,7 +39,9 @@ def test_a_tied_head_may_stand_before_its_embedding():
 
 
 def test_a_model_without_adapters_has_one_group():
-    assert len(lora_plus_groups(nn.Linear(2, 2).named_parameters(), 1e-3, 16)) == 1
+    assert len(lora_plus_groups(nn.Linear(2, 2).named_parameters(), 1e-3, 1)) == 1
+    with pytest.raises(ValueError, match=r"16 has no effect: no lora_B trains \(of 2 .* the first is weight\)"):
+        lora_plus_groups(nn.Linear(2, 2).named_parameters(), 1e-3, 16)
 
 
 def test_what_is_refused():
