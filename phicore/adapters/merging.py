@@ -6,12 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from phicore.adapters import base as base_layer
-from phicore.adapters.attach import AdapterLayer, adapter_layers, check_not_sharded, merged_layers
 from phicore.adapters.attention import OpenAttention, allow_fused_paths, keep_off_fused_paths, projections
 from phicore.adapters.experts import LoRAExperts
+from phicore.adapters.layers import AdapterLayer, adapter_layers, merged_layers
 from phicore.adapters.lora import LowRankLayer
 from phicore.adapters.tied import same_table, shared_pair
 from phicore.adapters.trained import TrainedPart
+from phicore.adapters.wrapped import check_not_sharded
 from phicore.modules import Model, replace
 from phicore.nf4.linear import NF4Linear
 from phicore.nf4.pages import Freed

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from phicore.adapters.attach import AdapterLayer, adapter_layers, merged_layers
 from phicore.adapters.convolution import LowRankConvolution
 from phicore.adapters.dora import DoRALayer
 from phicore.adapters.experts import LoRAExperts
+from phicore.adapters.layers import AdapterLayer, adapter_layers, merged_layers
 from phicore.adapters.lora import LowRankLayer, Rows
 from phicore.adapters.token_rows import TrainedRows
 from phicore.adapters.trained import TrainedBias, TrainedPart
@@ -125,6 +125,27 @@ def mixed(model: Model, names: Sequence[str | None]) -> Iterator[Model]:
             layer.enabled = enabled
             if isinstance(layer, LowRankLayer | TrainedRows):
                 layer.rows = None
+
+
+@contextmanager
+def disabled(model: Model) -> Iterator[Model]:
+    """Within it, the base model alone answers: adapters are passed by.
+
+    Raises:
+        ValueError: the model has no adapter, or is merged.
+    """
+    layers = [layer for _, layer in adapter_layers(model)]
+    merged = any(merged_layers(model))
+    if not layers or merged:
+        raise ValueError("the model has no adapter that could be disabled" + (" (it is merged)" if merged else ""))
+    before = [layer.enabled for layer in layers]
+    try:
+        for layer in layers:
+            layer.enabled = False
+        yield model
+    finally:
+        for layer, enabled in zip(layers, before, strict=True):
+            layer.enabled = enabled
 
 
 def _recomputes(model: nn.Module) -> bool:

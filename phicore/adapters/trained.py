@@ -1,8 +1,9 @@
-"""Parts of a model that train beside the low-rank pairs: what such parts share, and trained biases.
+"""Parts of a model that train beside the low-rank pairs: what such parts share, whole modules, and biases.
 
 Each stands in the place of a frozen module, which it holds as `base`, so that the base model is there unchanged.
 """
 
+import copy
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -49,6 +50,39 @@ class TrainedPart(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("base"), name)
+
+
+class TrainedCopy(TrainedPart):
+    """A module of `modules_to_save`: a trained copy that stands in for its frozen base.
+
+    Attributes:
+        trained: the copy that trains and answers while `enabled`.
+    """
+
+    what = "trained whole"
+
+    def __init__(self, base: nn.Module, adapter_name: str) -> None:
+        trained = copy.deepcopy(base).requires_grad_(True)
+        super().__init__(base.requires_grad_(False), adapter_name)
+        self.trained = trained
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return (self.trained if self.enabled else self.base)(*args, **kwargs)
+
+    def merged(self, shared: dict[int, nn.Parameter]) -> nn.Module:
+        answering = self.trained if self.enabled else self.base
+        kept: dict[int, Any] = {id(buffer): buffer for buffer in answering.buffers()}
+        for p in answering.parameters():
+            kept[id(p)] = shared.setdefault(id(p), nn.Parameter(p.detach(), requires_grad=False))
+        return copy.deepcopy(answering, kept)  # its tensors are shared with the copy that trains
+
+    def __getattr__(self, name: str) -> Any:
+        # Code that reads a head's or an embedding's weight finds that of the module that answers.
+        try:
+            return nn.Module.__getattr__(self, name)
+        except AttributeError:
+            answering = "trained" if vars(self).get("enabled") else "base"  # it is missing while a copy is made
+            return getattr(nn.Module.__getattr__(self, answering), name)
 
 
 class TrainedBias(TrainedPart):

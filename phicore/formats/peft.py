@@ -16,21 +16,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from phicore import atomic
-from phicore.adapters.attach import (
-    adapter_layers,
-    attach,
-    check_not_flattened,
-    check_not_sharded,
-    check_not_wrapped,
-    merged_layers,
-    plan,
-)
+from phicore.adapters.attach import attach
 from phicore.adapters.config import LoRAConfig
 from phicore.adapters.dora import DoRALayer
 from phicore.adapters.experts import LoRAExperts
+from phicore.adapters.layers import adapter_layers, merged_layers
 from phicore.adapters.lora import LowRankLayer
+from phicore.adapters.plan import plan
 from phicore.adapters.tied import owners_of_tied, shared_pair
 from phicore.adapters.trained import TrainedPart
+from phicore.adapters.wrapped import check_not_flattened, check_not_sharded, check_not_wrapped
 from phicore.formats.peft_advice import advice, within_attention
 from phicore.formats.peft_config import adapter_config, differences, lora_config, tied_copies
 from phicore.formats.peft_conversion import MODEL_TYPE, misread

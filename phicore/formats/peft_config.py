@@ -8,18 +8,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from phicore.adapters.attach import TrainedCopy, adaptable_kinds, adapter_layers, linear_kinds, pattern_value
 from phicore.adapters.attention import OpenAttention, projections
 from phicore.adapters.base import transposed_kinds
-from phicore.adapters.config import LoRAConfig
+from phicore.adapters.config import LoRAConfig, pattern_value
 from phicore.adapters.dora import DoRALayer
 from phicore.adapters.experts import DoRAExperts, LoRAExperts
 from phicore.adapters.fused import part_paths
 from phicore.adapters.layer_index import as_patterns, described_by_indices, layer_index
+from phicore.adapters.layers import adaptable_kinds, adapter_layers, linear_kinds
 from phicore.adapters.lora import LowRankLayer, LowRankLinear
 from phicore.adapters.tied import shared_pair, tied_tables
 from phicore.adapters.token_rows import input_embedding, owners
-from phicore.adapters.trained import TrainedBias, has_bias
+from phicore.adapters.trained import TrainedBias, TrainedCopy, has_bias
 from phicore.formats.peft_advice import advice
 from phicore.formats.peft_fields import CONFIG, DEFAULT_ALPHA, DEFAULT_RANK
 from phicore.formats.peft_keys import (

@@ -29,15 +29,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from phicore.adapters.attach import (
-    AdapterLayer,
-    TrainedCopy,
-    adapter_layers,
-    layer_class,
-    merged_layers,
-    parts_beside,
-    plan,
-)
 from phicore.adapters.attention import is_packed, layer_setting, projections
 from phicore.adapters.config import LoRAConfig
 from phicore.adapters.convolution import LowRankConvolution
@@ -45,11 +36,13 @@ from phicore.adapters.dora import DoRALayer
 from phicore.adapters.embedding import DoRAEmbedding, LowRankEmbedding
 from phicore.adapters.experts import DoRAExperts, LoRAExperts, stacked_shape
 from phicore.adapters.fused import FusedLinear, Split, splits
+from phicore.adapters.layers import AdapterLayer, adapter_layers, layer_class, merged_layers
 from phicore.adapters.lora import LowRankLayer, LowRankLinear
 from phicore.adapters.parameters import named_stacks, plan_parameters
+from phicore.adapters.plan import parts_beside, plan
 from phicore.adapters.tied import TiedDoRAEmbedding, owners_of_tied
 from phicore.adapters.token_rows import TrainedRows
-from phicore.adapters.trained import TrainedBias, TrainedPart, trains_bias
+from phicore.adapters.trained import TrainedBias, TrainedCopy, TrainedPart, trains_bias
 
 PREFIX = "base_model.model."
 BIAS, ROWS = ".base_layer.bias", ".token_adapter.trainable_tokens_delta"

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from phicore.adapters.attach import adapter_layers, plan
 from phicore.adapters.config import LoRAConfig
 from phicore.adapters.experts import LoRAExperts
 from phicore.adapters.fused import FusedLinear, diagonal_blocks, part_paths, part_sizes, splits
+from phicore.adapters.layers import adapter_layers
 from phicore.adapters.lora import LowRankLayer
+from phicore.adapters.plan import plan
 from phicore.formats.peft_fields import is_number, is_whole
 from phicore.formats.peft_keys import own_rank, packed_attention, place_of, settings_of
 from phicore.formats.safetensors_files import TensorFile, parse_json

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from phicore import atomic
-from phicore.adapters.attach import pattern_value
+from phicore.adapters.config import pattern_value
 from phicore.formats.peft import read_tensors
 from phicore.formats.peft_conversion import MODEL_TYPE, misread
 from phicore.formats.peft_fields import (

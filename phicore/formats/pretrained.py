@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from phicore.adapters.attach import adapter_layers
 from phicore.adapters.attach import finishers as adapted_finishers
+from phicore.adapters.layers import adapter_layers
 from phicore.formats.bitsandbytes import packed_groups, quantization_config, tied_groups
 from phicore.modules import replace
 from phicore.nf4.convert import finishers

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import phicore
 from phicore.adapters import DoRAExperts, LoRAExperts, activate, adapter_layers, mixed
-from phicore.adapters.attach import TrainedCopy
+from phicore.adapters.trained import TrainedCopy
 
 IN, HIDDEN, EXPERTS = 6, 5, 3
 DORA = pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])

@@ -19,7 +19,7 @@ from torch import nn
 
 import phicore
 from phicore.adapters import adapter_layers
-from phicore.adapters.attach import TrainedCopy
+from phicore.adapters.trained import TrainedCopy
 from phicore.formats.bitsandbytes import save_quantized
 from phicore.formats.peft import CONFIG, PREFIX, WEIGHTS
 from tests.formats.peft_files import assert_same_files, edit, edit_tensors, kinds, load_in_peft, logits
