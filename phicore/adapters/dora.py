@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from phicore.adapters import base as base_layer
 from phicore.adapters.dora_norm import cancelled, compiled_norm_squared, exact_norm_squared, row_scale
 from phicore.adapters.dora_scale import fuses_scaling, scale_columns
-from phicore.adapters.lora import LowRankLayer, LowRankLinear, low_rank_update
+from phicore.adapters.lora import LowRankLayer, LowRankLinear
 from phicore.adapters.scaled_rows import scaled_rows
 from phicore.adapters.step import low_rank_step
+from phicore.adapters.update import low_rank_update
 from phicore.modules import has_own_forward
 from phicore.nf4.linear import autocast
 from phicore.nf4.ops import flat

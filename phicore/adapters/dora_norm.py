@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from phicore.adapters.base import Held, without_autocast
-from phicore.adapters.lora import dense_product
+from phicore.adapters.update import dense_product
 from phicore.nf4.ops import dequantize
 
 torch.library.define(

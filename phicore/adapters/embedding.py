@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from phicore.adapters import base as base_layer
 from phicore.adapters.dora import DoRALayer
-from phicore.adapters.lora import LowRankLayer, add_product
+from phicore.adapters.lora import LowRankLayer
 from phicore.adapters.scaled_rows import scaled_rows
+from phicore.adapters.update import add_product
 from phicore.products import matmul
 
 

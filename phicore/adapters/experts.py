@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from phicore.adapters import base as base_layer
 from phicore.adapters.config import LoRAConfig, scaling
 from phicore.adapters.dora_norm import row_scale
-from phicore.adapters.lora import start_pair
+from phicore.adapters.starts import start_pair
 
 
 class ExpertPairs(nn.Module):

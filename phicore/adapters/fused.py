@@ -16,7 +16,8 @@ from phicore.adapters import base as base_layer
 from phicore.adapters.attention import SEPARATE, layer_setting
 from phicore.adapters.config import Init, LoRAConfig, pattern_value, scaling
 from phicore.adapters.dora import DoRALinear
-from phicore.adapters.lora import LoRALinear, LowRankLinear, Options, start_pair
+from phicore.adapters.lora import LoRALinear, LowRankLinear, Options
+from phicore.adapters.starts import start_pair
 from phicore.modules import matches, parts_meant, parts_of
 
 if TYPE_CHECKING:
