@@ -18,6 +18,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
+import phicore
 from phicore.training import TrainConfig, Trainer, checkpoint, shards
 from phicore.training.consolidate import consolidate
 from phicore.training.loss import causal_lm_loss
@@ -32,8 +33,14 @@ def trainer(output: Path, dropout: float = 0.0, model: nn.Module | None = None, 
     return Trainer(model or small_model(dropout), config, examples(), examples(7))
 
 
+def adapted_model() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        return phicore.attach(small_model(0.0), phicore.LoRAConfig(rank=2, target_modules=["head"]))
+
+
 def fit(output: Path, settings: dict[str, Any]) -> dict[str, Tensor]:
-    run = trainer(output, **settings)
+    run = trainer(output, model=adapted_model() if "lora_plus_ratio" in settings else None, **settings)
     run.fit()
     return {name: p.detach().clone() for name, p in run.parameters.items()}
 
