@@ -70,8 +70,13 @@ def hold_output(output: Path) -> Callable[[], None]:
             f"until it has ended"
         ) from error
     except (ImportError, OSError):  # not on Windows, nor on every network's file system
-        pass
-    return file.close
+        return file.close
+
+    def release() -> None:
+        fcntl.flock(file, fcntl.LOCK_UN)  # closed alone, processes that were forked since would hold it on
+        file.close()
+
+    return release
 
 
 def after_restart(config: TrainConfig) -> TrainConfig:
