@@ -132,11 +132,12 @@ def _has_ended(note: dict[str, Any]) -> bool:
     if note.get("machine") != _machine():
         return False
     try:
-        state = Path(f"/proc/{note['process']}/stat").read_text().rpartition(")")[2].split()[0]
+        # The system cuts a process's name anywhere, in a character too.
+        state = Path(f"/proc/{note['process']}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
         return state in "ZX"  # ended, and its parent has not looked yet
     except ProcessLookupError:  # it went as its file was read
         return True
-    except FileNotFoundError:
+    except OSError:  # no such file, or one of another user's process
         pass
     try:
         os.kill(note["process"], 0)
