@@ -10,7 +10,6 @@ answers that it has *read* it; then the memory may be written again. Neither mem
 with the processes, however these end.
 """
 
-import contextlib
 import functools
 import mmap
 import os
@@ -269,8 +268,7 @@ class SharedMemory:
 
     def _say(self, what: int) -> None:
         for peer in self.peers:
-            with contextlib.suppress(BrokenPipeError):  # it is gone: an error for who waits for it; it may be done
-                os.write(peer.outbox, bytes([what]))
+            os.write(peer.outbox, bytes([what]))
 
     def _wait(self, what: str, has_come: Callable[[Peer], bool]) -> None:
         start = time.monotonic()
@@ -327,7 +325,9 @@ def open_shared_memory(group: dist.ProcessGroup | None, block_bytes: int, total:
             for other, (_, process, memory, outboxes) in enumerate(offers):
                 maps.append(_map(process, memory, size))
                 if other != rank:
-                    outbox = os.open(f"/proc/{process}/fd/{outboxes[rank]}", os.O_WRONLY)
+                    # For reading too, as it is not: with a reader left, a write to a rank that has done its part and
+                    # gone is no SIGPIPE. Whoever waits for one that is gone is told by the pipe from it.
+                    outbox = os.open(f"/proc/{process}/fd/{outboxes[rank]}", os.O_RDWR)
                     peers.append(Peer(other, inboxes[other], outbox))
         except OSError:  # processes of another user, or hidden ones
             works = False

@@ -3,6 +3,7 @@ makes ranks do without it."""
 
 import os
 import random
+import signal
 import sys
 import time
 from pathlib import Path
@@ -174,6 +175,25 @@ def counted_as_its_own() -> tuple[int, int]:
 def test_a_process_counts_only_its_own_blocks(ranks):
     for bytes_held, block_bytes in ranks(3)(counted_as_its_own):
         assert bytes_held <= 1.05 * shared_memory.BLOCKS * block_bytes
+
+
+def outlived() -> bool:
+    """An answer to ranks that are done and have let go of their memory, where SIGPIPE ends a process, as programs ask
+    that print into pipes."""
+    before = signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    memory = opened()
+    finish = memory.reduce(torch.ones(16 * dist.get_world_size()), torch.float32)
+    if dist.get_rank() == 0:
+        time.sleep(0.5)
+    correct = bool((finish() == dist.get_world_size()).all())
+    del finish, memory
+    dist.barrier()
+    signal.signal(signal.SIGPIPE, before)
+    return correct
+
+
+def test_ranks_that_are_done_may_go(ranks):
+    assert all(ranks(3)(outlived))
 
 
 def alone(case: str) -> str:
