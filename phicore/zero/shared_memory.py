@@ -15,6 +15,7 @@ import mmap
 import os
 import select
 import time
+import uuid
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -309,12 +310,13 @@ def open_shared_memory(group: dist.ProcessGroup | None, block_bytes: int, total:
         if (host := _host()) is not None:
             lent.append(memory := os.memfd_create("phicore"))
             os.ftruncate(memory, size)
+            os.pwrite(memory, mark := f"{rank} {uuid.uuid4().hex}".encode(), 0)
             outboxes = {}
             for other in range(world_size):
                 if other != rank:
                     inboxes[other], outboxes[other] = os.pipe()
                     lent.append(outboxes[other])
-            offer = (host, os.getpid(), memory, outboxes)
+            offer = (host, os.getpid(), memory, mark, outboxes)
     except OSError:  # too many open files, say
         pass
     offers = _all(offer, group)
@@ -322,14 +324,14 @@ def open_shared_memory(group: dist.ProcessGroup | None, block_bytes: int, total:
     works = None not in offers and len({host for host, *_ in offers}) == 1
     if works:
         try:
-            for other, (_, process, memory, outboxes) in enumerate(offers):
-                maps.append(_map(process, memory, size))
+            for other, (_, process, memory, mark, outboxes) in enumerate(offers):
+                maps.append(_map(process, memory, size, mark))
                 if other != rank:
                     # For reading too, as it is not: with a reader left, a write to a rank that has done its part and
                     # gone is no SIGPIPE. Whoever waits for one that is gone is told by the pipe from it.
                     outbox = os.open(f"/proc/{process}/fd/{outboxes[rank]}", os.O_RDWR)
                     peers.append(Peer(other, inboxes[other], outbox))
-        except OSError:  # processes of another user, or hidden ones
+        except OSError:  # processes of another user, or hidden ones, or others of the same number
             works = False
     works = all(_all(works, group))
     _close(lent)
@@ -346,9 +348,13 @@ def _host() -> str | None:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
 
 
-def _map(process: int, descriptor: int, size: int) -> mmap.mmap:
+def _map(process: int, descriptor: int, size: int, mark: bytes) -> mmap.mmap:
+    """A process's memory, which begins with a mark. Copies of one virtual machine, or a /proc of other processes than
+    one's own, have something else under the same numbers."""
     opened = os.open(f"/proc/{process}/fd/{descriptor}", os.O_RDWR)
     try:
+        if os.pread(opened, len(mark), 0) != mark:
+            raise OSError(f"process {process} has no such memory here")
         return mmap.mmap(opened, size)
     finally:
         os.close(opened)
