@@ -10,6 +10,7 @@ answers that it has *read* it; then the memory may be written again. Neither mem
 with the processes, however these end.
 """
 
+import contextlib
 import functools
 import mmap
 import os
@@ -18,7 +19,7 @@ import time
 import uuid
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,9 @@ from torch import Tensor
 
 BLOCKS = 4  # one is filled, two are on their way, and one has not been read by the slowest rank
 LENT = 2  # that are filled at once at most: the others are for buckets that were collected elsewhere
-STAGED, READ = 254, 255  # bytes that are not the number of a block
+TOLD = ("gradients", "flags", "parameters")  # what ranks tell of; a byte is BLOCKS * its place here + the block
+GRADIENTS, FLAGS, PARAMETERS = range(3)
+READ = 255  # the byte that says so
 SWITCH = "PHICORE_SHARED_MEMORY"  # in the environment; 0 turns it off
 
 Total = Callable[[Sequence[Tensor], torch.dtype], Tensor]
@@ -75,8 +78,9 @@ class SharedMemory:
         timeout: tells the seconds that another rank may take now.
 
     Raises:
-        torch.distributed.DistNetworkError: from any method that waits: another rank has gone, or does not come within
-            the timeout.
+        torch.distributed.DistNetworkError: from any method: another rank has gone, or does not come within the timeout;
+            or an exchange has ended in an error before.
+        RuntimeError: from any method that waits: another rank exchanges something else.
     """
 
     def __init__(
@@ -101,13 +105,15 @@ class SharedMemory:
         for inbox in self._by_inbox:
             os.set_blocking(inbox, False)
             self._poll.register(inbox, select.POLLIN)
-        weakref.finalize(self, _close, [end for peer in peers for end in (peer.inbox, peer.outbox)])
+        self._close = weakref.finalize(self, _close, [end for peer in peers for end in (peer.inbox, peer.outbox)])
+        self._failure = ""  # what the last exchange ended in
 
     def take(self, like: Tensor) -> Tensor | None:
         """A block to fill and to `reduce`, [n] in the dtype of a tensor [n], or None where there is none now."""
         if like.nbytes > self.block_bytes or len(self._lent) >= LENT or self._batch:
             return None
-        self._hear(0)
+        with self._exchange():
+            self._hear(0)
         block = self._free_block()
         if block is None:
             return None
@@ -121,23 +127,24 @@ class SharedMemory:
     def reduce(self, full: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
         """Starts a sum over ranks of full [W * shard], which fits into a block; what it returns waits for this rank's
         shard of it, [shard] in dtype."""
-        if self._batch:
-            self._take_batch()
-        block = self._block_of(full)
-        if block is None:
-            block = self._wait_for_block()
-            own = self._at(self.rank, block * self.block_bytes, full).copy_(full)
-        else:
-            own = full
-            self._lent.discard(block)
-        self._tell(block)
-        self._last_use[block] = self._told
-        started = _Sum(own, dtype)
-        self._sums.append(started)
+        with self._exchange():
+            if self._batch:
+                self._take_batch()
+            block = self._block_of(full)
+            if block is None:
+                block = self._wait_for_block()
+                own = self._at(self.rank, block * self.block_bytes, full).copy_(full)
+            else:
+                own = full
+                self._lent.discard(block)
+            self._tell(GRADIENTS, block)
+            started = _Sum(own, dtype)
+            self._sums.append(started)
 
         def finish() -> Tensor:
-            while started.total is None:
-                self._take_sum()
+            with self._exchange():
+                while started.total is None:
+                    self._take_sum()
             return started.total
 
         return finish
@@ -146,46 +153,69 @@ class SharedMemory:
         """Starts to bring all shards to full [W * shard], which fits into a block and has this rank's in its place;
         what it returns waits for them."""
         shard = self._shards(full)[self.rank]
-        start = self._batch[-1][1] + self._shards(self._batch[-1][0])[0].nbytes if self._batch else 0
-        if start + shard.nbytes > len(self.memory[self.rank]):
-            self._take_batch()
-            start = 0
-        if not self._batch:
-            self._wait_until_all_is_read()
-        self._at(self.rank, start, shard).copy_(shard)
-        self._batch.append((full, start))
-        batch = self._batch
+        with self._exchange():
+            start = self._batch[-1][1] + self._shards(self._batch[-1][0])[0].nbytes if self._batch else 0
+            if start + shard.nbytes > len(self.memory[self.rank]):
+                self._take_batch()
+                start = 0
+            if not self._batch:
+                self._wait_until_all_is_read()
+            self._at(self.rank, start, shard).copy_(shard)
+            self._batch.append((full, start))
+            batch = self._batch
 
         def finish() -> None:
-            if batch is self._batch:
-                self._take_batch()
+            with self._exchange():
+                if batch is self._batch:
+                    self._take_batch()
 
         return finish
 
     def maximum(self, values: Tensor) -> Tensor:
         """The greatest of all ranks' values [n], one by one, which fit into a block; waits for them."""
-        if self._batch:
-            self._take_batch()
-        block = self._wait_for_block()
-        self._at(self.rank, block * self.block_bytes, values).copy_(values)
-        self._tell(block)
-        self._last_use[block] = self._told
-        while self._sums:  # they were told of before
-            self._take_sum()
-        self._wait("flags", lambda peer: bool(peer.told))
-        found = values.clone()
-        for peer in self.peers:
-            theirs = self._at(peer.rank, peer.told.popleft() * self.block_bytes, values)
-            torch.maximum(found, theirs, out=found)
-        self._answer()
+        with self._exchange():
+            if self._batch:
+                self._take_batch()
+            block = self._wait_for_block()
+            self._at(self.rank, block * self.block_bytes, values).copy_(values)
+            self._tell(FLAGS, block)
+            while self._sums:  # they were told of before
+                self._take_sum()
+            found = values.clone()
+            for rank, theirs in self._take_told(FLAGS).items():
+                torch.maximum(found, self._at(rank, theirs * self.block_bytes, values), out=found)
+            self._answer()
         return found
+
+    @contextlib.contextmanager
+    def _exchange(self) -> Iterator[None]:
+        """An exchange that ends in an error, of another rank or a KeyboardInterrupt here, is the last. This rank does
+        not know how far it came, so another attempt could take one thing for another."""
+        if self._failure:
+            raise dist.DistNetworkError(f"no exchange can follow one that failed ({self._failure}); start again")
+        try:
+            yield
+        except BaseException as error:
+            self._failure = f"{type(error).__name__}: {error}"
+            self._close()  # the others need not wait for this rank
+            raise
 
     # What has been told
 
+    def _take_told(self, what: int) -> dict[int, int]:
+        """The blocks that the others tell of next, by rank; waits for them."""
+        self._wait(TOLD[what], lambda peer: bool(peer.told))
+        for peer in self.peers:
+            if (theirs := peer.told[0] // BLOCKS) != what:
+                raise RuntimeError(
+                    f"rank {peer.rank} exchanges {TOLD[theirs]} while rank {self.rank} exchanges {TOLD[what]}; all "
+                    f"ranks must call backward and the optimizer's methods in the same order"
+                )
+        return {peer.rank: peer.told.popleft() % BLOCKS for peer in self.peers}
+
     def _take_sum(self) -> None:
-        self._wait("gradients", lambda peer: bool(peer.told))
+        blocks = self._take_told(GRADIENTS)
         started = self._sums.popleft()
-        blocks = {peer.rank: peer.told.popleft() for peer in self.peers}
         parts = [
             self._shards(started.own)[rank] if rank == self.rank else self._part(rank, blocks[rank], started.own)
             for rank in range(len(self.memory))
@@ -196,11 +226,9 @@ class SharedMemory:
         self._answer()
 
     def _take_batch(self) -> None:
-        self._tell(STAGED)
+        self._tell(PARAMETERS)
         self._last_use = [self._told] * BLOCKS
-        self._wait("parameters", lambda peer: bool(peer.told))
-        for peer in self.peers:
-            peer.told.popleft()
+        self._take_told(PARAMETERS)
         # Each rank begins with another one, so that they do not all read the same memory.
         for peer in sorted(self.peers, key=lambda peer: (peer.rank - self.rank) % len(self.memory)):
             for full, start in self._batch:
@@ -259,9 +287,10 @@ class SharedMemory:
 
     # Pipes
 
-    def _tell(self, what: int) -> None:
+    def _tell(self, what: int, block: int = 0) -> None:
         self._told += 1
-        self._say(what)
+        self._last_use[block] = self._told
+        self._say(BLOCKS * what + block)
 
     def _answer(self) -> None:
         self._read += 1

@@ -238,3 +238,50 @@ def test_who_waits_is_told_for_whom(ranks):
         assert "waited 1 s for gradients from rank 2" in text
     for text in ranks(3)(alone, "gone")[:-1]:
         assert "rank 2 closed the connection" in text
+
+
+def failed(case: str) -> list[str]:
+    """Errors of a backward pass and step of which rank 0 does not wait for the end, and of the next ones."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    optimizer = phicore.ZeroOptimizer(model.named_parameters(), torch.optim.SGD, lr=0.1, bucket_bytes=300)
+    memory = optimizer._reducer.collectives(torch.device("cpu")).memory
+    if dist.get_rank() == 0:  # who waits asks for the timeout
+        memory.timeout = mock.Mock(return_value=0.5, side_effect=KeyboardInterrupt if case == "interrupted" else None)
+    else:
+        time.sleep(2)
+    told = []
+    for _ in range(3):
+        try:
+            model(torch.ones(2, 8)).sum().backward()
+            optimizer.step()
+        except (RuntimeError, KeyboardInterrupt) as error:
+            told.append(f"{type(error).__name__}: {error}")
+        else:
+            told.append("a step")
+    dist.barrier()
+    return told
+
+
+@pytest.mark.parametrize("case", ["late", "interrupted"])
+def test_an_exchange_that_fails_is_the_last(ranks, case):
+    """Tried again, it could take one thing for another: what it had told of, it would tell of twice."""
+    for rank, (first, *later) in enumerate(ranks(2)(failed, case)):
+        assert ("rank 0 closed the connection" if rank == 1 else "0.5 s" if case == "late" else "KeyboardInt") in first
+        assert all(text.startswith("DistNetworkError: no exchange can follow one that failed") for text in later)
+
+
+def with_a_call_of_one_rank() -> str:
+    model = nn.Linear(8, 8)
+    optimizer = phicore.ZeroOptimizer(model.named_parameters(), torch.optim.SGD, stage=1, lr=0.1)
+    model(torch.ones(2, 8)).sum().backward()
+    if dist.get_rank() == 0:
+        optimizer.finish_reduction()
+    with pytest.raises(RuntimeError, match="in the same order") as caught:
+        optimizer.step()
+    return str(caught.value)
+
+
+def test_ranks_that_exchange_different_things_are_told(ranks):
+    first, second = ranks(2)(with_a_call_of_one_rank)
+    assert first.startswith("rank 1 exchanges parameters while rank 0 exchanges flags")
+    assert second.startswith("rank 0 exchanges flags while rank 1 exchanges parameters")
