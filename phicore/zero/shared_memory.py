@@ -74,6 +74,7 @@ class SharedMemory:
         maps: the memory of each rank, BLOCKS * bytes of a block, whole pages; this rank writes to its own.
         rank: this one.
         peers: the others.
+        names: what messages call each rank: its number among those of all groups.
         total: sums parts of all ranks, in a dtype.
         timeout: tells the seconds that another rank may take now.
 
@@ -88,10 +89,11 @@ class SharedMemory:
         maps: Sequence[mmap.mmap],
         rank: int,
         peers: Sequence[Peer],
+        names: Sequence[int],
         total: Total,
         timeout: Callable[[], float],
     ) -> None:
-        self.rank, self.peers, self.total, self.timeout = rank, peers, total, timeout
+        self.rank, self.peers, self.names, self.total, self.timeout = rank, peers, names, total, timeout
         self.maps, self.memory = maps, [torch.frombuffer(memory, dtype=torch.uint8) for memory in maps]
         self.block_bytes = len(maps[rank]) // BLOCKS
         self._told = 0  # how often this rank has told of something
@@ -208,8 +210,8 @@ class SharedMemory:
         for peer in self.peers:
             if (theirs := peer.told[0] // BLOCKS) != what:
                 raise RuntimeError(
-                    f"rank {peer.rank} exchanges {TOLD[theirs]} while rank {self.rank} exchanges {TOLD[what]}; all "
-                    f"ranks must call backward and the optimizer's methods in the same order"
+                    f"{self._ranks([peer])} exchanges {TOLD[theirs]} while rank {self.names[self.rank]} exchanges "
+                    f"{TOLD[what]}; all ranks must call backward and the optimizer's methods in the same order"
                 )
         return {peer.rank: peer.told.popleft() % BLOCKS for peer in self.peers}
 
@@ -301,16 +303,18 @@ class SharedMemory:
             os.write(peer.outbox, bytes([what]))
 
     def _wait(self, what: str, has_come: Callable[[Peer], bool]) -> None:
-        start = time.monotonic()
+        start, own = time.monotonic(), f"rank {self.names[self.rank]}"
         while missing := [peer for peer in self.peers if not has_come(peer)]:
-            if gone := [peer.rank for peer in missing if peer.gone]:
-                raise dist.DistNetworkError(f"{_ranks(gone)} closed the connection; rank {self.rank} waits for {what}")
+            if gone := [peer for peer in missing if peer.gone]:
+                raise dist.DistNetworkError(f"{self._ranks(gone)} closed the connection; {own} waits for {what}")
             timeout = self.timeout()
             left = start + timeout - time.monotonic()
             if left <= 0:
-                late = _ranks([peer.rank for peer in missing])
-                raise dist.DistNetworkError(f"rank {self.rank} waited {timeout:g} s for {what} from {late}")
+                raise dist.DistNetworkError(f"{own} waited {timeout:g} s for {what} from {self._ranks(missing)}")
             self._hear(min(left, 3600))
+
+    def _ranks(self, peers: Sequence[Peer]) -> str:
+        return f"rank{'s' * (len(peers) > 1)} {', '.join(str(self.names[peer.rank]) for peer in peers)}"
 
     def _hear(self, seconds: float) -> None:
         """Reads what the others say, waiting for the first of it at most so long."""
@@ -367,7 +371,8 @@ def open_shared_memory(group: dist.ProcessGroup | None, block_bytes: int, total:
     if not works:
         _close([*inboxes.values(), *(peer.outbox for peer in peers)])
         return None
-    return SharedMemory(maps, rank, peers, total, functools.partial(_timeout, group))
+    names = dist.get_process_group_ranks(group)
+    return SharedMemory(maps, rank, peers, names, total, functools.partial(_timeout, group))
 
 
 def _host() -> str | None:
@@ -398,14 +403,11 @@ def _all(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
 def _timeout(group: dist.ProcessGroup | None) -> float:
     """Seconds that the group's collectives wait, as it is set now."""
     found = dist.group.WORLD if group is None else group
-    assert found is not None
+    if found is None:
+        raise RuntimeError("the process group has been destroyed, and an optimizer made in it waits for other ranks")
     return found._get_backend(torch.device("cpu")).options._timeout.total_seconds()
 
 
 def _close(descriptors: Iterable[int]) -> None:
     for descriptor in descriptors:
         os.close(descriptor)
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"

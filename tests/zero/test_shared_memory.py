@@ -240,6 +240,27 @@ def test_who_waits_is_told_for_whom(ranks):
         assert "rank 2 closed the connection" in text
 
 
+def in_second_pair() -> str:
+    pair = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])][dist.get_rank() // 2]
+    memory = open_shared_memory(pair, BLOCK, total)
+    assert memory is not None
+    if dist.get_rank() % 2:
+        return ""
+    with pytest.raises(dist.DistNetworkError) as caught:
+        memory.maximum(torch.ones(1))
+    return str(caught.value)
+
+
+def test_ranks_of_a_group_are_named_as_among_all(ranks):
+    found = ranks(4)(in_second_pair)
+    assert found[2] == "rank 3 closed the connection; rank 2 waits for flags"
+
+
+def test_who_waits_without_a_process_group_is_told():
+    with pytest.raises(RuntimeError, match="the process group has been destroyed"):
+        shared_memory._timeout(None)
+
+
 def failed(case: str) -> list[str]:
     """Errors of a backward pass and step of which rank 0 does not wait for the end, and of the next ones."""
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
