@@ -285,7 +285,8 @@ class SharedMemory:
     def _let_go(self, rank: int, start: int, size: int) -> None:
         """Unmaps pages of another rank that have been read, until they are again: each process would count them as its
         own memory, as often as there are ranks."""
-        self.maps[rank].madvise(mmap.MADV_DONTNEED, start, size)
+        with contextlib.suppress(OSError):  # a process that locks its memory (mlockall) keeps it
+            self.maps[rank].madvise(mmap.MADV_DONTNEED, start, size)
 
     # Pipes
 

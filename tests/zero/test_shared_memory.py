@@ -1,6 +1,7 @@
 """Memory that ranks share as their wire: any order of use against sums by hand, ranks that are late or go, and what
 makes ranks do without it."""
 
+import ctypes
 import os
 import random
 import signal
@@ -193,6 +194,20 @@ def counted_as_its_own() -> tuple[int, int]:
 def test_a_process_counts_only_its_own_blocks(ranks):
     for bytes_held, block_bytes in ranks(3)(counted_as_its_own):
         assert bytes_held <= 1.05 * shared_memory.BLOCKS * block_bytes
+
+
+def locked() -> bool:
+    memory = opened()
+    libc = ctypes.CDLL(None)
+    locks = [libc.mlock(ctypes.c_void_p(m.data_ptr()), ctypes.c_size_t(len(m))) for m in memory.memory]
+    if any(locks):
+        return True  # this user may lock none
+    return bool((memory.reduce(torch.ones(32), torch.float32)() == dist.get_world_size()).all())
+
+
+def test_memory_may_be_locked(ranks):
+    """By mlockall, as programs ask whose memory is read by other hardware."""
+    assert all(ranks(2)(locked))
 
 
 def outlived() -> bool:
