@@ -341,7 +341,7 @@ def open_shared_memory(group: dist.ProcessGroup | None, block_bytes: int, total:
     lent: list[int] = []  # descriptors that the others open, and nobody needs after that
     offer = None
     try:
-        if (host := _host()) is not None:
+        if os.environ.get(SWITCH) != "0" and hasattr(os, "memfd_create"):
             lent.append(memory := os.memfd_create("phicore"))
             os.ftruncate(memory, size)
             os.pwrite(memory, mark := f"{rank} {uuid.uuid4().hex}".encode(), 0)
@@ -350,19 +350,19 @@ def open_shared_memory(group: dist.ProcessGroup | None, block_bytes: int, total:
                 if other != rank:
                     inboxes[other], outboxes[other] = os.pipe()
                     lent.append(outboxes[other])
-            offer = (host, os.getpid(), memory, mark, outboxes)
+            offer = (processes_known_here(), os.getpid(), memory, mark, outboxes)
     except OSError:  # too many open files, say
         pass
     offers = _all(offer, group)
     peers, maps = [], []
-    works = None not in offers and len({host for host, *_ in offers}) == 1
+    works = None not in offers and len({known for known, *_ in offers}) == 1
     if works:
         try:
             for other, (_, process, memory, mark, outboxes) in enumerate(offers):
                 maps.append(_map(process, memory, size, mark))
                 if other != rank:
-                    # For reading too, as it is not: with a reader left, a write to a rank that has done its part and
-                    # gone is no SIGPIPE. Whoever waits for one that is gone is told by the pipe from it.
+                    # Open for reading too: while somebody might read, a write to a rank that has done its part and
+                    # gone is no SIGPIPE. Who waits for one that is gone is told by the pipe from it.
                     outbox = os.open(f"/proc/{process}/fd/{outboxes[rank]}", os.O_RDWR)
                     peers.append(Peer(other, inboxes[other], outbox))
         except OSError:  # processes of another user, or hidden ones, or others of the same number
@@ -376,10 +376,12 @@ def open_shared_memory(group: dist.ProcessGroup | None, block_bytes: int, total:
     return SharedMemory(maps, rank, peers, names, total, functools.partial(_timeout, group))
 
 
-def _host() -> str | None:
-    """The same for processes that know each other by number; None where this system shares no memory without names."""
-    if os.environ.get(SWITCH) == "0" or not hasattr(os, "memfd_create"):
-        return None
+def processes_known_here() -> str:
+    """The same for processes that know each other by number: those of one start of a Linux machine and one container.
+
+    Raises:
+        OSError: this is no Linux.
+    """
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
 
 

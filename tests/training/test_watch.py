@@ -93,13 +93,17 @@ def test_an_ended_process_is_told_from_one_elsewhere():
     ended.wait()
     assert watch._has_ended(note)
     assert not watch._has_ended(note | {"machine": "elsewhere"})
+    with mock.patch.object(Path, "read_text", return_value="another"):  # a start of a machine of the same name
+        elsewhere = note | {"machine": watch._machine()}
+    assert not watch._has_ended(elsewhere)
     assert not watch._has_ended(note | {"process": os.getpid()})
     assert not watch._has_ended({})
-    with mock.patch.object(Path, "read_text", side_effect=ProcessLookupError):  # reaped between opening and reading
-        assert watch._has_ended(note)
-    with mock.patch.object(Path, "read_text", side_effect=PermissionError):  # hidden from this user
-        assert watch._has_ended(note)
-        assert not watch._has_ended(note | {"process": os.getpid()})
+    with mock.patch.object(watch, "_machine", return_value=note["machine"]):
+        with mock.patch.object(Path, "read_text", side_effect=ProcessLookupError):  # reaped between opening and reading
+            assert watch._has_ended(note)
+        with mock.patch.object(Path, "read_text", side_effect=PermissionError):  # hidden from this user
+            assert watch._has_ended(note)
+            assert not watch._has_ended(note | {"process": os.getpid()})
 
 
 NAMED = """

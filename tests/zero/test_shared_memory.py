@@ -147,7 +147,7 @@ def without(case: str) -> tuple[bool, list[list[float]], int]:
     refuse = mock.Mock(side_effect=OSError("no"))
     patches = {
         "turned off": mock.patch.dict(os.environ, {SWITCH: "0"}),
-        "other host": mock.patch.object(shared_memory, "_host", return_value="elsewhere"),
+        "other host": mock.patch.object(shared_memory, "processes_known_here", return_value="elsewhere"),
         "no files": mock.patch.object(os, "memfd_create", refuse),
         "not allowed": mock.patch.object(shared_memory, "_map", refuse),
         "own memory": mock.patch.object(shared_memory, "_map", map_own),
