@@ -32,7 +32,7 @@ BLOCKS = 4  # one is filled, two are on their way, and one has not been read by 
 LENT = 2  # that are filled at once at most: the others are for buckets that were collected elsewhere
 TOLD = ("gradients", "flags", "parameters")  # what ranks tell of; a byte is BLOCKS * its place here + the block
 GRADIENTS, FLAGS, PARAMETERS = range(3)
-READ = 255  # the byte that says so
+READ = 255  # the byte that answers, once it has been read
 SWITCH = "PHICORE_SHARED_MEMORY"  # in the environment; 0 turns it off
 
 Total = Callable[[Sequence[Tensor], torch.dtype], Tensor]
