@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -46,7 +47,8 @@ def save_checkpoint(
     random: str | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Path:
-    """Writes a checkpoint and then removes the oldest beyond `keep`; every rank must call it at the same point.
+    """Writes a checkpoint and then removes the oldest beyond `keep`, with a warning of one that it cannot remove; every
+    rank must call it at the same point.
 
     Args:
         directory: of all checkpoints of the run, on a file system that all ranks share.
@@ -102,12 +104,13 @@ def _publish(stack: ExitStack, new: Path, state: Mapping[str, Any], keep: int) -
     stack.close()
     atomic.write_text(directory / LATEST, name + "\n")
     # Not beyond this one: after going back to an earlier checkpoint there are later ones, which will be written again.
-    for old in sorted(path for path in directory.glob("step-*") if path.name <= name)[:-keep]:
-        shutil.rmtree(old)
-    for leftover in directory.glob(".step-*"):  # of writes that were killed
-        shutil.rmtree(leftover)
-    for leftover in directory.glob(f".{LATEST}.*"):
-        leftover.unlink()
+    old = sorted(path for path in directory.glob("step-*") if path.name <= name)[:-keep]
+    # The others are left of writes that were killed.
+    for path in (*old, *directory.glob(".step-*"), *directory.glob(f".{LATEST}.*")):
+        try:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        except OSError as error:  # NFS keeps files that are open somewhere; the new checkpoint is saved all the same
+            warnings.warn(f"cannot remove {path}, which is not needed any more ({error}); remove it", stacklevel=2)
 
 
 def _digest_of_state(state: Mapping[str, Any]) -> str:

@@ -26,7 +26,7 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "linux":  # whose getrusage begins with the memory of the process that started this one
-        high = Path("/proc/self/status").read_text().partition("VmHWM:")[2]
+        high = Path("/proc/self/status").read_text(errors="replace").partition("VmHWM:")[2]  # its name may be cut
         if high:  # gVisor keeps none
             return int(high.split()[0]) * 1024
     if sys.platform == "win32":

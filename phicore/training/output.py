@@ -34,7 +34,8 @@ def _agent() -> str:
     """What tells torchrun's agent that started this process from all others."""
     parent, began = os.getppid(), ""
     with contextlib.suppress(OSError):  # Linux only
-        began = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
+        # The system cuts a process's name anywhere, in a character too.
+        began = Path(f"/proc/{parent}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
     return f"process {parent} of {began} on {socket.gethostname()}"
 
 
@@ -70,8 +71,13 @@ def hold_output(output: Path) -> Callable[[], None]:
             f"until it has ended"
         ) from error
     except (ImportError, OSError):  # not on Windows, nor on every network's file system
-        pass
-    return file.close
+        return file.close
+
+    def release() -> None:
+        fcntl.flock(file, fcntl.LOCK_UN)  # closed alone, processes that were forked since would hold it on
+        file.close()
+
+    return release
 
 
 def after_restart(config: TrainConfig) -> TrainConfig:

@@ -19,6 +19,7 @@ from typing import Any
 
 from phicore.training.distributed import on_first_rank, rank, start_of_ranks, world_size
 from phicore.training.lost import LostRankError, first_sentence, is_lost_connection
+from phicore.zero.shared_memory import processes_known_here
 
 GRACE = 3.0  # seconds in which ranks that wait for the same one note their failures
 PAUSE = 0.05  # seconds between looks
@@ -122,7 +123,7 @@ def _tell(other: int, note: dict[str, Any], silent: bool) -> str:
 def _machine() -> str:
     """Tells whether a process's number means the same process here."""
     try:
-        return f"{socket.gethostname()} {os.stat('/proc/self/ns/pid').st_ino}"
+        return processes_known_here()
     except OSError:
         return socket.gethostname()
 
@@ -132,11 +133,12 @@ def _has_ended(note: dict[str, Any]) -> bool:
     if note.get("machine") != _machine():
         return False
     try:
-        state = Path(f"/proc/{note['process']}/stat").read_text().rpartition(")")[2].split()[0]
+        # The system cuts a process's name anywhere, in a character too.
+        state = Path(f"/proc/{note['process']}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
         return state in "ZX"  # ended, and its parent has not looked yet
     except ProcessLookupError:  # it went as its file was read
         return True
-    except FileNotFoundError:
+    except OSError:  # no such file, or one of another user's process
         pass
     try:
         os.kill(note["process"], 0)

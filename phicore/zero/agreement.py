@@ -44,16 +44,18 @@ def check_same(lines: Sequence[str], problem: str | None, group: dist.ProcessGro
         group: the ranks.
 
     Raises:
-        ValueError: on every rank, naming the lowest rank with a problem or the first line that differs from rank 0's.
+        ValueError: on every rank, naming the lowest rank with a problem or the first line that differs from the first
+            rank's.
     """
     reference = [list(lines)]
     dist.broadcast_object_list(reference, group=group, group_src=0)
-    rank = dist.get_rank(group)
+    names = dist.get_process_group_ranks(group)  # their numbers among the ranks of all groups
+    rank = dist.get_rank()
     if problem is None:
         problem = next(
             (
-                f"rank {rank} has {ours or 'nothing more'} where rank 0 has {theirs or 'nothing more'}; give every "
-                f"rank the same parameters in the same order, with the same settings"
+                f"rank {rank} has {ours or 'nothing more'} where rank {names[0]} has {theirs or 'nothing more'}; give "
+                f"every rank the same parameters in the same order, with the same settings"
                 for ours, theirs in zip_longest(lines, reference[0])
                 if ours != theirs
             ),

@@ -185,10 +185,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 f"clip or scale use this optimizer's clip_grad_norm_ and scale_gradients_"
             )
         distributed = dist.is_available() and dist.is_initialized()
-        if distributed and (now := dist.get_world_size(self.process_group)) != self.world_size:
+        if (now := dist.get_world_size(self.process_group) if distributed else 1) != self.world_size:
             raise RuntimeError(
                 f"this optimizer was made for {self.world_size} ranks and there are {now}; make it after "
-                f"init_process_group"
+                f"init_process_group, and use it before destroy_process_group"
             )
         if not (self._has_changed() or self._reducer.changed):
             return

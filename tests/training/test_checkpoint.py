@@ -1,5 +1,6 @@
 """Checkpoints: what goes in comes back, damage is named, and a kill at any moment leaves a run that loads."""
 
+import errno
 import functools
 import json
 import os
@@ -10,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -90,6 +92,20 @@ def test_the_newest_stay(tmp_path: Path, keep: int) -> None:
     kept = [5, 9, 10, 100, 99_999_999][-keep:]
     assert names(tmp_path) == ["latest", *(f"step-{step:08d}" for step in kept)]
     assert assert_whole(latest(tmp_path)) == kept[-1]
+
+
+def test_an_old_one_that_cannot_be_removed_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS keeps the files of a directory that are open somewhere."""
+    save(tmp_path, 1, keep=1)
+    with monkeypatch.context() as held:
+        held.setattr(shutil, "rmtree", mock.Mock(side_effect=OSError(errno.ENOTEMPTY, "Directory not empty")))
+        with pytest.warns(UserWarning, match=r"cannot remove .*/step-00000001, .* Directory not empty"):
+            save(tmp_path, 2, keep=1)
+    assert assert_whole(latest(tmp_path)) == 2
+    save(tmp_path, 3, keep=1)
+    assert names(tmp_path) == ["latest", "step-00000003"]
 
 
 @pytest.mark.parametrize("keep", [1, 2])

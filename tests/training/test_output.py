@@ -1,5 +1,6 @@
 """Whose run an output holds, after a restart by torchrun too, and that only one is at work there."""
 
+import multiprocessing
 import os
 import shutil
 import time
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from phicore.training import TrainConfig, checkpoint
-from phicore.training.output import after_restart, launch, prepare_output
+from phicore.training.output import after_restart, hold_output, launch, prepare_output
 from tests.training.small_disk import small_disk
 from tests.training.small_run import assert_same_run, process, small_trainer
 
@@ -103,6 +104,21 @@ def test_two_runs_are_not_at_work_in_one_output(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="seed: 0 then, 7 now"):
         small_trainer(tmp_path / "run", resume=True, seed=7).fit()
     small_trainer(tmp_path / "run", resume=True).fit()  # so has one that was refused
+
+
+def test_an_output_that_is_given_back_is_free(tmp_path: Path) -> None:
+    """Also while a process lives that was forked meanwhile, as a DataLoader's workers are."""
+    release = hold_output(tmp_path)
+    forked = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    forked.start()
+    try:
+        with pytest.raises(FileExistsError):
+            hold_output(tmp_path)
+        release()
+        hold_output(tmp_path)()
+    finally:
+        forked.kill()
+        forked.join()
 
 
 def overwrite(output: Path) -> None:

@@ -93,10 +93,37 @@ def test_an_ended_process_is_told_from_one_elsewhere():
     ended.wait()
     assert watch._has_ended(note)
     assert not watch._has_ended(note | {"machine": "elsewhere"})
+    with mock.patch.object(Path, "read_text", return_value="another"):  # a start of a machine of the same name
+        elsewhere = note | {"machine": watch._machine()}
+    assert not watch._has_ended(elsewhere)
     assert not watch._has_ended(note | {"process": os.getpid()})
     assert not watch._has_ended({})
-    with mock.patch.object(Path, "read_text", side_effect=ProcessLookupError):  # reaped between opening and reading
-        assert watch._has_ended(note)
+    with mock.patch.object(watch, "_machine", return_value=note["machine"]):
+        with mock.patch.object(Path, "read_text", side_effect=ProcessLookupError):  # reaped between opening and reading
+            assert watch._has_ended(note)
+        with mock.patch.object(Path, "read_text", side_effect=PermissionError):  # hidden from this user
+            assert watch._has_ended(note)
+            assert not watch._has_ended(note | {"process": os.getpid()})
+
+
+NAMED = """
+import ctypes, os, sys, torch
+from phicore.training import metrics, output, watch
+ctypes.CDLL(None).prctl(15, "éééééééé".encode())  # PR_SET_NAME keeps 15 bytes, seven characters and a half
+assert metrics.peak_memory_bytes(torch.device("cpu")) > 0
+if os.fork():
+    assert os.waitstatus_to_exitcode(os.wait()[1]) == 0
+else:
+    assert not watch._has_ended({"process": os.getppid(), "machine": watch._machine()})
+    print(output._agent())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells processes by files")
+def test_a_process_may_have_any_name():
+    ended = subprocess.run([sys.executable, "-c", NAMED], text=True, capture_output=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert "of  on" not in ended.stdout
 
 
 def test_which_errors_are_of_a_lost_connection():

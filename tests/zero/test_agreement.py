@@ -63,6 +63,23 @@ def unnamed(model: Net) -> None:
     make(model.parameters())
 
 
+def in_second_pair() -> str:
+    pair = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])][dist.get_rank() // 2]
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        make(Net().named_parameters(), lr=1 + dist.get_rank() % 2, process_group=pair)
+    return str(error.value)
+
+
+def test_ranks_of_a_group_are_named_as_among_all(ranks):
+    found = ranks(4)(in_second_pair)
+    for error in found[:2]:
+        assert error.startswith("rank 1 has")
+        assert "where rank 0 has" in error
+    for error in found[2:]:
+        assert error.startswith("rank 3 has")
+        assert "where rank 2 has" in error
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

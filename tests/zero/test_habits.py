@@ -332,6 +332,25 @@ def test_an_optimizer_that_is_older_than_the_process_group_is_named():
         optimizer.step()
 
 
+def in_a_group_that_is_gone() -> str:
+    named = parameters((3,))
+    optimizer = sgd(named)
+    named["a"].sum().backward()
+    with (
+        mock.patch.object(dist, "is_initialized", return_value=False),
+        pytest.raises(RuntimeError) as error,
+    ):
+        optimizer.step()
+    optimizer.step()
+    return str(error.value)
+
+
+def test_an_optimizer_that_outlives_its_process_group_is_named(ranks):
+    for error in ranks(2)(in_a_group_that_is_gone):
+        assert error.startswith("this optimizer was made for 2 ranks and there are 1;")
+        assert error.endswith("use it before destroy_process_group")
+
+
 # ===== arguments =====
 
 

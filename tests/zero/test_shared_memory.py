@@ -1,9 +1,12 @@
 """Memory that ranks share as their wire: any order of use against sums by hand, ranks that are late or go, and what
 makes ranks do without it."""
 
+import ctypes
 import os
 import random
+import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 from unittest import mock
@@ -122,6 +125,21 @@ def test_it_grows_with_the_buckets_and_leaves_no_file_open(ranks):
         assert small < 40_000 < large
 
 
+def map_own(process: int, descriptor: int, *more: object, map_=shared_memory._map):
+    """What another's numbers mean in a copy of a virtual machine."""
+    own = min(int(fd) for fd in os.listdir("/proc/self/fd") if is_lent_memory(f"/proc/self/fd/{fd}"))
+    return map_(os.getpid(), own, *more)  # maps that are there already have later ones
+
+
+def is_lent_memory(path: str) -> bool:
+    return os.path.lexists(path) and os.readlink(path).startswith("/memfd:phicore")
+
+
+def map_small_file(process: int, descriptor: int, *more: object, map_=shared_memory._map):
+    with tempfile.TemporaryFile() as file:
+        return map_(os.getpid(), file.fileno(), *more)
+
+
 def without(case: str) -> tuple[bool, list[list[float]], int]:
     """Whether there is shared memory, a step's result, and files left open."""
     before = len(os.listdir("/proc/self/fd"))
@@ -129,9 +147,11 @@ def without(case: str) -> tuple[bool, list[list[float]], int]:
     refuse = mock.Mock(side_effect=OSError("no"))
     patches = {
         "turned off": mock.patch.dict(os.environ, {SWITCH: "0"}),
-        "other host": mock.patch.object(shared_memory, "_host", return_value="elsewhere"),
+        "other host": mock.patch.object(shared_memory, "processes_known_here", return_value="elsewhere"),
         "no files": mock.patch.object(os, "memfd_create", refuse),
         "not allowed": mock.patch.object(shared_memory, "_map", refuse),
+        "own memory": mock.patch.object(shared_memory, "_map", map_own),
+        "small file": mock.patch.object(shared_memory, "_map", map_small_file),
     }
     with patches[case] if last else mock.patch.dict(os.environ):
         model = nn.Linear(3, 2)
@@ -142,7 +162,7 @@ def without(case: str) -> tuple[bool, list[list[float]], int]:
     return shared, model.weight.tolist(), len(os.listdir("/proc/self/fd")) - before
 
 
-@pytest.mark.parametrize("case", ["turned off", "other host", "no files", "not allowed"])
+@pytest.mark.parametrize("case", ["turned off", "other host", "no files", "not allowed", "own memory", "small file"])
 def test_where_one_rank_cannot_all_use_sockets(ranks, case):
     found = ranks(3)(without, case)
     torch.manual_seed(0)
@@ -176,6 +196,39 @@ def test_a_process_counts_only_its_own_blocks(ranks):
         assert bytes_held <= 1.05 * shared_memory.BLOCKS * block_bytes
 
 
+def locked() -> bool:
+    memory = opened()
+    libc = ctypes.CDLL(None)
+    locks = [libc.mlock(ctypes.c_void_p(m.data_ptr()), ctypes.c_size_t(len(m))) for m in memory.memory]
+    if any(locks):
+        return True  # this user may lock none
+    return bool((memory.reduce(torch.ones(32), torch.float32)() == dist.get_world_size()).all())
+
+
+def test_memory_may_be_locked(ranks):
+    """By mlockall, as programs ask whose memory is read by other hardware."""
+    assert all(ranks(2)(locked))
+
+
+def outlived() -> bool:
+    """An answer to ranks that are done and have let go of their memory, where SIGPIPE ends a process, as programs ask
+    that print into pipes."""
+    before = signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    memory = opened()
+    finish = memory.reduce(torch.ones(16 * dist.get_world_size()), torch.float32)
+    if dist.get_rank() == 0:
+        time.sleep(0.5)
+    correct = bool((finish() == dist.get_world_size()).all())
+    del finish, memory
+    dist.barrier()
+    signal.signal(signal.SIGPIPE, before)
+    return correct
+
+
+def test_ranks_that_are_done_may_go(ranks):
+    assert all(ranks(3)(outlived))
+
+
 def alone(case: str) -> str:
     """What the others are told when the last rank does not come, or goes."""
     memory = opened()
@@ -200,3 +253,71 @@ def test_who_waits_is_told_for_whom(ranks):
         assert "waited 1 s for gradients from rank 2" in text
     for text in ranks(3)(alone, "gone")[:-1]:
         assert "rank 2 closed the connection" in text
+
+
+def in_second_pair() -> str:
+    pair = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])][dist.get_rank() // 2]
+    memory = open_shared_memory(pair, BLOCK, total)
+    assert memory is not None
+    if dist.get_rank() % 2:
+        return ""
+    with pytest.raises(dist.DistNetworkError) as caught:
+        memory.maximum(torch.ones(1))
+    return str(caught.value)
+
+
+def test_ranks_of_a_group_are_named_as_among_all(ranks):
+    found = ranks(4)(in_second_pair)
+    assert found[2] == "rank 3 closed the connection; rank 2 waits for flags"
+
+
+def test_who_waits_without_a_process_group_is_told():
+    with pytest.raises(RuntimeError, match="the process group has been destroyed"):
+        shared_memory._timeout(None)
+
+
+def failed(case: str) -> list[str]:
+    """Errors of a backward pass and step of which rank 0 does not wait for the end, and of the next ones."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    optimizer = phicore.ZeroOptimizer(model.named_parameters(), torch.optim.SGD, lr=0.1, bucket_bytes=300)
+    memory = optimizer._reducer.collectives(torch.device("cpu")).memory
+    if dist.get_rank() == 0:  # who waits asks for the timeout
+        memory.timeout = mock.Mock(return_value=0.5, side_effect=KeyboardInterrupt if case == "interrupted" else None)
+    else:
+        time.sleep(2)
+    told = []
+    for _ in range(3):
+        try:
+            model(torch.ones(2, 8)).sum().backward()
+            optimizer.step()
+        except (RuntimeError, KeyboardInterrupt) as error:
+            told.append(f"{type(error).__name__}: {error}")
+        else:
+            told.append("a step")
+    dist.barrier()
+    return told
+
+
+@pytest.mark.parametrize("case", ["late", "interrupted"])
+def test_an_exchange_that_fails_is_the_last(ranks, case):
+    """Tried again, it could take one thing for another: what it had told of, it would tell of twice."""
+    for rank, (first, *later) in enumerate(ranks(2)(failed, case)):
+        assert ("rank 0 closed the connection" if rank == 1 else "0.5 s" if case == "late" else "KeyboardInt") in first
+        assert all(text.startswith("DistNetworkError: no exchange can follow one that failed") for text in later)
+
+
+def with_a_call_of_one_rank() -> str:
+    model = nn.Linear(8, 8)
+    optimizer = phicore.ZeroOptimizer(model.named_parameters(), torch.optim.SGD, stage=1, lr=0.1)
+    model(torch.ones(2, 8)).sum().backward()
+    if dist.get_rank() == 0:
+        optimizer.finish_reduction()
+    with pytest.raises(RuntimeError, match="in the same order") as caught:
+        optimizer.step()
+    return str(caught.value)
+
+
+def test_ranks_that_exchange_different_things_are_told(ranks):
+    first, second = ranks(2)(with_a_call_of_one_rank)
+    assert first.startswith("rank 1 exchanges parameters while rank 0 exchanges flags")
+    assert second.startswith("rank 0 exchanges flags while rank 1 exchanges parameters")
