@@ -289,24 +289,24 @@ def unwrapped(model: nn.Module) -> Iterator[nn.Module]:
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent._modules.items()
-        if child is not None and _within(child) is not child
+        if child is not None and unwrap(child) is not child
     ]
     for parent, name, child in wrapped:
-        parent._modules[name] = _within(child)
+        parent._modules[name] = unwrap(child)
     try:
-        yield _within(model)
+        yield unwrap(model)
     finally:
         for parent, name, child in wrapped:
-            if parent._modules[name] is _within(child):  # and not an adapter, which took its place
+            if parent._modules[name] is unwrap(child):  # and not an adapter, which took its place
                 parent._modules[name] = child
 
 
-def _within(module: nn.Module) -> nn.Module:
-    """What DistributedDataParallel, torch.compile and torch's checkpoint_wrapper hold."""
+def unwrap(module: nn.Module) -> nn.Module:
+    """What DistributedDataParallel, torch.compile and torch's checkpoint_wrapper hold; any other module itself."""
     inner = "module" if isinstance(module, DistributedDataParallel) else None
     for name in ("_orig_mod", "_checkpoint_wrapped_module"):
         inner = name if name in module._modules else inner
-    return module if inner is None else _within(module.get_submodule(inner))
+    return module if inner is None else unwrap(module.get_submodule(inner))
 
 
 def output_heads(model: nn.Module) -> set[nn.Module]:
