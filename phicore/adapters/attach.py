@@ -34,7 +34,7 @@ from phicore.adapters.tied import (
 )
 from phicore.adapters.token_rows import token_rows
 from phicore.adapters.trained import TrainedBias, TrainedPart, biases_beside, has_bias, new_bias, trains_bias
-from phicore.modules import Model, check_not_in_peft, matches, no_match, replace, select
+from phicore.modules import Model, check_not_in_peft, matches, no_match, replace, select, unwrapped
 from phicore.nf4.convert import check_layer, coded
 from phicore.nf4.linear import NF4Linear
 from phicore.nf4.pages import Freed
@@ -261,7 +261,8 @@ def attach(model: Model, config: LoRAConfig, name: str = "default") -> Model:
     """Freezes a model and puts adapter layers in it, in place.
 
     Over a model that has adapters already, the new one adapts their sum, and it alone trains. With init "loftq" the
-    base of each adapted layer becomes its NF4 code.
+    base of each adapted layer becomes its NF4 code. Names are those without torch.compile's; a layer that is compiled
+    alone is so no more once it is adapted.
 
     Args:
         model: any module; its linear layers (nn.Linear, NF4Linear, transformers' Conv1D) can be adapted, and its
@@ -286,6 +287,12 @@ def attach(model: Model, config: LoRAConfig, name: str = "default") -> Model:
     if any(merged_layers(model)):
         raise ValueError("the model's adapters are merged; unmerge it before attaching another")
     check_not_wrapped(model)
+    with unwrapped(model) as bare:
+        _attach(bare, config, name)
+    return model
+
+
+def _attach(model: nn.Module, config: LoRAConfig, name: str) -> None:
     targets, saved = plan(model, config)
     parts = splits(model, config, targets)
     stacks = plan_parameters(model, config, targets, saved)
@@ -345,7 +352,6 @@ def attach(model: Model, config: LoRAConfig, name: str = "default") -> Model:
     keep_ties(model)
     for finish in finishers:
         finish(model)
-    return model
 
 
 SHARDED = {"FullyShardedDataParallel", "FSDPModule"}  # the latter is fully_shard's
