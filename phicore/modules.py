@@ -148,14 +148,14 @@ def select(
         blocks = {m for together in sharing(model) if all(isinstance(m, linear) for m in together) for m in together}
         if shared := [name for name, module in candidates.items() if module in blocks]:
             warnings.warn(
-                f"all-linear leaves out layers that share a weight with each other: {', '.join(shared)}", stacklevel=3
+                f"all-linear leaves out layers that share a weight with each other: {', '.join(shared)}", stacklevel=4
             )
         others = [name for name, module in chosen.items() if has_own_forward(module)]
         if others:
             kind_names = ", ".join(sorted({type(chosen[name]).__name__ for name in others}))
             warnings.warn(
                 f"all-linear leaves out layers with a forward of their own ({kind_names}): {', '.join(others)}",
-                stacklevel=3,
+                stacklevel=4,
             )
         chosen = {name: module for name, module in chosen.items() if name not in others}
         hidden = [name for name, module in every.items() if isinstance(module, nn.MultiheadAttention)]
@@ -163,7 +163,7 @@ def select(
             warnings.warn(
                 f"all-linear leaves out nn.MultiheadAttention, whose projections are not called as layers: "
                 f"{', '.join(hidden)}",
-                stacklevel=3,
+                stacklevel=4,
             )
     else:
         entries: list[str | list[str]] = (
@@ -197,7 +197,7 @@ def select(
         if fused:
             told = _fused_message(type(model).__name__, fused)
             if fused_targets == "map":
-                warnings.warn(f"{told}, which are taken whole in their place", stacklevel=5)  # attach's caller
+                warnings.warn(f"{told}, which are taken whole in their place", stacklevel=6)  # attach's caller
             elif fused_targets != "split":
                 choice = ' or set fused_targets="map" (or "split", for an adapter a part)' if fused_targets else ""
                 raise ValueError(f"{told}; name those{choice}")
@@ -289,24 +289,24 @@ def unwrapped(model: nn.Module) -> Iterator[nn.Module]:
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent._modules.items()
-        if child is not None and _within(child) is not child
+        if child is not None and unwrap(child) is not child
     ]
     for parent, name, child in wrapped:
-        parent._modules[name] = _within(child)
+        parent._modules[name] = unwrap(child)
     try:
-        yield _within(model)
+        yield unwrap(model)
     finally:
         for parent, name, child in wrapped:
-            if parent._modules[name] is _within(child):  # and not an adapter, which took its place
+            if parent._modules[name] is unwrap(child):  # and not an adapter, which took its place
                 parent._modules[name] = child
 
 
-def _within(module: nn.Module) -> nn.Module:
-    """What DistributedDataParallel, torch.compile and torch's checkpoint_wrapper hold."""
+def unwrap(module: nn.Module) -> nn.Module:
+    """What DistributedDataParallel, torch.compile and torch's checkpoint_wrapper hold; any other module itself."""
     inner = "module" if isinstance(module, DistributedDataParallel) else None
     for name in ("_orig_mod", "_checkpoint_wrapped_module"):
         inner = name if name in module._modules else inner
-    return module if inner is None else _within(module.get_submodule(inner))
+    return module if inner is None else unwrap(module.get_submodule(inner))
 
 
 def output_heads(model: nn.Module) -> set[nn.Module]:

@@ -17,7 +17,7 @@ from phicore.adapters.plan import parts_beside, plan
 from phicore.adapters.tied import TiedDoRAEmbedding, keep_ties, owners_of_tied, tied_embedding, tied_head
 from phicore.adapters.trained import TrainedCopy, has_bias, new_bias, trains_bias
 from phicore.adapters.wrapped import check_not_wrapped
-from phicore.modules import Model, replace
+from phicore.modules import Model, replace, unwrapped
 from phicore.nf4.convert import coded
 from phicore.nf4.pages import Freed
 
@@ -29,7 +29,8 @@ def attach(model: Model, config: LoRAConfig, name: str = "default") -> Model:
     """Freezes a model and puts adapter layers in it, in place.
 
     Over a model that has adapters already, the new one adapts their sum, and it alone trains. With init "loftq" the
-    base of each adapted layer becomes its NF4 code.
+    base of each adapted layer becomes its NF4 code. Names are those without torch.compile's; a layer that is compiled
+    alone is so no more once it is adapted.
 
     Args:
         model: any module; its linear layers (nn.Linear, NF4Linear, transformers' Conv1D) can be adapted, and its
@@ -54,6 +55,12 @@ def attach(model: Model, config: LoRAConfig, name: str = "default") -> Model:
     if any(merged_layers(model)):
         raise ValueError("the model's adapters are merged; unmerge it before attaching another")
     check_not_wrapped(model)
+    with unwrapped(model) as bare:
+        _attach(bare, config, name)
+    return model
+
+
+def _attach(model: nn.Module, config: LoRAConfig, name: str) -> None:
     targets, saved = plan(model, config)
     parts = splits(model, config, targets)
     stacks = plan_parameters(model, config, targets, saved)
@@ -113,7 +120,6 @@ def attach(model: Model, config: LoRAConfig, name: str = "default") -> Model:
     keep_ties(model)
     for finish in finishers:
         finish(model)
-    return model
 
 
 def _opened(model: nn.Module, targets: dict[str, nn.Module]) -> tuple[dict[str, nn.Module], dict[str, OpenAttention]]:

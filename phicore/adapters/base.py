@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from phicore.adapters.dense import dense_low_rank
 from phicore.adapters.step import Frozen
-from phicore.modules import has_own_forward
+from phicore.modules import has_own_forward, unwrap
 from phicore.nf4.linear import autocast, autocast_dtype
 from phicore.products import emulated, matmul
 from phicore.transforms import transformed
@@ -173,7 +173,8 @@ def _dense(
 
 def _matrix(base: Base) -> Tensor:
     """W [out, in] of a plain layer; Conv1D holds it as [in, out]."""
-    return base.weight if isinstance(base, nn.Linear) else base.weight.t()
+    plain = isinstance(base, nn.Linear) or isinstance(unwrap(base), nn.Linear)
+    return base.weight if plain else base.weight.t()
 
 
 def dense_weight(base: Base, dtype: torch.dtype) -> Tensor:

@@ -13,7 +13,7 @@ from phicore.adapters.lora import LowRankLayer
 from phicore.adapters.tied import same_table, shared_pair
 from phicore.adapters.trained import TrainedPart
 from phicore.adapters.wrapped import check_not_sharded
-from phicore.modules import Model, replace
+from phicore.modules import Model, replace, unwrapped
 from phicore.nf4.linear import NF4Linear
 from phicore.nf4.pages import Freed
 from phicore.nf4.tensor import quantize
@@ -42,6 +42,11 @@ def merge(model: nn.Module, *, requantize: bool = False) -> dict[str, float]:
         ValueError: the model has no adapter, is one, is sharded, or is merged already; a layer that cannot be merged
             (one with a forward of its own, or that computes its weight). The model is then unchanged.
     """
+    with unwrapped(model) as bare:
+        return _merge(bare, requantize)
+
+
+def _merge(model: nn.Module, requantize: bool) -> dict[str, float]:
     outermost = _outermost(model)
     made: Made = {}
     shared: dict[int, nn.Parameter] = {}

@@ -196,7 +196,7 @@ def biases_beside(
         warnings.warn(
             f'bias="{bias}" leaves {", ".join(left[:5])}{" ..." if len(left) > 5 else ""} frozen, since only what is '
             f'called "bias" can be trained alone; name their modules in modules_to_save to train them',
-            stacklevel=4,
+            stacklevel=5,
         )
     if not found and not any(trains_bias(model, bias, path, layer) for path, layer in targets.items()):
         raise ValueError(

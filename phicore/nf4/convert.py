@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from phicore.modules import ALL_LINEAR, Model, has_own_forward, replace, select
+from phicore.modules import ALL_LINEAR, Model, has_own_forward, replace, select, unwrapped
 from phicore.nf4.linear import NF4Linear
 from phicore.nf4.pages import give_back_freed_memory
 from phicore.nf4.tensor import check_block_size
@@ -30,7 +30,7 @@ def quantize_(
     bitsandbytes' layout, from which from_pretrained makes the same model.
 
     Args:
-        model: any module.
+        model: any module. A layer in it that torch.compile wraps alone is not compiled any more once it is replaced.
         target_modules, exclude_modules: which layers; see `phicore.modules.select`. "all-linear" leaves the output
             head alone.
         block_size: weights that share one absmax.
@@ -47,6 +47,20 @@ def quantize_(
         TypeError: a weight that is not float32, bfloat16 or float16, naming its layer; the model is then unchanged.
     """
     check_block_size(block_size)
+    with unwrapped(model) as bare:
+        _quantize(bare, target_modules, exclude_modules, block_size, double_quant, progress)
+    give_back_freed_memory()
+    return model
+
+
+def _quantize(
+    model: nn.Module,
+    target_modules: str | Sequence[str],
+    exclude_modules: Sequence[str],
+    block_size: int,
+    double_quant: bool,
+    progress: Callable[[str], object] | None,
+) -> None:
     adapters = [name for name, module in model.named_modules() if hasattr(module, "adapter_name")]
     if adapters:  # their frozen bases and trained copies are nn.Linear too, and DoRA holds norms of its base
         raise ValueError(
@@ -64,13 +78,8 @@ def quantize_(
         replace(model, name, done[layer])
         if progress is not None:
             progress(name)
-    chosen.clear()
-    done.clear()
-    layer = None  # the last reference to the dense weights
-    give_back_freed_memory()
     for finish in finishers:
         finish(model)
-    return model
 
 
 HOOKS = [name for name in vars(nn.Module()) if name.startswith(("_forward", "_backward"))]

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from phicore.adapters.lora import LowRankLinear
+from phicore.modules import unwrapped
 from phicore.training.distributed import on_first_rank, world_size
 from phicore.zero.agreement import copy_from_first_rank
 
@@ -27,19 +28,24 @@ class TrainedBuffers:
             for name, buffer in module.named_buffers(recurse=False)
             if name != "base_norm_squared"
         }
-        self._at_start = {
-            name: (weakref.ref(buffer), buffer._version) for name, buffer in model.named_buffers() if buffer not in kept
-        }
+        with unwrapped(model) as bare:
+            self._at_start = {
+                name: (weakref.ref(buffer), buffer._version)
+                for name, buffer in bare.named_buffers()
+                if buffer not in kept
+            }
 
     def find(self) -> dict[str, Tensor]:
         """They, by name."""
         found: dict[str, Tensor] = {}
-        passing = {  # made anew when it is needed, as a cache is
-            f"{path}.{name}" if path else name
-            for path, module in self.model.named_modules()
-            for name in module._non_persistent_buffers_set
-        }
-        for name, buffer in self.model.named_buffers():
+        with unwrapped(self.model) as bare:
+            passing = {  # made anew when it is needed, as a cache is
+                f"{path}.{name}" if path else name
+                for path, module in bare.named_modules()
+                for name in module._non_persistent_buffers_set
+            }
+            every = dict(bare.named_buffers())
+        for name, buffer in every.items():
             if name in passing:
                 continue
             at_start, version = self._at_start.get(name, (None, None))
@@ -51,5 +57,6 @@ class TrainedBuffers:
         """Gives every rank rank 0's, as DistributedDataParallel does; every rank must call it at the same point."""
         if world_size() > 1:
             names = on_first_rank(lambda: list(self.find()))
-            buffers = dict(self.model.named_buffers())
+            with unwrapped(self.model) as bare:
+                buffers = dict(bare.named_buffers())
             copy_from_first_rank([buffers[name] for name in names], None)

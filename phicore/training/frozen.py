@@ -14,6 +14,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
+from phicore.modules import unwrapped
 from phicore.training.buffers import TrainedBuffers
 from phicore.training.distributed import together
 
@@ -90,7 +91,12 @@ def check_same_frozen(model: nn.Module, trained: TrainedBuffers) -> None:
     Raises:
         ValueError: a tensor differs, on every rank, naming the first one.
     """
-    by_rank = together(lambda: describe_frozen(frozen_tensors(model, set(trained.find()))))
+
+    def described() -> dict[str, str]:
+        with unwrapped(model) as bare:
+            return describe_frozen(frozen_tensors(bare, set(trained.find())))
+
+    by_rank = together(described)
 
     def compare() -> None:
         if (problem := first_difference(by_rank)) is not None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from phicore.formats.huggingface import import_transformers, quiet_transformers
+from phicore.modules import unwrap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -85,10 +86,11 @@ def _continue(
         ids, mask: int64 [B, T], the padding on the left.
         cache: empty.
     """
-    accepted = inspect.signature(model.forward).parameters
+    bare: Any = unwrap(model)
+    accepted = inspect.signature(bare.forward).parameters  # that of a compiled model names none
     if "past_key_values" not in accepted:
         raise ValueError(
-            f"{type(model).__name__} keeps no keys and values of earlier tokens (no past_key_values); "
+            f"{type(bare).__name__} keeps no keys and values of earlier tokens (no past_key_values); "
             f"use the model's own generate"
         )
     answers: list[list[int]] = [[] for _ in ids]

@@ -12,6 +12,7 @@ from torch.nn.modules import module as hooks
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
+from phicore.modules import unwrap
 from phicore.training.batches import TOKENS, kind_of
 from phicore.training.cross_entropy import chunk_elements, linear_cross_entropy
 from phicore.training.encoding import IGNORE_INDEX
@@ -44,7 +45,8 @@ def causal_lm_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tenso
             f"(labels are a copy of input_ids, with {IGNORE_INDEX} where no loss is wanted), or the Trainer a loss_fn"
         )
     inner = model.module if isinstance(model, DistributedDataParallel) else model
-    accepted = inspect.signature(inner.forward).parameters
+    bare: Any = unwrap(model)
+    accepted = inspect.signature(bare.forward).parameters  # that of a wrapper takes, and hands on, anything
     others = batch.keys() - {*TOKENS, "attention_mask"}
     for key in TOKENS:
         if not isinstance(batch[key], Tensor):
@@ -55,7 +57,7 @@ def causal_lm_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tenso
             )
     if passed_over := sorted(others & accepted.keys()):
         raise ValueError(
-            f"the batch has {', '.join(passed_over)}, which {type(inner).__name__} takes and causal_lm_loss does not "
+            f"the batch has {', '.join(passed_over)}, which {type(bare).__name__} takes and causal_lm_loss does not "
             f"give it; take that out of the examples, or give the Trainer a loss_fn that passes it on"
         )
     ids, labels = batch["input_ids"], batch["labels"][:, 1:]  # position t predicts the label at t + 1: [B, T - 1]
@@ -69,7 +71,7 @@ def causal_lm_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tenso
     positions = (labels != IGNORE_INDEX).any(0).nonzero().squeeze(1)  # [K]
     targets = labels[:, positions].reshape(-1)  # [B * K]
     chosen = "logits_to_keep" in accepted  # by the model itself, before its head
-    if _takes_use_cache(inner, accepted):
+    if _takes_use_cache(bare, accepted):
         inputs["use_cache"] = False
     if chosen:
         inputs["logits_to_keep"] = positions
@@ -82,7 +84,7 @@ def causal_lm_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tenso
         logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
         if not isinstance(logits, Tensor):
             raise TypeError(
-                f"{type(inner).__name__} returns {kind_of(output)}; causal_lm_loss takes logits as a tensor or as an "
+                f"{type(bare).__name__} returns {kind_of(output)}; causal_lm_loss takes logits as a tensor or as an "
                 f"object with .logits. Have its forward return these (transformers: config.return_dict = True), or "
                 f"give the Trainer a loss_fn"
             )

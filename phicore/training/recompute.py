@@ -52,13 +52,19 @@ def checkpointed_blocks(model: nn.Module) -> Iterator[None]:
 
 def _recomputed(block: nn.Module) -> Callable[..., Any]:
     norms = [module for module in block.modules() if isinstance(module, _NormBase)]
-    if not norms:
-        return functools.partial(checkpoint, block.forward, use_reentrant=False)
+    run = block.forward
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return nullcontext(), _own_buffers(norms)
 
-    return functools.partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
+    if norms:
+        return functools.partial(checkpoint, run, use_reentrant=False, context_fn=contexts)
+
+    @functools.wraps(run)
+    def forward(*args: Any, **kwargs: Any) -> Any:  # a frame of Python's: without one, block.compile() compiles nothing
+        return checkpoint(run, *args, use_reentrant=False, **kwargs)
+
+    return forward
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from phicore.adapters.lora_plus import lora_plus_groups
+from phicore.modules import unwrap, unwrapped
 from phicore.training import checkpoint, distributed
 from phicore.training.background import BackgroundWriter
 from phicore.training.batches import (
@@ -180,7 +181,8 @@ class Trainer:
     ) -> tuple[dict[str, Any], dict[str, nn.Parameter], list[int] | None]:
         """The identity as a checkpoint gives it back, the parameters that train, and examples' lengths if needed."""
         model, config = self.model, self.config
-        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        with unwrapped(model) as bare:  # so that a run goes on whether its model is compiled or not
+            parameters = {name: p for name, p in bare.named_parameters() if p.requires_grad}
         if not parameters:
             raise ValueError(f"no parameter of {type(model).__name__} requires a gradient; attach an adapter first")
         check_indexed("train_data", self.train_data)
@@ -195,7 +197,8 @@ class Trainer:
 
     def _check_parameters(self) -> None:
         known = set(self.parameters.values())
-        new = [name for name, p in self.model.named_parameters() if p.requires_grad and p not in known]
+        with unwrapped(self.model) as bare:
+            new = [name for name, p in bare.named_parameters() if p.requires_grad and p not in known]
         if new:
             raise ValueError(
                 f"{new[0]} (of {len(new)}) requires a gradient and did not when the Trainer was made, or was not "
@@ -206,14 +209,16 @@ class Trainer:
         """What must be equal on all ranks, an item a line."""
         given = {**asdict(self.config), **self._settings()}
         given["examples to evaluate on"] = None if self.eval_data is None else len(self.eval_data)
-        parameters = [
-            f"{name} ({'trained' if p.requires_grad else 'frozen'}, {list(p.shape)}, {p.dtype})"
-            for name, p in self.model.named_parameters()
-        ]
+        with unwrapped(self.model) as bare:
+            parameters = [
+                f"{name} ({'trained' if p.requires_grad else 'frozen'}, {list(p.shape)}, {p.dtype})"
+                for name, p in bare.named_parameters()
+            ]
         return [*(f"{key}={value!r}" for key, value in given.items()), *parameters]
 
     def _make_optimizer(self) -> ZeroOptimizer:
-        before = _optimizers.get(self.model)
+        model = unwrap(self.model)
+        before = _optimizers.get(model)
         if before is not None and (optimizer := before()) is not None:
             optimizer.release()
         config, names = self.config, {p: name for name, p in self.parameters.items()}
@@ -228,7 +233,7 @@ class Trainer:
             # On a CPU a quarter of the time: one pass over a parameter, its gradient and its moments.
             fused=True if self.device.type == "cpu" else None,
         )
-        _optimizers[self.model] = weakref.ref(optimizer)
+        _optimizers[model] = weakref.ref(optimizer)
         return optimizer
 
     def fit(self) -> TrainResult:
@@ -499,7 +504,8 @@ class Trainer:
         if newest is None or state is None:
             seed_everything(self.config.seed, rank=rank())
         else:
-            buffers = dict(self.model.named_buffers())
+            with unwrapped(self.model) as bare:
+                buffers = dict(bare.named_buffers())
             stored = sum(path.stat().st_size for path in newest.glob("rank-*"))
             with told(f"reading {newest}", stored // world_size()):
                 load_checkpoint(newest, state, self.optimizer, self.parameters, buffers, self.config.seed)

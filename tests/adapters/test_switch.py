@@ -1,11 +1,13 @@
 """Several adapters in one model: switched, weighed, mixed within a batch, exchanged without compiling again."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import phicore
@@ -229,3 +231,56 @@ def test_another_adapter_is_loaded_without_compiling_again(net, randomize, tmp_p
     phicore.load_adapter(model, tmp_path, "a")
     torch.testing.assert_close(compiled(IDS), first)
     assert counter.frame_count == 1
+
+
+# ===== models that torch.compile has wrapped, whole or layer by layer =====
+
+
+def each_compiled(model: nn.Module) -> nn.Module:
+    """With each part of a model in a wrapper of torch.compile's own."""
+    for name, part in model.named_children():
+        setattr(model, name, torch.compile(part, backend="eager"))
+    return model
+
+
+@pytest.mark.parametrize("wrap", [partial(torch.compile, backend="eager"), each_compiled])
+@pytest.mark.parametrize("dora", [False, True])
+def test_compiled_layers_get_adapters_by_their_names_and_answer_with_them(net, randomize, wrap, dora):
+    """A wrapper goes on to call what it was made for, whatever stands in its place within it."""
+    torch._dynamo.reset()
+    plain, wrapped = net, wrap(copy.deepcopy(net))
+    torch.testing.assert_close(wrapped(IDS), plain(IDS))
+    options = {"target_modules": "(embed|conv|up|down)", "rank_pattern": {"^up": 3}, "dora": dora}
+    for model in (plain, wrapped):
+        torch.manual_seed(0)
+        phicore.attach(model, phicore.LoRAConfig(rank=2, **options))
+        randomize(model)
+    torch.testing.assert_close(wrapped(IDS), plain(IDS))
+    assert phicore.merge(wrapped).keys() == phicore.merge(plain).keys() == {*TARGETS}
+    torch.testing.assert_close(wrapped(IDS), plain(IDS))
+    for model in (plain, wrapped):
+        phicore.unmerge(model)
+        randomize(model, seed=5)
+    torch.testing.assert_close(wrapped(IDS), plain(IDS))
+
+
+@pytest.mark.parametrize("wrap", [partial(torch.compile, backend="eager"), each_compiled])
+def test_compiled_layers_are_quantized_by_their_names(net, wrap):
+    torch._dynamo.reset()
+    plain, wrapped = net.float(), wrap(copy.deepcopy(net))
+    wrapped(IDS)
+    for model in (plain, wrapped):
+        phicore.quantize_(model, target_modules="(up|down)")
+    torch.testing.assert_close(wrapped(IDS), plain(IDS))
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("wrap", [partial(torch.compile, backend="eager"), checkpoint_wrapper])
+def test_a_base_may_be_wrapped(layer_of, randomize, dora, wrap):
+    """A square one too, whose weight and its transpose have one shape."""
+    layer = (phicore.DoRALinear if dora else phicore.LoRALinear)(layer_of("linear", 8, 8)[0], rank=2)
+    x, weight = torch.randn(3, 8, dtype=torch.float64), randomize(layer).merged_weight()
+    y = layer(x)
+    layer.base = wrap(layer.base)
+    torch.testing.assert_close(layer(x), y)
+    torch.testing.assert_close(layer.merged_weight(), weight)

@@ -45,6 +45,12 @@ def test_a_batch_answers_as_one_by_one(
         assert answer == by_hand(model, tokenizer, prompt, 12)
 
 
+def test_a_compiled_model_answers_as_it_did(model: Any, tokenizer: Any) -> None:
+    torch._dynamo.reset()
+    alone = generate(model, tokenizer, PROMPTS[:3], 4, 3)
+    assert generate(torch.compile(model, backend="eager"), tokenizer, PROMPTS[:3], 4, 3) == alone
+
+
 def wide(tiny: Callable[..., nn.Module], family: str) -> Any:
     sizes = {"vocab_size": VOCABULARY, "max_position_embeddings": 256, **WIDE}
     if family in ("lfm2", "falcon_h1"):

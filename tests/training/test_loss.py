@@ -1,6 +1,7 @@
 """The loss of a language model: it and its gradient equal the definition, summed position by position in float64."""
 
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from phicore.training.batches import make_batch
 from phicore.training.data import collate
@@ -116,6 +118,19 @@ def test_gives_a_model_what_its_forward_takes() -> None:
         assert loss.item() == pytest.approx(torch.tensor(3.0).log().item())
         assert int(count) == 1
     assert calls == [{"tokens"}, {"mask"}, set()]
+
+
+@pytest.mark.parametrize("wrap", [partial(torch.compile, backend="eager"), checkpoint_wrapper])
+def test_a_wrapped_model_is_given_what_the_model_takes(tiny: Callable[..., nn.Module], wrap: Any) -> None:
+    """A wrapper's own forward names nothing; without the mask, examples attend to padding on their left."""
+    torch._dynamo.reset()
+    model = tiny("llama")
+    ids = torch.randint(3, 48, (2, 6))
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1], [1] * 6])
+    batch = {"input_ids": ids, "labels": ids.masked_fill(mask == 0, -100), "attention_mask": mask}
+    torch.testing.assert_close(causal_lm_loss(wrap(model), batch), causal_lm_loss(model, batch))
+    with pytest.raises(ValueError, match="the batch has position_ids, which LlamaForCausalLM takes"):
+        causal_lm_loss(wrap(model), {**batch, "position_ids": ids})
 
 
 def test_a_mean_of_nothing_is_refused() -> None:

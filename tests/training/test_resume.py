@@ -72,6 +72,35 @@ def test_a_stopped_qlora_run_goes_on_as_if_it_had_not_been(
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
 
 
+def whole_compiled(model: nn.Module) -> nn.Module:
+    return torch.compile(model, backend="eager")
+
+
+def parts_compiled(model: nn.Module) -> nn.Module:
+    for name, part in model.named_children():
+        setattr(model, name, torch.compile(part, backend="eager"))
+    return model
+
+
+@pytest.mark.parametrize("wrap", [whole_compiled, parts_compiled])
+@pytest.mark.parametrize("compiled_first", [False, True])
+def test_a_run_goes_on_whether_its_model_is_compiled_or_not(
+    tmp_path: Path, wrap: Callable[[nn.Module], nn.Module], compiled_first: bool
+) -> None:
+    torch._dynamo.reset()
+    kinds = (wrap, nn.Identity()) if compiled_first else (nn.Identity(), wrap)
+
+    def build(output: Path, kind: Callable[[nn.Module], nn.Module]) -> Trainer:
+        torch.manual_seed(1)
+        return regression(output, kind(nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2)).double()), resume=True)
+
+    build(tmp_path / "whole", nn.Identity()).fit()
+    fit_and_stop(build(tmp_path / "stopped", kinds[0]), 4)
+    build(tmp_path / "stopped", kinds[1]).fit()
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+    assert {"0.running_mean", "1.weight"} <= saved(tmp_path / "stopped").keys()
+
+
 def test_random_numbers_of_python_and_numpy_go_on_too(tmp_path: Path) -> None:
     def noisy(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         x, y, mask = batch

@@ -509,13 +509,15 @@ def test_what_trains_only_since_the_trainer_was_made_is_told(tmp_path: Path) -> 
         trainer.fit()
 
 
-def test_a_newer_trainer_takes_the_model_over(tmp_path: Path) -> None:
-    """As when a cell of a notebook runs again, while the older one is still there."""
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_newer_trainer_takes_the_model_over(tmp_path: Path, compiled: bool) -> None:
+    """As when a cell of a notebook runs again, while the older one is still there; or the next cell compiles it."""
     model = small_model()
     older = Trainer(model, TrainConfig(output=str(tmp_path / "a"), **SETTINGS), examples())
     older.fit()
     after = copy.deepcopy(model)
-    newer = Trainer(model, TrainConfig(output=str(tmp_path / "b"), **SETTINGS), examples())
+    given: nn.Module = torch.compile(model, backend="eager") if compiled else model
+    newer = Trainer(given, TrainConfig(output=str(tmp_path / "b"), **SETTINGS), examples())
     newer.fit()
     Trainer(after, TrainConfig(output=str(tmp_path / "c"), **SETTINGS), examples()).fit()
     assert_same_run(tmp_path / "b", tmp_path / "c")
