@@ -62,7 +62,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         reduction: "mean" over ranks, as DistributedDataParallel has it, or "sum".
         process_group: the ranks; default all.
         bucket_bytes: what a bucket holds at most, unless one parameter is larger. Results do not depend on it. On a CPU
-            up to three times as much memory is kept between steps for buckets to use again.
+            up to three times as much memory is kept between steps for buckets to use again; where ranks share memory,
+            four times the largest bucket besides.
         **options: of optimizer_class, which are its own defaults where none are given. On a CPU fused=True, where there
             is such a form, makes an update several times faster; of AdamW seven times.
 
