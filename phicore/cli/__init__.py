@@ -6,6 +6,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from phicore.cli import output
+
 COMMANDS = {
     "check": "say what a server (vllm, tgi, llama.cpp, kaito, transformers) would misread of an adapter",
     "convert-deepspeed": "write a ZeRO-1 or ZeRO-2 checkpoint of DeepSpeed as safetensors, or as a run to go on with",
@@ -51,10 +53,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             return _run(sys.argv[1:] if arguments is None else list(arguments))
         finally:
-            sys.stdout.flush()  # at the interpreter's exit it would be too late to be quiet
+            with output.writing():
+                sys.stdout.flush()  # at the interpreter's exit it would be too late to be quiet
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # as of a program that SIGPIPE ends
+    except OSError as error:
+        if error.filename != output.NAME or os.environ.get("PHICORE_TRACEBACK"):
+            raise
+        print(f"phicore: {error}", file=sys.stderr)
+        return 1
 
 
 def _run(arguments: list[str]) -> int:

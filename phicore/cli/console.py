@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from phicore.cli.output import writing
 from phicore.training.distributed import rank
 
 
@@ -12,11 +13,8 @@ def say(text: str) -> None:
     """A line for the user, at once."""
     if rank() != 0:
         return
-    try:
+    with writing():
         print(text, flush=True)
-    except OSError as error:
-        error.filename = "standard output"  # a file on a full disk, say
-        raise
 
 
 @contextmanager

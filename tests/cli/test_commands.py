@@ -406,10 +406,18 @@ def test_what_standard_output_cannot_spell_is_escaped() -> None:
     assert r"\u4f60" in run.stdout
 
 
-def test_a_full_disk_under_standard_output_is_told_as_that() -> None:
-    run = shell('"$0" -c "$1" >/dev/full', PROGRAM.format("lambda _: console.say('a line')"))
+@pytest.mark.parametrize(
+    ("does", "unbuffered", "who"),
+    [
+        ("console.say('a line')", "", "phicore check"),
+        ("console.say('a line')", "1", "phicore check"),
+        ("print('a line')", "", "phicore"),  # it fails once the command is done
+    ],
+)
+def test_a_full_disk_under_standard_output_is_told_as_that(does: str, unbuffered: str, who: str) -> None:
+    run = shell('"$0" -c "$1" >/dev/full', PROGRAM.format(f"lambda _: {does}"), PYTHONUNBUFFERED=unbuffered)
     assert run.returncode == 1
-    assert run.stderr == "phicore check: [Errno 28] No space left on device: 'standard output'\n"
+    assert run.stderr == f"{who}: [Errno 28] No space left on device: 'standard output'\n"
 
 
 @pytest.mark.parametrize("package", ["tyro", "yaml"])
