@@ -55,7 +55,7 @@ def script(code: str) -> subprocess.Popen[str]:
 
 
 def answer(process: subprocess.Popen[str]) -> object:
-    out, error = process.communicate(timeout=200)
+    out, error = process.communicate(timeout=700)
     assert process.returncode == 0, error
     return json.loads(out)
 
@@ -69,13 +69,14 @@ def formula(pays: int = 100) -> native.Formula:
 
 
 def test_compiled_in_the_background_once_it_pays_and_found_by_the_next_process(place: Path):
-    # Two at once, as ranks would, each with work that pays at its third call. None waits.
+    # Two at once, as ranks would, each with work that pays at its third call. None waits. The compiler has what the
+    # other processes of the machine leave it: on busy cores that took over three minutes.
     until_there = """
         tried = []
         while (run := DOUBLE.ready(40)) is None:
             tried.append(DOUBLE._child is not None)
             time.sleep(0.05)
-            if len(tried) > 3600:
+            if len(tried) > 12000:
                 sys.exit("it never came")
         assert DOUBLE._child is None or DOUBLE._child.returncode == 0, "a zombie"
         print(json.dumps([len(tried), tried[:3], "torch._inductor" in sys.modules]))
