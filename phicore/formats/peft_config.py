@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any, cast
 
 import torch
@@ -54,6 +54,7 @@ def adapter_config(model: nn.Module, name: str = "default") -> dict[str, Any]:
     ranks = Counter(rank for _, rank, _, _ in settings)
     alphas = Counter(alpha for _, _, alpha, _ in settings)
     rank, alpha = ranks.most_common(1)[0][0], alphas.most_common(1)[0][0]
+    endings = _endings(path for path, _, _, _ in settings)
     first = layers[0][1] if layers else None
     linear = [layer.innermost for _, layer in layers if isinstance(layer, LowRankLinear)]
     base_config = getattr(model, "config", None)
@@ -67,8 +68,8 @@ def adapter_config(model: nn.Module, name: str = "default") -> dict[str, Any]:
         **_shortest_targets(model, sorted({_target(model, path) for path, _ in layers})),
         "use_dora": isinstance(settings[0][3], DoRALayer | DoRAExperts),
         "use_rslora": settings[0][3].rslora,
-        "rank_pattern": {re.escape(path): r for path, r, _, _ in settings if r != rank},
-        "alpha_pattern": {re.escape(path): _integer_if_whole(a) for path, _, a, _ in settings if a != alpha},
+        "rank_pattern": {_pattern(path, endings): r for path, r, _, _ in settings if r != rank},
+        "alpha_pattern": {_pattern(path, endings): _integer_if_whole(a) for path, _, a, _ in settings if a != alpha},
         "modules_to_save": sorted(saved) or None,
         "bias": _bias(model, name),
         **({"ensure_weight_tying": True} if _ties(model, name) else {}),
@@ -144,19 +145,33 @@ def _task_type(model: nn.Module, saved: Collection[str]) -> str | None:
     return "SEQ_2_SEQ_LM" if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else "CAUSAL_LM"
 
 
+def _endings(names: Iterable[str]) -> set[str]:
+    """What stands behind a dot in one of these names: a target or pattern that says so means this one too."""
+    return {name[dot.end() :] for name in names for dot in re.finditer(r"\.", name)}
+
+
+def _pattern(path: str, endings: Collection[str]) -> str:
+    """The key of rank_pattern or alpha_pattern that means this name and none that ends in it."""
+    return f"{'^' if path in endings else ''}{re.escape(path)}"
+
+
 def _shortest_targets(model: nn.Module, paths: list[str]) -> dict[str, Any]:
     """target_modules: last names if they mean just these modules, if need be with the numbers of their blocks, whole
-    names otherwise; sorted, since PEFT's own order is a hash's."""
+    names otherwise; sorted, since PEFT's own order is a hash's. Where one is the end of another module's name, a
+    regular expression."""
     last = sorted({path.rsplit(".", 1)[-1] for path in paths})
     inside = tuple(f"{path}." for path in [*paths, *(path for path, _ in adapter_layers(model))])
-    meant = {name for name, _ in model.named_modules() if matches(name, last) and not name.startswith(inside)}
+    outside = [name for name, _ in model.named_modules() if not name.startswith(inside)]
+    meant = {name for name in outside if matches(name, last)}
     if meant == set(paths):
         return {"target_modules": last}
     # PEFT takes a target that is a whole name at any index.
     if not meant & set(last) and (described := described_by_indices(paths, meant)) is not None:
         indices, pattern = described
         return {"target_modules": last, "layers_to_transform": indices, "layers_pattern": pattern}
-    return {"target_modules": sorted(paths)}
+    if _endings({*outside} - {*paths}) & {*paths}:
+        return {"target_modules": "|".join(map(re.escape, paths))}
+    return {"target_modules": paths}
 
 
 def _shortest_parameters(model: nn.Module, paths: list[str]) -> list[str]:
@@ -196,6 +211,7 @@ def lora_config(model: nn.Module, raw: dict[str, Any], tensors: dict[str, Tensor
     patterned = [*known, *inside, *parameters]
     parts = {path: of for path, of in parts.items() if path in known or path.rpartition(".")[0] in attentions}
     named = {part_paths(path).get(part, path): values for path, of in parts.items() for part, values in of.items()}
+    ends = _endings([*patterned, *named])
     split = [path for path, of in parts.items() if of.keys() <= part_paths(path).keys()]
     targets = [p for p in known if p not in split]
     targets += [part_paths(path)[part] for path in split if path in known for part in parts[path]]
@@ -209,9 +225,9 @@ def lora_config(model: nn.Module, raw: dict[str, Any], tensors: dict[str, Tensor
         dropout=raw.get("lora_dropout") or 0.0,
         dora=bool(raw.get("use_dora")),
         rslora=bool(raw.get("use_rslora")),
-        rank_pattern={re.escape(path): rank for path, (rank, _) in named.items()}
+        rank_pattern={_pattern(path, ends): rank for path, (rank, _) in named.items()}
         | {k: v for k, v in (raw.get("rank_pattern") or {}).items() if _ends_some(k, patterned)},
-        alpha_pattern={re.escape(path): alpha for path, (_, alpha) in named.items()}
+        alpha_pattern={_pattern(path, ends): alpha for path, (_, alpha) in named.items()}
         | {k: v for k, v in (raw.get("alpha_pattern") or {}).items() if _ends_some(k, patterned)},
         modules_to_save=_saved(model, [*(raw.get("modules_to_save") or []), *together], tensors),
         bias=raw.get("bias", "none") if biased else "none",

@@ -15,7 +15,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 import phicore
 from phicore.adapters import adapter_layers
@@ -397,6 +397,41 @@ def test_names_with_regex_signs(tmp_path, randomize):
     assert {p: (layer.rank, layer.alpha) for p, layer in adapter_layers(other)} == {
         "a+b": (1, 32), "a.c(d": (2, 3), "a.e": (2, 32)
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": "gate_up_proj"},
+        {"target_modules": r"(.*\.)?gate_up_proj", "rank_pattern": {"inner.gate_up_proj": 3, "more.gate_up_proj": 3}},
+        {"target_modules": r"(.*\.)?gate_up_proj", "alpha_pattern": {"inner.gate_up_proj": 3, "more.gate_up_proj": 3}},
+        {
+            "target_modules": r"(.*\.)?gate_proj",
+            "fused_targets": "split",
+            "rank_pattern": {"inner.gate_proj": 3, "more.gate_proj": 3},
+            "alpha_pattern": {"inner.gate_proj": 3, "more.gate_proj": 3},
+        },
+    ],
+)
+def test_a_layer_whose_name_is_the_end_of_another_s(tmp_path, randomize, options):
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        parts = {name: nn.ModuleDict({"gate_up_proj": nn.Linear(4, 4)}) for name in ("inner", "more")}
+        return nn.ModuleDict({"gate_up_proj": nn.Linear(4, 4), **parts})
+
+    def products(model) -> dict[str, Tensor]:
+        return {path: layer.product().detach() for path, layer in adapter_layers(model)}
+
+    model = randomize(phicore.attach(build(), phicore.LoRAConfig(rank=2, alpha=5, **options)))
+    phicore.save_adapter(model, tmp_path)
+    other = phicore.load_adapter(build(), tmp_path)
+    assert products(other).keys() == products(model).keys()
+    assert all(torch.equal(products(other)[path], product) for path, product in products(model).items())
+    phicore.save_adapter(other, tmp_path / "again")
+    assert_same_files(tmp_path / "again", tmp_path)
+    for path, layer in load_in_peft(build(), tmp_path).base_model.model.named_modules():
+        if isinstance(layer, peft.tuners.lora.LoraLayer):
+            torch.testing.assert_close(layer.get_delta_weight("default"), products(model)[path], rtol=1e-6, atol=1e-6)
 
 
 def test_all_biases_beside_a_head_trained_whole(tmp_path, tiny, randomize):
