@@ -17,7 +17,7 @@ from phicore.formats import bitsandbytes
 from phicore.formats.links import check_links
 from phicore.formats.peft_fields import CONFIG as ADAPTER
 from phicore.formats.pretrained import save_in_layout, tied_as_is
-from phicore.formats.safetensors_files import INDEX, WEIGHTS, TensorFile, model_tensors
+from phicore.formats.safetensors_files import INDEX, WEIGHTS, TensorFile, coded_with_scales, model_tensors
 from phicore.nf4.linear import NF4Linear
 
 if TYPE_CHECKING:
@@ -294,15 +294,17 @@ def _check_loaded(path_or_id: str, info: dict[str, Any]) -> None:
 
 
 def _check_dtypes(model: Any, weights: Mapping[str, TensorFile], path_or_id: str) -> None:
-    """Refuses a weight that is held as integers, which without a scale say nothing, and one that became infinite in
-    float16. One that is infinite in the files already is let be."""
-    for name, parameter in model.named_parameters():
+    """Refuses a weight that is held as integers or beside a scale, which say nothing without it, and one that became
+    infinite in float16. One that is infinite in the files already is let be."""
+    named = dict(model.named_parameters())
+    coded = {name for name in named.keys() & weights.keys() if not weights[name].entries[name].dtype.is_floating_point}
+    for name in sorted(coded | coded_with_scales(model.state_dict(), weights)):
+        raise ValueError(
+            f"{weights[name].path}: {name} is held as {weights[name].entries[name].dtype}, coded by another library; "
+            f"give the model's full-precision original"
+        )
+    for name, parameter in named.items():
         weight = parameter.detach()
-        if name in weights and not (stored := weights[name].entries[name].dtype).is_floating_point:
-            raise ValueError(
-                f"{weights[name].path}: {name} is held as {stored}, coded by another library; give the model's "
-                f"full-precision original"
-            )
         if weight.dtype != torch.float16 or not weight.numel() or not torch.stack(weight.aminmax()).isinf().any():
             continue
         if name not in weights:  # of a GGUF file or the hub, or under another name

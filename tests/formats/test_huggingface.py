@@ -25,6 +25,7 @@ from phicore.formats.huggingface import (
     model_config,
     save_model,
 )
+from phicore.formats.streaming import quantize_directory
 from phicore.training.generation import generate
 from tests.chat_tokenizers import chat_tokenizer
 from tests.tied_llama import PROMPTS, VOCABULARY, tied_llama
@@ -243,6 +244,23 @@ def test_integers_in_a_weight_s_place_are_named(model: Any, tokenizer: Any, tmp_
     save_file({k: t.to(torch.int8) if k == name else t for k, t in load_file(path).items()}, path, {"format": "pt"})
     with pytest.raises(ValueError, match=rf"{name} is held as torch.int8, coded by another library"):
         load_model(str(tmp_path / "model"), torch.float32)
+
+
+@pytest.mark.parametrize("scale", ["weight_scale", "weight_scale_inv", "scale_weight"])
+def test_8_bit_floats_beside_a_scale_are_named(model: Any, tokenizer: Any, tmp_path: Path, scale: str) -> None:
+    """Without one they are the weights, rounded; with one they are read as if it were 1 by who does not know it."""
+    save_model(model, tokenizer, tmp_path / "model")
+    path, layer = tmp_path / "model" / "model.safetensors", "model.layers.1.mlp.up_proj"
+    tensors = load_file(path)
+    tensors[f"{layer}.weight"] = tensors[f"{layer}.weight"].to(torch.float8_e4m3fn)
+    save_file(tensors, path, {"format": "pt"})
+    loaded, _ = load_model(str(tmp_path / "model"), torch.float32)
+    assert torch.equal(loaded.get_parameter(f"{layer}.weight"), tensors[f"{layer}.weight"].float())
+    save_file(tensors | {f"{layer}.{scale}": torch.tensor([0.01])}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{layer}.weight is held as torch.float8_e4m3fn, coded by another library"):
+        load_model(str(tmp_path / "model"), torch.float32)
+    with pytest.raises(ValueError, match=rf"{layer}.weight \(torch.float8_e4m3fn, coded with a scale"):
+        quantize_directory(tmp_path / "model", tmp_path / "nf4")
 
 
 def test_a_model_of_its_author_s_code_says_what_to_do(model: Any, tokenizer: Any, tmp_path: Path) -> None:
