@@ -235,7 +235,10 @@ def check_objects(directory: Path, names: Iterable[str]) -> None:
 
 
 def _check_config(config: Any, path_or_id: str, from_gguf: bool) -> None:
+    """Raises ValueError for a configuration that is not read; takes off what says which code of its author to run: a
+    directory that is written from it would name files that are not in it."""
     transformers = import_transformers()
+    vars(config).pop("auto_map", None)
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(f'{path_or_id} is a model of type "{config.model_type}", which is not a causal language model')
     quantization = _quantization(config)

@@ -270,6 +270,18 @@ def test_a_model_of_its_author_s_code_says_what_to_do(model: Any, tokenizer: Any
         load_model(str(tmp_path / "model"), torch.float32)
 
 
+def test_what_is_written_names_no_code_that_is_not_in_it(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    """As Phi-3's configuration does: transformers has the class itself, and who trusts the author's looks for it."""
+    save_model(model, tokenizer, tmp_path / "model")
+    code = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    edit_config(tmp_path / "model", auto_map=code)
+    save_model(*load_model(str(tmp_path / "model"), torch.float32), tmp_path / "again")
+    quantize_directory(tmp_path / "model", tmp_path / "nf4")
+    for name in ("again", "nf4"):
+        config = transformers.AutoConfig.from_pretrained(tmp_path / name, trust_remote_code=True)
+        assert type(config) is type(model.config)
+
+
 def edit_config(directory: Path, **changes: Any) -> None:
     path = directory / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
