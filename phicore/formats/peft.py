@@ -123,7 +123,7 @@ def _each_alone(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def load_adapter(model: Model, directory: str | os.PathLike[str], name: str = "default") -> Model:
     """Reads an adapter in PEFT's format into a model, in place; attaches it first if the model has none of this name.
 
-    A, B and magnitude keep the dtype that they have in the file.
+    A, B and magnitude keep the dtype that they have in the file; if they have several, all get one that holds them.
 
     Args:
         model: the base model, or one with this adapter attached.

@@ -202,8 +202,9 @@ def lora_config(model: nn.Module, raw: dict[str, Any], tensors: dict[str, Tensor
             f"the model's layers like {list(candidates)[:2]}, and each key must start with {PREFIX!r}"
             f"{advice(model, raw, tensors)}"
         )
-    # A pair's dtype before that of biases or whole modules, which PEFT leaves in the base's.
-    floating = [t.dtype for _, t in sorted(tensors.items(), key=lambda item: ".lora_" not in item[0]) if _floats(t)]
+    # Of the pairs, since PEFT leaves biases and whole modules in the base's dtype; the widest if they have several.
+    floating = {t.dtype for key, t in tensors.items() if ".lora_" in key and t.is_floating_point()}
+    widest = {dtype for dtype in floating if dtype.itemsize == max(other.itemsize for other in floating)}
     attentions = {path for path in known if isinstance(candidates[path], nn.MultiheadAttention)}
     layers = [cast(Any, candidates[path]).out_proj if path in attentions else candidates[path] for path in known]
     biased = any(map(has_bias, model.modules() if raw.get("bias") == "all" else layers))
@@ -234,7 +235,7 @@ def lora_config(model: nn.Module, raw: dict[str, Any], tensors: dict[str, Tensor
         trainable_token_indices=raw.get("trainable_token_indices") or None,
         # PEFT passes over the flag where nothing that it adapts is tied.
         ensure_weight_tying=bool(raw.get("ensure_weight_tying")) and bool(_tied_here(model, known)),
-        adapter_dtype=floating[0] if floating else None,
+        adapter_dtype=widest.pop() if len(widest) == 1 else torch.float32,
     )
 
 
@@ -277,10 +278,6 @@ def tied_copies(model: nn.Module, raw: dict[str, Any], tensors: dict[str, Tensor
 def _tied_here(model: nn.Module, paths: list[str]) -> list[str]:
     """Which of these layers are tied to another of them."""
     return [path for places in tied_tables(model).values() for path in places if places.keys() <= set(paths)]
-
-
-def _floats(tensor: Tensor) -> bool:
-    return tensor.is_floating_point()
 
 
 def _ends_some(pattern: str, paths: list[str]) -> bool:

@@ -487,6 +487,23 @@ def test_dtypes_of_a_file_whose_biases_are_in_the_base_s(tmp_path, tiny, randomi
         assert layer.lora_A.dtype == torch.float32
 
 
+@pytest.mark.parametrize(
+    ("A", "B", "held"),
+    [
+        (torch.bfloat16, torch.float16, torch.float32),
+        (torch.float16, torch.float32, torch.float32),
+        (torch.float32, torch.float64, torch.float64),
+    ],
+)
+def test_a_pair_of_two_dtypes_is_not_rounded(tmp_path, toy, randomize, A, B, held):
+    phicore.save_adapter(randomize(phicore.attach(toy(), phicore.LoRAConfig(rank=2))), tmp_path)
+    edit_tensors(tmp_path, lambda tensors: {key: t.to(A if ".lora_A" in key else B) for key, t in tensors.items()})
+    stored = load_file(tmp_path / WEIGHTS)
+    for path, layer in adapter_layers(phicore.load_adapter(toy(), tmp_path)):
+        assert torch.equal(layer.lora_A, stored[f"{PREFIX}{path}.lora_A.weight"].to(held))
+        assert torch.equal(layer.lora_B, stored[f"{PREFIX}{path}.lora_B.weight"].to(held))
+
+
 def test_a_table_that_peft_saved_beside_its_adapter(tmp_path, tiny, randomize, unchanged):
     """PEFT adds an adapted embedding's own table to the file: it is passed over if it is the model's, or named."""
     other = theirs(tiny, randomize, "embedding")
