@@ -29,7 +29,7 @@ from phicore.adapters.wrapped import check_not_flattened, check_not_sharded, che
 from phicore.formats.peft_advice import advice, within_attention
 from phicore.formats.peft_config import adapter_config, differences, lora_config, tied_copies
 from phicore.formats.peft_conversion import MODEL_TYPE, misread
-from phicore.formats.peft_fields import CONFIG, WEIGHTS, read_config, read_raw_config
+from phicore.formats.peft_fields import CONFIG, WEIGHTS, read_config, read_raw_config, warn_of_order
 from phicore.formats.peft_keys import (
     PREFIX,
     adapter_tensors,
@@ -137,6 +137,9 @@ def load_adapter(model: Model, directory: str | os.PathLike[str], name: str = "d
         FileNotFoundError: a file is missing.
         ValueError: a file that cannot be read, a setting that this library does not know, keys that are missing or
             unexpected, shapes that do not fit: all are listed, and the model is unchanged.
+
+    Warns:
+        UserWarning: the order of the file's patterns decides a rank or an alpha, and PEFT does not keep it.
     """
     if name not in {layer.adapter_name for _, layer in adapter_layers(model)}:
         check_not_wrapped(model)
@@ -149,6 +152,7 @@ def _load(model: nn.Module, directory: Path, name: str) -> None:
     raw = read_config(directory)
     tensors = read_tensors(directory / WEIGHTS)
     parts = read_parts(directory / WEIGHTS)
+    warn_of_order(directory, raw, {key[len(PREFIX) : key.index(".lora_")] for key in tensors if ".lora_" in key})
     present = name in {layer.adapter_name for _, layer in adapter_layers(model)}
     if any(merged_layers(model)):
         raise ValueError("the model's adapters are merged; unmerge it before loading one")

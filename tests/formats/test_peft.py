@@ -1,10 +1,12 @@
 """PEFT's adapter format, in both directions, against PEFT itself."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import tracemalloc
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 import phicore
 from phicore.adapters import adapter_layers
 from phicore.adapters.trained import TrainedCopy
+from phicore.formats import portable
 from phicore.formats.bitsandbytes import save_quantized
 from phicore.formats.peft import CONFIG, PREFIX, WEIGHTS
 from tests.formats.peft_files import assert_same_files, edit, edit_tensors, kinds, load_in_peft, logits
@@ -502,6 +505,28 @@ def test_a_pair_of_two_dtypes_is_not_rounded(tmp_path, toy, randomize, A, B, hel
     for path, layer in adapter_layers(phicore.load_adapter(toy(), tmp_path)):
         assert torch.equal(layer.lora_A, stored[f"{PREFIX}{path}.lora_A.weight"].to(held))
         assert torch.equal(layer.lora_B, stored[f"{PREFIX}{path}.lora_B.weight"].to(held))
+
+
+def test_patterns_whose_order_peft_loses(tmp_path, tiny, randomize):
+    """PEFT trains q_proj of layer 1 by the first key, and sorts them in the file: it reads back another adapter."""
+    for pattern in ("rank_pattern", "alpha_pattern"):
+        directory, order = tmp_path / pattern, {"q_proj": 2, r"1\..*": 3}
+        config = peft.LoraConfig(r=4, lora_alpha=7, target_modules=LLAMA, **{pattern: order})
+        other = randomize(peft.get_peft_model(tiny("llama"), config)).eval()
+        other.save_pretrained(directory)
+        model = tiny("llama")
+        wrong = pytest.raises(ValueError, match="do not fit") if pattern == "rank_pattern" else contextlib.nullcontext()
+        said = f"several keys of {pattern} mean model.layers.1.self_attn.q_proj .*PEFT sorts them"
+        with wrong, pytest.warns(UserWarning, match=said):
+            phicore.load_adapter(model, directory)
+        if pattern == "alpha_pattern":
+            with pytest.warns(UserWarning, match=said):
+                portable.check(directory, "vllm")
+        edit(directory, **{pattern: order})
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            model = phicore.load_adapter(tiny("llama"), directory)
+        torch.testing.assert_close(logits(model), logits(other), rtol=1e-6, atol=1e-6)
 
 
 def test_a_table_that_peft_saved_beside_its_adapter(tmp_path, tiny, randomize, unchanged):
