@@ -109,10 +109,10 @@ def _bias(model: nn.Module, name: str) -> str:
 
 
 def _tokens(model: nn.Module, name: str) -> list[int] | dict[str, list[int]] | None:
-    """trainable_token_indices of an adapter: a list for the input embedding alone."""
+    """trainable_token_indices of an adapter: a list for the input embedding alone, if the model says which that is."""
     tokens = owners(list(adapter_layers(model, name)))
-    if not tokens:
-        return None
+    if not tokens or not hasattr(model, "get_input_embeddings"):  # for PEFT a list then means "embed_tokens"
+        return tokens or None
     try:
         alone = input_embedding(model, dict(model.named_modules(remove_duplicate=False)))
     except ValueError:

@@ -100,6 +100,11 @@ SETTINGS = {
         {"target_modules": LLAMA, "trainable_token_indices": {"embed_tokens": [3, 7], "lm_head": [9, 1]}},
         {"target_modules": LLAMA, "trainable_token_indices": {"embed_tokens": [3, 7], "lm_head": [9, 1]}},
     ),
+    "tokens of a plain model": (
+        "conv",
+        {"target_modules": ["conv1"], "trainable_token_indices": [7, 3]},
+        {"target_modules": ["conv1"], "trainable_token_indices": {"embed": [7, 3]}},
+    ),
     "tied tokens": (
         "tied llama",
         {"target_modules": LLAMA, "trainable_token_indices": [7, 3, 12]},
