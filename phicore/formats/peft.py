@@ -28,7 +28,7 @@ from phicore.adapters.trained import TrainedPart
 from phicore.adapters.wrapped import check_not_flattened, check_not_sharded, check_not_wrapped
 from phicore.formats.peft_advice import advice, within_attention
 from phicore.formats.peft_config import adapter_config, differences, lora_config, tied_copies
-from phicore.formats.peft_conversion import MODEL_TYPE, misread
+from phicore.formats.peft_conversion import MODEL_TYPE, misread, normed_otherwise
 from phicore.formats.peft_fields import CONFIG, WEIGHTS, read_config, read_raw_config, warn_of_order
 from phicore.formats.peft_keys import (
     PREFIX,
@@ -68,7 +68,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str 
             that cannot be put together (FullyShardedDataParallel).
 
     Warns:
-        UserWarning: layers that PEFT misreads on this type of model; phicore reads them rightly.
+        UserWarning: layers that PEFT misreads on this type of model, or of a kind of which it computes something else;
+            phicore reads them rightly.
     """
     check_not_flattened(model)
     with unwrapped(model) as bare:
@@ -103,6 +104,16 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str 
             f"PEFT will misread this adapter: on {model_type} models it takes {_shown(lost)} for experts, which "
             f"transformers stacks, and drops their pairs; phicore reads them. For other readers, merge the adapter",
             stacklevel=2,
+        )
+    _warn_of_norms(tensors, stacklevel=3)
+
+
+def _warn_of_norms(tensors: dict[str, Tensor], stacklevel: int) -> None:
+    if layers := normed_otherwise(tensors):
+        warnings.warn(
+            f"in DoRA of convolutions with groups ({_shown(layers)}) PEFT divides by another norm: what it computes of "
+            f"this adapter is not what phicore does; use it where it was trained, or train these layers without DoRA",
+            stacklevel=stacklevel,
         )
 
 
@@ -139,7 +150,8 @@ def load_adapter(model: Model, directory: str | os.PathLike[str], name: str = "d
             unexpected, shapes that do not fit: all are listed, and the model is unchanged.
 
     Warns:
-        UserWarning: the order of the file's patterns decides a rank or an alpha, and PEFT does not keep it.
+        UserWarning: the order of the file's patterns decides a rank or an alpha, and PEFT does not keep it; layers of
+            a kind of which PEFT computes something else.
     """
     if name not in {layer.adapter_name for _, layer in adapter_layers(model)}:
         check_not_wrapped(model)
@@ -174,6 +186,7 @@ def _load(model: nn.Module, directory: Path, name: str) -> None:
     _check_keys(model, raw, expected, tensors, directory)
     check_parts(model, config, name, tensors, directory)
     _check_tied(model, config, name, tensors, directory)
+    _warn_of_norms(tensors, stacklevel=4)
     if config is not None:
         attach(model, config, name)
     with torch.no_grad():
