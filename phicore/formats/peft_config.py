@@ -209,14 +209,15 @@ def lora_config(model: nn.Module, raw: dict[str, Any], tensors: dict[str, Tensor
     layers = [cast(Any, candidates[path]).out_proj if path in attentions else candidates[path] for path in known]
     biased = any(map(has_bias, model.modules() if raw.get("bias") == "all" else layers))
     inside = [f"{path}.{name}" for path in attentions for name in projections(candidates[path])]  # type: ignore[arg-type]
-    patterned = [*known, *inside, *parameters]
+    together = [path for group in tied_copies(model, raw, tensors) for path in group]
+    saved = _saved(model, [*(raw.get("modules_to_save") or []), *together], tensors)
+    patterned = [path for path in (*known, *inside, *parameters) if not matches(path, saved)]
     parts = {path: of for path, of in parts.items() if path in known or path.rpartition(".")[0] in attentions}
     named = {part_paths(path).get(part, path): values for path, of in parts.items() for part, values in of.items()}
     ends = _endings([*patterned, *named])
     split = [path for path, of in parts.items() if of.keys() <= part_paths(path).keys()]
     targets = [p for p in known if p not in split]
     targets += [part_paths(path)[part] for path in split if path in known for part in parts[path]]
-    together = [path for group in tied_copies(model, raw, tensors) for path in group]
     return LoRAConfig(
         rank=raw.get("r", DEFAULT_RANK),
         alpha=raw.get("lora_alpha", DEFAULT_ALPHA),
@@ -230,7 +231,7 @@ def lora_config(model: nn.Module, raw: dict[str, Any], tensors: dict[str, Tensor
         | {k: v for k, v in (raw.get("rank_pattern") or {}).items() if _ends_some(k, patterned)},
         alpha_pattern={_pattern(path, ends): alpha for path, (_, alpha) in named.items()}
         | {k: v for k, v in (raw.get("alpha_pattern") or {}).items() if _ends_some(k, patterned)},
-        modules_to_save=_saved(model, [*(raw.get("modules_to_save") or []), *together], tensors),
+        modules_to_save=saved,
         bias=raw.get("bias", "none") if biased else "none",
         trainable_token_indices=raw.get("trainable_token_indices") or None,
         # PEFT passes over the flag where nothing that it adapts is tied.

@@ -512,6 +512,16 @@ def test_a_pair_of_two_dtypes_is_not_rounded(tmp_path, toy, randomize, A, B, hel
         assert torch.equal(layer.lora_B, stored[f"{PREFIX}{path}.lora_B.weight"].to(held))
 
 
+def test_a_target_that_is_saved_whole_may_have_patterns(tmp_path, tiny, randomize):
+    """PEFT trains it whole, and passes over what a pattern says of it."""
+    patterns = {"rank_pattern": {"lm_head": 6}, "alpha_pattern": {"lm_head": 5}}
+    config = peft.LoraConfig(target_modules=["q_proj", "lm_head"], modules_to_save=["lm_head"], **patterns)
+    other = randomize(peft.get_peft_model(tiny("llama"), config, autocast_adapter_dtype=False)).eval()
+    other.save_pretrained(tmp_path, save_embedding_layers=False)
+    model = phicore.load_adapter(tiny("llama"), tmp_path)
+    torch.testing.assert_close(logits(model), logits(other), rtol=1e-6, atol=1e-6)
+
+
 def test_patterns_whose_order_peft_loses(tmp_path, tiny, randomize):
     """PEFT trains q_proj of layer 1 by the first key, and sorts them in the file: it reads back another adapter."""
     for pattern in ("rank_pattern", "alpha_pattern"):
