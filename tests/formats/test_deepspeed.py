@@ -209,6 +209,18 @@ def test_missing_files_are_named(runs, copy, tmp_path):
         read_checkpoint(folder)
 
 
+@pytest.mark.parametrize("where", ["absolute", "../other", "in/../../other"])
+def test_a_latest_that_leads_elsewhere_is_refused(copy, tmp_path, where):
+    folder = copy("stage 2").rename(tmp_path / "other")
+    (tmp_path / "run" / "in").mkdir(parents=True)
+    (tmp_path / "run" / "latest").write_text(str(folder) if where == "absolute" else where)
+    with pytest.raises(ValueError, match=r"latest names '.*other', which is outside its directory"):
+        read_checkpoint(tmp_path / "run")
+    (tmp_path / "run" / "latest").write_bytes(b"\xff")
+    with pytest.raises(FileNotFoundError, match="no checkpoint of DeepSpeed"):
+        read_checkpoint(tmp_path / "run")
+
+
 def test_files_of_another_step_are_refused(runs, copy):
     folder = copy("bfloat16")
     path = folder / "mp_rank_00_model_states.pt"
