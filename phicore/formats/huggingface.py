@@ -300,7 +300,9 @@ def _check_dtypes(model: Any, weights: Mapping[str, TensorFile], path_or_id: str
     """Refuses a weight that is held as integers or beside a scale, which say nothing without it, and one that became
     infinite in float16. One that is infinite in the files already is let be."""
     named = dict(model.named_parameters())
-    coded = {name for name in named.keys() & weights.keys() if not weights[name].entries[name].dtype.is_floating_point}
+    integers = {name for name, file in weights.items() if not file.entries[name].dtype.is_floating_point}
+    # The model may have other names for them, such as one for all experts; masks and positions are no ".weight".
+    coded = {name for name in integers if name in named or name.endswith(".weight")}
     for name in sorted(coded | coded_with_scales(model.state_dict(), weights)):
         raise ValueError(
             f"{weights[name].path}: {name} is held as {weights[name].entries[name].dtype}, coded by another library; "

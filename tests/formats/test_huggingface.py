@@ -246,6 +246,23 @@ def test_integers_in_a_weight_s_place_are_named(model: Any, tokenizer: Any, tmp_
         load_model(str(tmp_path / "model"), torch.float32)
 
 
+def test_integers_under_a_name_that_the_model_has_not_are_named(
+    tiny: Callable[..., nn.Module], tokenizer: Any, tmp_path: Path
+) -> None:
+    """transformers stacks the experts that files have one by one; and passes over masks of attention in old files."""
+    model: Any = tiny("mixtral", dtype=torch.float32, vocab_size=VOCABULARY)
+    save_model(model, tokenizer, tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(path)
+    expert = min(name for name in tensors if name.endswith("experts.3.w1.weight"))
+    mask = {"model.layers.0.self_attn.bias": torch.ones(1, 1, 4, 4, dtype=torch.bool)}
+    save_file(tensors | mask, path, {"format": "pt"})
+    assert torch.equal(logits(load_model(str(tmp_path / "model"), torch.float32)[0]), logits(model))
+    save_file(tensors | {expert: tensors[expert].to(torch.int8)}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{expert} is held as torch.int8, coded by another library"):
+        load_model(str(tmp_path / "model"), torch.float32)
+
+
 @pytest.mark.parametrize("scale", ["weight_scale", "weight_scale_inv", "scale_weight"])
 def test_8_bit_floats_beside_a_scale_are_named(model: Any, tokenizer: Any, tmp_path: Path, scale: str) -> None:
     """Without one they are the weights, rounded; with one they are read as if it were 1 by who does not know it."""
