@@ -298,17 +298,15 @@ def _check_keys(
     model: nn.Module, raw: dict[str, Any], expected: dict[str, Tensor], tensors: dict[str, Tensor], directory: Path
 ) -> None:
     both = [(key, tensors[key], expected[key]) for key in sorted(expected.keys() & tensors.keys())]
+    misshapen = {
+        key: f"{key}: {list(there.shape)} in the file, {list(here.shape)} in the model"
+        for key, there, here in both
+        if there.shape != here.shape
+    }
     problems = [
         _listed("missing keys", sorted(expected.keys() - tensors.keys())),
         _listed("unexpected keys", sorted(tensors.keys() - expected.keys())),
-        _listed(
-            "shapes that do not fit",
-            [
-                f"{key}: {list(there.shape)} in the file, {list(here.shape)} in the model"
-                for key, there, here in both
-                if there.shape != here.shape
-            ],
-        ),
+        _listed("shapes that do not fit", list(misshapen.values())),
         _listed(
             "dtypes that do not fit",
             [
@@ -322,7 +320,7 @@ def _check_keys(
         raise ValueError(
             f"{directory} does not fit the model, which is unchanged: "
             + "; ".join(filter(None, problems))
-            + advice(model, raw, tensors.keys() - expected.keys(), expected.keys() - tensors.keys())
+            + advice(model, raw, tensors.keys() - expected.keys(), expected.keys() - tensors.keys(), misshapen)
         )
 
 

@@ -609,6 +609,21 @@ def test_a_tied_pair_of_peft_with_its_tables(tmp_path, tiny, randomize, unchange
     assert type(phicore.load_adapter(tiny("tied llama"), tmp_path).lm_head) is phicore.LoRALinear
 
 
+def test_a_tied_pair_of_peft_with_dora_is_two_adapters(tmp_path, tiny, randomize, unchanged):
+    targets = ["embed_tokens", "q_proj"]
+    config = peft.LoraConfig(r=4, lora_alpha=7, target_modules=targets, use_dora=True, ensure_weight_tying=True)
+    other = randomize(peft.get_peft_model(tiny("tied llama"), config, autocast_adapter_dtype=False)).eval()
+    other.save_pretrained(tmp_path, save_embedding_layers=False)
+    model = tiny("tied llama")
+    with (
+        unchanged(model),
+        pytest.raises(ValueError, match=r"lora_magnitude_vector: \[32\] in .*tying to false in adap"),
+    ):
+        phicore.load_adapter(model, tmp_path)
+    edit(tmp_path, ensure_weight_tying=False)
+    torch.testing.assert_close(logits(phicore.load_adapter(model, tmp_path)), logits(other), rtol=1e-6, atol=1e-6)
+
+
 def test_modules_to_save_that_end_in_an_entry_as_peft_takes_it(tmp_path, randomize, tiny):
     config = peft.LoraConfig(r=4, lora_alpha=7, target_modules=["q_proj"], modules_to_save=["norm"])
     other = randomize(peft.get_peft_model(tiny("llama").double(), config, autocast_adapter_dtype=False).eval())
