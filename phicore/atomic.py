@@ -60,6 +60,9 @@ def check_free(path: str | os.PathLike[str], *, overwrite: bool = False) -> None
     """Raises OSError where `new_directory` would, as far as that is known before: what is to be written may take long
     to make."""
     path = _end_of_links(Path(path))
+    if path.name in ("", "..") or path.is_mount():
+        why = "what is written takes a directory's place, which '.' and mount points cannot give up; give one in it"
+        raise OSError(errno.EBUSY, why, str(path))
     if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not overwrite)):
         replaced = "set overwrite" if path.is_dir() else "remove it first"
         raise FileExistsError(f"{path} exists and is not an empty directory; choose another, or {replaced}")
@@ -81,7 +84,7 @@ def new_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
     Raises:
         FileExistsError: path is not empty and overwrite is False, or it is a file.
         PermissionError: it cannot be made where it shall stand.
-        OSError: path is a link that leads to itself; the disk is full.
+        OSError: path is a link that leads to itself, or "." or a mount point; the disk is full.
     """
     check_free(path, overwrite=overwrite)
     path = _end_of_links(Path(path))

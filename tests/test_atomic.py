@@ -125,6 +125,22 @@ def test_a_place_that_cannot_be_written_is_told_before_the_work(tmp_path, monkey
     assert names(tmp_path) == ["file"]
 
 
+@pytest.mark.parametrize("path", [".", "", "..", "in/..", "/", "volume"])
+def test_a_place_that_cannot_be_replaced_is_told_before_the_work(tmp_path, monkeypatch, path):
+    """As an empty folder that one stands in, or the volume of a container, which would fail when all is written."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "volume").mkdir()
+    monkeypatch.chdir(tmp_path / "volume")
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path / "volume")
+    for overwrite in (False, True):
+        where = tmp_path / path if path in ("in/..", "volume") else path
+        with pytest.raises(OSError, match="give one in it") as caught, atomic.new_directory(where, overwrite=overwrite):
+            raise AssertionError("it was to be written")
+        assert caught.value.errno == errno.EBUSY
+    assert names(tmp_path) == ["in", "volume"]
+    assert names(tmp_path / "volume") == []
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_failing_block_leaves_things_as_they_were(tmp_path, overwrite):
     path = tmp_path / "dir"

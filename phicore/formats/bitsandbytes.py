@@ -31,6 +31,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 STORAGE = (torch.uint8, torch.int8, torch.bfloat16, torch.float16, torch.float32, torch.float64)  # transformers' choice
 FLOAT32_MAX = torch.finfo(torch.float32).max
 BEYOND_FLOAT16 = "and float16 ends at 65,504; choose bfloat16 or float32"
+OTHER_NAMES = (
+    "where transformers reads these files by other names than its model's, give the full-precision original, which "
+    "phicore quantizes itself"
+)
 
 logger = logging.getLogger(__name__)
 
@@ -266,7 +270,8 @@ def load_weights(model: nn.Module, weights: Mapping[str, TensorFile], dtype: tor
         if keys
     ]
     if problems:
-        raise ValueError(f"the files do not fit the model; {', '.join(problems)}")
+        todo = f"; {OTHER_NAMES}" if missing and unexpected else ""
+        raise ValueError(f"the files do not fit the model; {', '.join(problems)}{todo}")
     if unused:
         where = weights[unused[0]].path.parent
         logger.warning("%s: weights that the model does not use: %s", where, unused[:10])
@@ -340,7 +345,9 @@ def _coded_layers(model: nn.Module, weights: Mapping[str, TensorFile]) -> tuple[
             if _ignores(model, name):
                 continue
         if not isinstance(linear, nn.Linear):
-            raise ValueError(f"{where}: {name} is a 4-bit weight, and the model has no linear layer of that name")
+            raise ValueError(
+                f"{where}: {name} is a 4-bit weight, and the model has no linear layer of that name; {OTHER_NAMES}"
+            )
         if any(name in group for group in tied_groups(model)):
             raise ValueError(f"{where}: {name} is a 4-bit weight, and the model ties it to another")
         every = {name, *(f"{name}.{part}" for part in (*PARTS, STATE))}

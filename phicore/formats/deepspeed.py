@@ -103,8 +103,9 @@ def read_checkpoint(
 
     Raises:
         FileNotFoundError: there is no checkpoint, or the file of one of its ranks is missing, naming it.
-        ValueError: the checkpoint is of ZeRO stage 0 or 3, tensor or pipeline parallelism or experts; was saved with
-            elastic_checkpoint; is damaged, or names what is not unpickled; or its parts contradict each other.
+        ValueError: `latest` leads out of the directory; the checkpoint is of ZeRO stage 0 or 3, tensor or pipeline
+            parallelism or experts; was saved with elastic_checkpoint; is damaged, or names what is not unpickled; or
+            its parts contradict each other.
     """
     folder = _checkpoint_folder(Path(directory))
     foreign = sorted(path.name for path in folder.glob("*.pt") if FOREIGN_FILES.fullmatch(path.name))
@@ -165,7 +166,12 @@ def read_checkpoint(
 
 def _checkpoint_folder(directory: Path) -> Path:
     latest = directory / "latest"
-    folder = directory / latest.read_text().strip() if latest.is_file() else directory
+    name = latest.read_text("utf-8", errors="replace").strip() if latest.is_file() else ""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(
+            f"{latest} names {name[:80]!r}, which is outside its directory; give the checkpoint's directory"
+        )
+    folder = directory / name
     if not (folder / MODEL_FILE).is_file() and not any(folder.glob("*_model_states.pt")):
         raise FileNotFoundError(
             f"{folder} holds no {MODEL_FILE}: it is no checkpoint of DeepSpeed; give the directory that its "

@@ -3,6 +3,7 @@
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -20,15 +21,20 @@ def in_dtype(found: DeepSpeedCheckpoint, dtype: torch.dtype) -> DeepSpeedCheckpo
     trained = [name for group in found.optimizer["param_groups"] for name in group["param_names"]]
     masters: dict[str, Tensor] = found.optimizer.get("masters", {})
     exact = {name: masters[name] if name in masters else found.model[name].float() for name in trained}
-    by_memory = {found.model[name].data_ptr(): exact[name] for name in trained}  # a tied weight has another name too
+    by_place = {_place(found.model[name]): exact[name] for name in trained}  # a tied weight has another name too
     model = {
-        name: by_memory.get(t.data_ptr(), t).to(dtype) if t.is_floating_point() and name not in found.buffers else t
+        name: by_place.get(_place(t), t).to(dtype) if t.is_floating_point() and name not in found.buffers else t
         for name, t in found.model.items()
     }
     optimizer = {key: value for key, value in found.optimizer.items() if key != "masters"}
     return replace(
         found, model=model, optimizer=optimizer if dtype == torch.float32 else {**optimizer, "masters": exact}
     )
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """What two names of one tensor have in common, and views of it and empty tensors have not."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
 def trained_tensors(found: DeepSpeedCheckpoint) -> dict[str, Tensor]:

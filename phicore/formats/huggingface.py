@@ -17,7 +17,7 @@ from phicore.formats import bitsandbytes
 from phicore.formats.links import check_links
 from phicore.formats.peft_fields import CONFIG as ADAPTER
 from phicore.formats.pretrained import save_in_layout, tied_as_is
-from phicore.formats.safetensors_files import INDEX, WEIGHTS, TensorFile, model_tensors
+from phicore.formats.safetensors_files import INDEX, WEIGHTS, TensorFile, coded_with_scales, model_tensors
 from phicore.nf4.linear import NF4Linear
 
 if TYPE_CHECKING:
@@ -235,7 +235,10 @@ def check_objects(directory: Path, names: Iterable[str]) -> None:
 
 
 def _check_config(config: Any, path_or_id: str, from_gguf: bool) -> None:
+    """Raises ValueError for a configuration that is not read; takes off what says which code of its author to run: a
+    directory that is written from it would name files that are not in it."""
     transformers = import_transformers()
+    vars(config).pop("auto_map", None)
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(f'{path_or_id} is a model of type "{config.model_type}", which is not a causal language model')
     quantization = _quantization(config)
@@ -294,15 +297,19 @@ def _check_loaded(path_or_id: str, info: dict[str, Any]) -> None:
 
 
 def _check_dtypes(model: Any, weights: Mapping[str, TensorFile], path_or_id: str) -> None:
-    """Refuses a weight that is held as integers, which without a scale say nothing, and one that became infinite in
-    float16. One that is infinite in the files already is let be."""
-    for name, parameter in model.named_parameters():
+    """Refuses a weight that is held as integers or beside a scale, which say nothing without it, and one that became
+    infinite in float16. One that is infinite in the files already is let be."""
+    named = dict(model.named_parameters())
+    integers = {name for name, file in weights.items() if not file.entries[name].dtype.is_floating_point}
+    # The model may have other names for them, such as one for all experts; masks and positions are no ".weight".
+    coded = {name for name in integers if name in named or name.endswith(".weight")}
+    for name in sorted(coded | coded_with_scales(model.state_dict(), weights)):
+        raise ValueError(
+            f"{weights[name].path}: {name} is held as {weights[name].entries[name].dtype}, coded by another library; "
+            f"give the model's full-precision original"
+        )
+    for name, parameter in named.items():
         weight = parameter.detach()
-        if name in weights and not (stored := weights[name].entries[name].dtype).is_floating_point:
-            raise ValueError(
-                f"{weights[name].path}: {name} is held as {stored}, coded by another library; give the model's "
-                f"full-precision original"
-            )
         if weight.dtype != torch.float16 or not weight.numel() or not torch.stack(weight.aminmax()).isinf().any():
             continue
         if name not in weights:  # of a GGUF file or the hub, or under another name

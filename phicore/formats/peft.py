@@ -28,8 +28,8 @@ from phicore.adapters.trained import TrainedPart
 from phicore.adapters.wrapped import check_not_flattened, check_not_sharded, check_not_wrapped
 from phicore.formats.peft_advice import advice, within_attention
 from phicore.formats.peft_config import adapter_config, differences, lora_config, tied_copies
-from phicore.formats.peft_conversion import MODEL_TYPE, misread
-from phicore.formats.peft_fields import CONFIG, WEIGHTS, read_config, read_raw_config
+from phicore.formats.peft_conversion import MODEL_TYPE, misread, normed_otherwise
+from phicore.formats.peft_fields import CONFIG, WEIGHTS, read_config, read_raw_config, warn_of_order
 from phicore.formats.peft_keys import (
     PREFIX,
     adapter_tensors,
@@ -68,7 +68,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str 
             that cannot be put together (FullyShardedDataParallel).
 
     Warns:
-        UserWarning: layers that PEFT misreads on this type of model; phicore reads them rightly.
+        UserWarning: layers that PEFT misreads on this type of model, or of a kind of which it computes something else;
+            phicore reads them rightly.
     """
     check_not_flattened(model)
     with unwrapped(model) as bare:
@@ -104,6 +105,16 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str 
             f"transformers stacks, and drops their pairs; phicore reads them. For other readers, merge the adapter",
             stacklevel=2,
         )
+    _warn_of_norms(tensors, stacklevel=3)
+
+
+def _warn_of_norms(tensors: dict[str, Tensor], stacklevel: int) -> None:
+    if layers := normed_otherwise(tensors):
+        warnings.warn(
+            f"in DoRA of convolutions with groups ({_shown(layers)}) PEFT divides by another norm: what it computes of "
+            f"this adapter is not what phicore does; use it where it was trained, or train these layers without DoRA",
+            stacklevel=stacklevel,
+        )
 
 
 def _whole(tensor: Any) -> Tensor:
@@ -123,7 +134,7 @@ def _each_alone(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def load_adapter(model: Model, directory: str | os.PathLike[str], name: str = "default") -> Model:
     """Reads an adapter in PEFT's format into a model, in place; attaches it first if the model has none of this name.
 
-    A, B and magnitude keep the dtype that they have in the file.
+    A, B and magnitude keep the dtype that they have in the file; if they have several, all get one that holds them.
 
     Args:
         model: the base model, or one with this adapter attached.
@@ -137,6 +148,10 @@ def load_adapter(model: Model, directory: str | os.PathLike[str], name: str = "d
         FileNotFoundError: a file is missing.
         ValueError: a file that cannot be read, a setting that this library does not know, keys that are missing or
             unexpected, shapes that do not fit: all are listed, and the model is unchanged.
+
+    Warns:
+        UserWarning: the order of the file's patterns decides a rank or an alpha, and PEFT does not keep it; layers of
+            a kind of which PEFT computes something else.
     """
     if name not in {layer.adapter_name for _, layer in adapter_layers(model)}:
         check_not_wrapped(model)
@@ -149,6 +164,7 @@ def _load(model: nn.Module, directory: Path, name: str) -> None:
     raw = read_config(directory)
     tensors = read_tensors(directory / WEIGHTS)
     parts = read_parts(directory / WEIGHTS)
+    warn_of_order(directory, raw, {key[len(PREFIX) : key.index(".lora_")] for key in tensors if ".lora_" in key})
     present = name in {layer.adapter_name for _, layer in adapter_layers(model)}
     if any(merged_layers(model)):
         raise ValueError("the model's adapters are merged; unmerge it before loading one")
@@ -170,6 +186,7 @@ def _load(model: nn.Module, directory: Path, name: str) -> None:
     _check_keys(model, raw, expected, tensors, directory)
     check_parts(model, config, name, tensors, directory)
     _check_tied(model, config, name, tensors, directory)
+    _warn_of_norms(tensors, stacklevel=4)
     if config is not None:
         attach(model, config, name)
     with torch.no_grad():
@@ -281,17 +298,15 @@ def _check_keys(
     model: nn.Module, raw: dict[str, Any], expected: dict[str, Tensor], tensors: dict[str, Tensor], directory: Path
 ) -> None:
     both = [(key, tensors[key], expected[key]) for key in sorted(expected.keys() & tensors.keys())]
+    misshapen = {
+        key: f"{key}: {list(there.shape)} in the file, {list(here.shape)} in the model"
+        for key, there, here in both
+        if there.shape != here.shape
+    }
     problems = [
         _listed("missing keys", sorted(expected.keys() - tensors.keys())),
         _listed("unexpected keys", sorted(tensors.keys() - expected.keys())),
-        _listed(
-            "shapes that do not fit",
-            [
-                f"{key}: {list(there.shape)} in the file, {list(here.shape)} in the model"
-                for key, there, here in both
-                if there.shape != here.shape
-            ],
-        ),
+        _listed("shapes that do not fit", list(misshapen.values())),
         _listed(
             "dtypes that do not fit",
             [
@@ -305,7 +320,7 @@ def _check_keys(
         raise ValueError(
             f"{directory} does not fit the model, which is unchanged: "
             + "; ".join(filter(None, problems))
-            + advice(model, raw, tensors.keys() - expected.keys(), expected.keys() - tensors.keys())
+            + advice(model, raw, tensors.keys() - expected.keys(), expected.keys() - tensors.keys(), misshapen)
         )
 
 

@@ -12,7 +12,11 @@ from phicore.modules import output_heads
 
 
 def advice(
-    model: nn.Module, raw: dict[str, Any], unexpected: Iterable[str], missing: Collection[str] = frozenset()
+    model: nn.Module,
+    raw: dict[str, Any],
+    unexpected: Iterable[str],
+    missing: Collection[str] = frozenset(),
+    misshapen: Iterable[str] = (),
 ) -> str:
     """What to put behind the error: clauses that start with "; ", or nothing.
 
@@ -21,6 +25,7 @@ def advice(
         raw: adapter_config.json.
         unexpected: keys of the file that the model has no place for.
         missing: keys that the model has a place for and the file has not.
+        misshapen: keys whose tensors have another shape than in the model.
     """
     keys = sorted(unexpected)
     found = []
@@ -54,6 +59,12 @@ def advice(
         found.append(
             f"{', '.join(dead)} stands in an nn.MultiheadAttention, which reads its weight past it, so that the pair "
             f"has no effect in PEFT either: delete its keys from {WEIGHTS}"
+        )
+    if raw.get("ensure_weight_tying") and any(key.endswith(".lora_magnitude_vector") for key in misshapen):
+        found.append(
+            f"with ensure_weight_tying PEFT has a magnitude for each dimension of the embedding and one for each token "
+            f"of the head, which is no adapter of one table: set ensure_weight_tying to false in {CONFIG}, and load it "
+            f"into a model without this adapter; the two are then adapted apart"
         )
     return "".join(f"; {one}" for one in found)
 

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any, cast
 
 import torch
@@ -54,6 +54,7 @@ def adapter_config(model: nn.Module, name: str = "default") -> dict[str, Any]:
     ranks = Counter(rank for _, rank, _, _ in settings)
     alphas = Counter(alpha for _, _, alpha, _ in settings)
     rank, alpha = ranks.most_common(1)[0][0], alphas.most_common(1)[0][0]
+    endings = _endings(path for path, _, _, _ in settings)
     first = layers[0][1] if layers else None
     linear = [layer.innermost for _, layer in layers if isinstance(layer, LowRankLinear)]
     base_config = getattr(model, "config", None)
@@ -67,8 +68,8 @@ def adapter_config(model: nn.Module, name: str = "default") -> dict[str, Any]:
         **_shortest_targets(model, sorted({_target(model, path) for path, _ in layers})),
         "use_dora": isinstance(settings[0][3], DoRALayer | DoRAExperts),
         "use_rslora": settings[0][3].rslora,
-        "rank_pattern": {re.escape(path): r for path, r, _, _ in settings if r != rank},
-        "alpha_pattern": {re.escape(path): _integer_if_whole(a) for path, _, a, _ in settings if a != alpha},
+        "rank_pattern": {_pattern(path, endings): r for path, r, _, _ in settings if r != rank},
+        "alpha_pattern": {_pattern(path, endings): _integer_if_whole(a) for path, _, a, _ in settings if a != alpha},
         "modules_to_save": sorted(saved) or None,
         "bias": _bias(model, name),
         **({"ensure_weight_tying": True} if _ties(model, name) else {}),
@@ -108,10 +109,10 @@ def _bias(model: nn.Module, name: str) -> str:
 
 
 def _tokens(model: nn.Module, name: str) -> list[int] | dict[str, list[int]] | None:
-    """trainable_token_indices of an adapter: a list for the input embedding alone."""
+    """trainable_token_indices of an adapter: a list for the input embedding alone, if the model says which that is."""
     tokens = owners(list(adapter_layers(model, name)))
-    if not tokens:
-        return None
+    if not tokens or not hasattr(model, "get_input_embeddings"):  # for PEFT a list then means "embed_tokens"
+        return tokens or None
     try:
         alone = input_embedding(model, dict(model.named_modules(remove_duplicate=False)))
     except ValueError:
@@ -144,19 +145,33 @@ def _task_type(model: nn.Module, saved: Collection[str]) -> str | None:
     return "SEQ_2_SEQ_LM" if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else "CAUSAL_LM"
 
 
+def _endings(names: Iterable[str]) -> set[str]:
+    """What stands behind a dot in one of these names: a target or pattern that says so means this one too."""
+    return {name[dot.end() :] for name in names for dot in re.finditer(r"\.", name)}
+
+
+def _pattern(path: str, endings: Collection[str]) -> str:
+    """The key of rank_pattern or alpha_pattern that means this name and none that ends in it."""
+    return f"{'^' if path in endings else ''}{re.escape(path)}"
+
+
 def _shortest_targets(model: nn.Module, paths: list[str]) -> dict[str, Any]:
     """target_modules: last names if they mean just these modules, if need be with the numbers of their blocks, whole
-    names otherwise; sorted, since PEFT's own order is a hash's."""
+    names otherwise; sorted, since PEFT's own order is a hash's. Where one is the end of another module's name, a
+    regular expression."""
     last = sorted({path.rsplit(".", 1)[-1] for path in paths})
     inside = tuple(f"{path}." for path in [*paths, *(path for path, _ in adapter_layers(model))])
-    meant = {name for name, _ in model.named_modules() if matches(name, last) and not name.startswith(inside)}
+    outside = [name for name, _ in model.named_modules() if not name.startswith(inside)]
+    meant = {name for name in outside if matches(name, last)}
     if meant == set(paths):
         return {"target_modules": last}
     # PEFT takes a target that is a whole name at any index.
     if not meant & set(last) and (described := described_by_indices(paths, meant)) is not None:
         indices, pattern = described
         return {"target_modules": last, "layers_to_transform": indices, "layers_pattern": pattern}
-    return {"target_modules": sorted(paths)}
+    if _endings({*outside} - {*paths}) & {*paths}:
+        return {"target_modules": "|".join(map(re.escape, paths))}
+    return {"target_modules": paths}
 
 
 def _shortest_parameters(model: nn.Module, paths: list[str]) -> list[str]:
@@ -187,19 +202,22 @@ def lora_config(model: nn.Module, raw: dict[str, Any], tensors: dict[str, Tensor
             f"the model's layers like {list(candidates)[:2]}, and each key must start with {PREFIX!r}"
             f"{advice(model, raw, tensors)}"
         )
-    # A pair's dtype before that of biases or whole modules, which PEFT leaves in the base's.
-    floating = [t.dtype for _, t in sorted(tensors.items(), key=lambda item: ".lora_" not in item[0]) if _floats(t)]
+    # Of the pairs, since PEFT leaves biases and whole modules in the base's dtype; the widest if they have several.
+    floating = {t.dtype for key, t in tensors.items() if ".lora_" in key and t.is_floating_point()}
+    widest = {dtype for dtype in floating if dtype.itemsize == max(other.itemsize for other in floating)}
     attentions = {path for path in known if isinstance(candidates[path], nn.MultiheadAttention)}
     layers = [cast(Any, candidates[path]).out_proj if path in attentions else candidates[path] for path in known]
     biased = any(map(has_bias, model.modules() if raw.get("bias") == "all" else layers))
     inside = [f"{path}.{name}" for path in attentions for name in projections(candidates[path])]  # type: ignore[arg-type]
-    patterned = [*known, *inside, *parameters]
+    together = [path for group in tied_copies(model, raw, tensors) for path in group]
+    saved = _saved(model, [*(raw.get("modules_to_save") or []), *together], tensors)
+    patterned = [path for path in (*known, *inside, *parameters) if not matches(path, saved)]
     parts = {path: of for path, of in parts.items() if path in known or path.rpartition(".")[0] in attentions}
     named = {part_paths(path).get(part, path): values for path, of in parts.items() for part, values in of.items()}
+    ends = _endings([*patterned, *named])
     split = [path for path, of in parts.items() if of.keys() <= part_paths(path).keys()]
     targets = [p for p in known if p not in split]
     targets += [part_paths(path)[part] for path in split if path in known for part in parts[path]]
-    together = [path for group in tied_copies(model, raw, tensors) for path in group]
     return LoRAConfig(
         rank=raw.get("r", DEFAULT_RANK),
         alpha=raw.get("lora_alpha", DEFAULT_ALPHA),
@@ -209,16 +227,16 @@ def lora_config(model: nn.Module, raw: dict[str, Any], tensors: dict[str, Tensor
         dropout=raw.get("lora_dropout") or 0.0,
         dora=bool(raw.get("use_dora")),
         rslora=bool(raw.get("use_rslora")),
-        rank_pattern={re.escape(path): rank for path, (rank, _) in named.items()}
+        rank_pattern={_pattern(path, ends): rank for path, (rank, _) in named.items()}
         | {k: v for k, v in (raw.get("rank_pattern") or {}).items() if _ends_some(k, patterned)},
-        alpha_pattern={re.escape(path): alpha for path, (_, alpha) in named.items()}
+        alpha_pattern={_pattern(path, ends): alpha for path, (_, alpha) in named.items()}
         | {k: v for k, v in (raw.get("alpha_pattern") or {}).items() if _ends_some(k, patterned)},
-        modules_to_save=_saved(model, [*(raw.get("modules_to_save") or []), *together], tensors),
+        modules_to_save=saved,
         bias=raw.get("bias", "none") if biased else "none",
         trainable_token_indices=raw.get("trainable_token_indices") or None,
         # PEFT passes over the flag where nothing that it adapts is tied.
         ensure_weight_tying=bool(raw.get("ensure_weight_tying")) and bool(_tied_here(model, known)),
-        adapter_dtype=floating[0] if floating else None,
+        adapter_dtype=widest.pop() if len(widest) == 1 else torch.float32,
     )
 
 
@@ -261,10 +279,6 @@ def tied_copies(model: nn.Module, raw: dict[str, Any], tensors: dict[str, Tensor
 def _tied_here(model: nn.Module, paths: list[str]) -> list[str]:
     """Which of these layers are tied to another of them."""
     return [path for places in tied_tables(model).values() for path in places if places.keys() <= set(paths)]
-
-
-def _floats(tensor: Tensor) -> bool:
-    return tensor.is_floating_point()
 
 
 def _ends_some(pattern: str, paths: list[str]) -> bool:

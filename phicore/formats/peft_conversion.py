@@ -1,10 +1,19 @@
-"""Layers that PEFT takes for a mixture's experts: on models whose experts transformers 5 stacked, it rewrites targets
+"""Adapters that PEFT makes something else of.
+
+Layers that it takes for a mixture's experts: on models whose experts transformers 5 stacked, it rewrites targets
 of these names to the experts' parameters, wherever they stand, and drops the pairs of dense layers and shared experts.
 
 PEFT does so to any target_modules (names, regular expressions, all-linear), so that no file can hold such pairs for it.
+
+Convolutions with groups: its DoRA divides by the norm of W + scaling * B A, where it multiplies B and A as if there
+were no groups, which is no weight of the layer (get_lora_weight of tuners/lora/dora.py in peft 0.21.2).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+
+from phicore.formats.peft_keys import PREFIX
 
 MODEL_TYPE = "phicore.model_type"
 """Key of the safetensors metadata under which `save_adapter` leaves the model's type where PEFT misreads it."""
@@ -31,3 +40,14 @@ def misread(model_type: str | None, layers: Iterable[str]) -> list[str]:
     """Those of an adapter's layers, by name, that PEFT misreads on a model of this type."""
     names = CONVERTED.get(model_type or "", ())
     return [layer for layer in layers if layer.rpartition(".")[2] in names]
+
+
+def normed_otherwise(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The convolutions with groups that have DoRA, by name, among an adapter's tensors by PEFT's keys."""
+    layers = [key.removesuffix(".lora_A.weight") for key, A in tensors.items() if ".lora_A" in key and A.dim() > 2]
+    return [
+        layer.removeprefix(PREFIX)
+        for layer in layers
+        if f"{layer}.lora_magnitude_vector" in tensors
+        and tensors[f"{layer}.lora_A.weight"].shape[0] != tensors[f"{layer}.lora_B.weight"].shape[1]
+    ]

@@ -1,10 +1,11 @@
 """adapter_config.json as it stands: which fields there are, and what is wrong with a file."""
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from phicore.adapters.config import BIASES
+from phicore.adapters.config import BIASES, pattern_value
 from phicore.adapters.layer_index import as_patterns
 from phicore.expressions import check_bounded
 from phicore.formats.links import check_links
@@ -78,6 +79,25 @@ def read_config(directory: Path) -> dict[str, Any]:
             f"{path}: settings that this library does not support: " + ", ".join(f"{k}={raw[k]!r}" for k in unknown)
         )
     return raw
+
+
+def warn_of_order(directory: Path, raw: dict[str, Any], layers: Iterable[str]) -> None:
+    """Warns where two keys of rank_pattern or alpha_pattern mean one of these layers and differ. The first counts, but
+    PEFT trains by the order that it was given and sorts the keys when it saves: a sorted file may not say which it was.
+    """
+    layers = sorted(layers)
+    for what in ("rank_pattern", "alpha_pattern"):
+        pattern: dict[str, Any] = raw.get(what) or {}
+        for layer in layers if list(pattern) == sorted(pattern) and len(set(pattern.values())) > 1 else ():
+            meant = {key: value for key, value in pattern.items() if pattern_value({key: True}, layer, False)}
+            if len(set(meant.values())) > 1:
+                said = ", ".join(f"{key!r}: {value}" for key, value in meant.items())
+                warnings.warn(
+                    f"{directory / CONFIG}: several keys of {what} mean {layer} ({said}), and the first is taken; PEFT "
+                    f"sorts them when it saves, so if the run had them in another order, put that into the file",
+                    stacklevel=4,
+                )
+                break
 
 
 def leaves_the_base(start: Any) -> bool:

@@ -40,6 +40,7 @@ from phicore.formats.peft_fields import (
     WEIGHTS,
     leaves_the_base,
     read_raw_config,
+    warn_of_order,
 )
 from phicore.formats.peft_keys import BIAS, PREFIX, ROWS
 from phicore.formats.readers import MERGE, READERS, REMEDIES, SCALING, Reader, Target
@@ -110,6 +111,7 @@ def read_adapter(directory: str | os.PathLike[str]) -> Adapter:
     """
     directory = Path(directory)
     config, tensors = read_raw_config(directory), read_tensors(directory / WEIGHTS)
+    warn_of_order(directory, config, {found["layer"] for key in tensors if (found := _A_OR_B.fullmatch(key))})
     problems = [f"{key} does not start with {PREFIX!r}" for key in sorted(tensors) if not key.startswith(PREFIX)]
     layers = []
     for key in sorted(tensors):

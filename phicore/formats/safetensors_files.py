@@ -11,7 +11,7 @@ neither crash the process nor change a model, and memory in use is what was aske
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from io import RawIOBase
 from pathlib import Path
@@ -291,13 +291,25 @@ def compare(
     for group in tied:
         if group & found.keys():
             missing -= group
-    unlike = []
+    unlike, coded = [], coded_with_scales(expected, found)
     for key in sorted(expected.keys() & found.keys()):
         wanted, entry = expected[key], found[key].entries[key]
-        if entry.shape != wanted.shape or entry.dtype.is_floating_point != wanted.is_floating_point():
+        if key in coded:
+            unlike.append(f"{key} ({entry.dtype}, coded with a scale that stands beside it)")
+        elif entry.shape != wanted.shape or entry.dtype.is_floating_point != wanted.is_floating_point():
             there, here = f"{entry.dtype} {list(entry.shape)}", f"{wanted.dtype} {list(wanted.shape)}"
             unlike.append(f"{key} ({there} in {found[key].path.name}, {here} in the model)")
     return sorted(missing), sorted(found.keys() - expected.keys()), unlike
+
+
+def coded_with_scales(expected: Container[str], found: Mapping[str, TensorFile]) -> set[str]:
+    """Tensors of 8-bit floats beside which (weight, weight_scale) stands a scale that the model has no place for. They
+    are another library's codes: without the scale they are not the weights."""
+    scaled = {key.rpartition(".")[0] for key in found if "scale" in key.rpartition(".")[2] and key not in expected}
+    floats = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
+    return {
+        key for key, file in found.items() if file.entries[key].dtype in floats and key.rpartition(".")[0] in scaled
+    }
 
 
 def _is_beside(name: Any) -> bool:

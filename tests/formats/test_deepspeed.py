@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import phicore
-from phicore.formats.deepspeed import read_checkpoint
-from phicore.formats.deepspeed_weights import trained_tensors, write_weights
+from phicore.formats.deepspeed import DeepSpeedCheckpoint, read_checkpoint
+from phicore.formats.deepspeed_weights import in_dtype, trained_tensors, write_weights
 from phicore.training.adopt import adopt
 from phicore.training.consolidate import consolidate
 from tests.formats.deepspeed_runs import RUNS, WORLD_SIZE, Net, batch, groups, loss_of
@@ -160,6 +160,24 @@ def test_a_single_rank_with_padding(runs, copy):
         read_checkpoint(folder)
 
 
+def test_views_and_empty_tensors_keep_their_shapes_in_another_dtype(tmp_path):
+    """Only what is the very tensor that has a master, under another name, is made from it."""
+    weight, master = torch.arange(6.0).view(2, 3), torch.arange(6.0).view(2, 3) + 1 / 1024
+    model = {"weight": weight.bfloat16(), "empty": torch.zeros(0, 3).bfloat16(), "other": torch.zeros(4, 0).bfloat16()}
+    model |= {"tied": model["weight"], "transposed": model["weight"].t()}
+    optimizer = {
+        "state": {},
+        "param_groups": [{"param_names": ["weight", "empty"]}],
+        "masters": {"weight": master, "empty": torch.zeros(0, 3)},
+    }
+    found = in_dtype(DeepSpeedCheckpoint(model, optimizer, 1, 1.0, (), 1), torch.float32)
+    written = load_file(write_weights(found, tmp_path / "weights"))
+    exact = {"weight": master, "tied": master, "transposed": weight.t(), "empty": torch.zeros(0, 3)}
+    assert written.keys() == {*exact, "other"}
+    assert all(torch.equal(written[name], tensor) for name, tensor in exact.items())
+    assert written["other"].shape == (4, 0)
+
+
 def test_unread_kinds_are_refused(runs, copy):
     with pytest.raises(ValueError, match="elastic_checkpoint"):
         read_checkpoint(runs / "elastic")
@@ -189,6 +207,18 @@ def test_missing_files_are_named(runs, copy, tmp_path):
     (folder / "mp_rank_00_model_states.pt").unlink()
     with pytest.raises(FileNotFoundError, match="mp_rank_00_model_states"):
         read_checkpoint(folder)
+
+
+@pytest.mark.parametrize("where", ["absolute", "../other", "in/../../other"])
+def test_a_latest_that_leads_elsewhere_is_refused(copy, tmp_path, where):
+    folder = copy("stage 2").rename(tmp_path / "other")
+    (tmp_path / "run" / "in").mkdir(parents=True)
+    (tmp_path / "run" / "latest").write_text(str(folder) if where == "absolute" else where)
+    with pytest.raises(ValueError, match=r"latest names '.*other', which is outside its directory"):
+        read_checkpoint(tmp_path / "run")
+    (tmp_path / "run" / "latest").write_bytes(b"\xff")
+    with pytest.raises(FileNotFoundError, match="no checkpoint of DeepSpeed"):
+        read_checkpoint(tmp_path / "run")
 
 
 def test_files_of_another_step_are_refused(runs, copy):

@@ -25,6 +25,7 @@ from phicore.formats.huggingface import (
     model_config,
     save_model,
 )
+from phicore.formats.streaming import quantize_directory
 from phicore.training.generation import generate
 from tests.chat_tokenizers import chat_tokenizer
 from tests.tied_llama import PROMPTS, VOCABULARY, tied_llama
@@ -245,11 +246,57 @@ def test_integers_in_a_weight_s_place_are_named(model: Any, tokenizer: Any, tmp_
         load_model(str(tmp_path / "model"), torch.float32)
 
 
+def test_integers_under_a_name_that_the_model_has_not_are_named(
+    tiny: Callable[..., nn.Module], tokenizer: Any, tmp_path: Path
+) -> None:
+    """transformers stacks the experts that files have one by one; and passes over masks of attention in old files."""
+    model: Any = tiny("mixtral", dtype=torch.float32, vocab_size=VOCABULARY)
+    save_model(model, tokenizer, tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(path)
+    expert = min(name for name in tensors if name.endswith("experts.3.w1.weight"))
+    mask = {"model.layers.0.self_attn.bias": torch.ones(1, 1, 4, 4, dtype=torch.bool)}
+    save_file(tensors | mask, path, {"format": "pt"})
+    assert torch.equal(logits(load_model(str(tmp_path / "model"), torch.float32)[0]), logits(model))
+    save_file(tensors | {expert: tensors[expert].to(torch.int8)}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{expert} is held as torch.int8, coded by another library"):
+        load_model(str(tmp_path / "model"), torch.float32)
+
+
+@pytest.mark.parametrize("scale", ["weight_scale", "weight_scale_inv", "scale_weight"])
+def test_8_bit_floats_beside_a_scale_are_named(model: Any, tokenizer: Any, tmp_path: Path, scale: str) -> None:
+    """Without one they are the weights, rounded; with one they are read as if it were 1 by who does not know it."""
+    save_model(model, tokenizer, tmp_path / "model")
+    path, layer = tmp_path / "model" / "model.safetensors", "model.layers.1.mlp.up_proj"
+    tensors = load_file(path)
+    tensors[f"{layer}.weight"] = tensors[f"{layer}.weight"].to(torch.float8_e4m3fn)
+    save_file(tensors, path, {"format": "pt"})
+    loaded, _ = load_model(str(tmp_path / "model"), torch.float32)
+    assert torch.equal(loaded.get_parameter(f"{layer}.weight"), tensors[f"{layer}.weight"].float())
+    save_file(tensors | {f"{layer}.{scale}": torch.tensor([0.01])}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{layer}.weight is held as torch.float8_e4m3fn, coded by another library"):
+        load_model(str(tmp_path / "model"), torch.float32)
+    with pytest.raises(ValueError, match=rf"{layer}.weight \(torch.float8_e4m3fn, coded with a scale"):
+        quantize_directory(tmp_path / "model", tmp_path / "nf4")
+
+
 def test_a_model_of_its_author_s_code_says_what_to_do(model: Any, tokenizer: Any, tmp_path: Path) -> None:
     save_model(model, tokenizer, tmp_path / "model")
     edit_config(tmp_path / "model", model_type="own", auto_map={"AutoConfig": "configuration_own.OwnConfig"})
     with pytest.raises(ValueError, match=r"model needs code of its author, which is not run here; load it by"):
         load_model(str(tmp_path / "model"), torch.float32)
+
+
+def test_what_is_written_names_no_code_that_is_not_in_it(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    """As Phi-3's configuration does: transformers has the class itself, and who trusts the author's looks for it."""
+    save_model(model, tokenizer, tmp_path / "model")
+    code = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    edit_config(tmp_path / "model", auto_map=code)
+    save_model(*load_model(str(tmp_path / "model"), torch.float32), tmp_path / "again")
+    quantize_directory(tmp_path / "model", tmp_path / "nf4")
+    for name in ("again", "nf4"):
+        config = transformers.AutoConfig.from_pretrained(tmp_path / name, trust_remote_code=True)
+        assert type(config) is type(model.config)
 
 
 def edit_config(directory: Path, **changes: Any) -> None:

@@ -82,6 +82,16 @@ def test_links_that_stay_inside_are_followed(source: Path, tmp_path: Path) -> No
     shutil.copytree(source, snapshot)
     lead_out(snapshot / "config.json", tmp_path / "models--a--b" / "blobs" / "1")
     check_links(snapshot)
+    shutil.copytree(source, snapshot / "checkpoint-500" / "model")
+    lead_out(snapshot / "checkpoint-500" / "model" / "config.json", tmp_path / "models--a--b" / "blobs" / "2")
+    check_links(snapshot / "checkpoint-500" / "model")
     lead_out(snapshot / "LICENSE", tmp_path / "models--a--other" / "blobs" / "1")
     with pytest.raises(ValueError, match="LICENSE is a link"):
         check_links(snapshot)
+
+
+def test_links_that_lead_to_no_file_are_passed_over(source: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(source, tmp_path / "model"))
+    (model / "nowhere").symlink_to(tmp_path / "absent")
+    (model / "itself").symlink_to("itself")
+    load_model(str(model), torch.float32)

@@ -1,10 +1,12 @@
 """PEFT's adapter format, in both directions, against PEFT itself."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import tracemalloc
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -15,11 +17,12 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 import phicore
 from phicore.adapters import adapter_layers
 from phicore.adapters.trained import TrainedCopy
+from phicore.formats import portable
 from phicore.formats.bitsandbytes import save_quantized
 from phicore.formats.peft import CONFIG, PREFIX, WEIGHTS
 from tests.formats.peft_files import assert_same_files, edit, edit_tensors, kinds, load_in_peft, logits
@@ -96,6 +99,11 @@ SETTINGS = {
         "llama",
         {"target_modules": LLAMA, "trainable_token_indices": {"embed_tokens": [3, 7], "lm_head": [9, 1]}},
         {"target_modules": LLAMA, "trainable_token_indices": {"embed_tokens": [3, 7], "lm_head": [9, 1]}},
+    ),
+    "tokens of a plain model": (
+        "conv",
+        {"target_modules": ["conv1"], "trainable_token_indices": [7, 3]},
+        {"target_modules": ["conv1"], "trainable_token_indices": {"embed": [7, 3]}},
     ),
     "tied tokens": (
         "tied llama",
@@ -399,6 +407,41 @@ def test_names_with_regex_signs(tmp_path, randomize):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": "gate_up_proj"},
+        {"target_modules": r"(.*\.)?gate_up_proj", "rank_pattern": {"inner.gate_up_proj": 3, "more.gate_up_proj": 3}},
+        {"target_modules": r"(.*\.)?gate_up_proj", "alpha_pattern": {"inner.gate_up_proj": 3, "more.gate_up_proj": 3}},
+        {
+            "target_modules": r"(.*\.)?gate_proj",
+            "fused_targets": "split",
+            "rank_pattern": {"inner.gate_proj": 3, "more.gate_proj": 3},
+            "alpha_pattern": {"inner.gate_proj": 3, "more.gate_proj": 3},
+        },
+    ],
+)
+def test_a_layer_whose_name_is_the_end_of_another_s(tmp_path, randomize, options):
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        parts = {name: nn.ModuleDict({"gate_up_proj": nn.Linear(4, 4)}) for name in ("inner", "more")}
+        return nn.ModuleDict({"gate_up_proj": nn.Linear(4, 4), **parts})
+
+    def products(model) -> dict[str, Tensor]:
+        return {path: layer.product().detach() for path, layer in adapter_layers(model)}
+
+    model = randomize(phicore.attach(build(), phicore.LoRAConfig(rank=2, alpha=5, **options)))
+    phicore.save_adapter(model, tmp_path)
+    other = phicore.load_adapter(build(), tmp_path)
+    assert products(other).keys() == products(model).keys()
+    assert all(torch.equal(products(other)[path], product) for path, product in products(model).items())
+    phicore.save_adapter(other, tmp_path / "again")
+    assert_same_files(tmp_path / "again", tmp_path)
+    for path, layer in load_in_peft(build(), tmp_path).base_model.model.named_modules():
+        if isinstance(layer, peft.tuners.lora.LoraLayer):
+            torch.testing.assert_close(layer.get_delta_weight("default"), products(model)[path], rtol=1e-6, atol=1e-6)
+
+
 def test_all_biases_beside_a_head_trained_whole(tmp_path, tiny, randomize):
     """PEFT's file holds the head's bias three times over, of which one is the base's."""
     options = {"target_modules": ["query", "output.dense"], "bias": "all", "modules_to_save": ["classifier"]}
@@ -450,6 +493,55 @@ def test_dtypes_of_a_file_whose_biases_are_in_the_base_s(tmp_path, tiny, randomi
         assert torch.equal(layer.lora_B, stored[f"{PREFIX}{path}.lora_B.weight"])
         assert torch.equal(layer.bias, stored[f"{PREFIX}{path}.base_layer.bias"])
         assert layer.lora_A.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("A", "B", "held"),
+    [
+        (torch.bfloat16, torch.float16, torch.float32),
+        (torch.float16, torch.float32, torch.float32),
+        (torch.float32, torch.float64, torch.float64),
+    ],
+)
+def test_a_pair_of_two_dtypes_is_not_rounded(tmp_path, toy, randomize, A, B, held):
+    phicore.save_adapter(randomize(phicore.attach(toy(), phicore.LoRAConfig(rank=2))), tmp_path)
+    edit_tensors(tmp_path, lambda tensors: {key: t.to(A if ".lora_A" in key else B) for key, t in tensors.items()})
+    stored = load_file(tmp_path / WEIGHTS)
+    for path, layer in adapter_layers(phicore.load_adapter(toy(), tmp_path)):
+        assert torch.equal(layer.lora_A, stored[f"{PREFIX}{path}.lora_A.weight"].to(held))
+        assert torch.equal(layer.lora_B, stored[f"{PREFIX}{path}.lora_B.weight"].to(held))
+
+
+def test_a_target_that_is_saved_whole_may_have_patterns(tmp_path, tiny, randomize):
+    """PEFT trains it whole, and passes over what a pattern says of it."""
+    patterns = {"rank_pattern": {"lm_head": 6}, "alpha_pattern": {"lm_head": 5}}
+    config = peft.LoraConfig(target_modules=["q_proj", "lm_head"], modules_to_save=["lm_head"], **patterns)
+    other = randomize(peft.get_peft_model(tiny("llama"), config, autocast_adapter_dtype=False)).eval()
+    other.save_pretrained(tmp_path, save_embedding_layers=False)
+    model = phicore.load_adapter(tiny("llama"), tmp_path)
+    torch.testing.assert_close(logits(model), logits(other), rtol=1e-6, atol=1e-6)
+
+
+def test_patterns_whose_order_peft_loses(tmp_path, tiny, randomize):
+    """PEFT trains q_proj of layer 1 by the first key, and sorts them in the file: it reads back another adapter."""
+    for pattern in ("rank_pattern", "alpha_pattern"):
+        directory, order = tmp_path / pattern, {"q_proj": 2, r"1\..*": 3}
+        config = peft.LoraConfig(r=4, lora_alpha=7, target_modules=LLAMA, **{pattern: order})
+        other = randomize(peft.get_peft_model(tiny("llama"), config)).eval()
+        other.save_pretrained(directory)
+        model = tiny("llama")
+        wrong = pytest.raises(ValueError, match="do not fit") if pattern == "rank_pattern" else contextlib.nullcontext()
+        said = f"several keys of {pattern} mean model.layers.1.self_attn.q_proj .*PEFT sorts them"
+        with wrong, pytest.warns(UserWarning, match=said):
+            phicore.load_adapter(model, directory)
+        if pattern == "alpha_pattern":
+            with pytest.warns(UserWarning, match=said):
+                portable.check(directory, "vllm")
+        edit(directory, **{pattern: order})
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            model = phicore.load_adapter(tiny("llama"), directory)
+        torch.testing.assert_close(logits(model), logits(other), rtol=1e-6, atol=1e-6)
 
 
 def test_a_table_that_peft_saved_beside_its_adapter(tmp_path, tiny, randomize, unchanged):
@@ -515,6 +607,21 @@ def test_a_tied_pair_of_peft_with_its_tables(tmp_path, tiny, randomize, unchange
             phicore.load_adapter(spared, tmp_path)
     edit(tmp_path, ensure_weight_tying=False, target_modules=["embed_tokens", "lm_head", "q_proj"])
     assert type(phicore.load_adapter(tiny("tied llama"), tmp_path).lm_head) is phicore.LoRALinear
+
+
+def test_a_tied_pair_of_peft_with_dora_is_two_adapters(tmp_path, tiny, randomize, unchanged):
+    targets = ["embed_tokens", "q_proj"]
+    config = peft.LoraConfig(r=4, lora_alpha=7, target_modules=targets, use_dora=True, ensure_weight_tying=True)
+    other = randomize(peft.get_peft_model(tiny("tied llama"), config, autocast_adapter_dtype=False)).eval()
+    other.save_pretrained(tmp_path, save_embedding_layers=False)
+    model = tiny("tied llama")
+    with (
+        unchanged(model),
+        pytest.raises(ValueError, match=r"lora_magnitude_vector: \[32\] in .*tying to false in adap"),
+    ):
+        phicore.load_adapter(model, tmp_path)
+    edit(tmp_path, ensure_weight_tying=False)
+    torch.testing.assert_close(logits(phicore.load_adapter(model, tmp_path)), logits(other), rtol=1e-6, atol=1e-6)
 
 
 def test_modules_to_save_that_end_in_an_entry_as_peft_takes_it(tmp_path, randomize, tiny):

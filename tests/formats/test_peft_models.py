@@ -277,6 +277,26 @@ def test_layers_that_peft_takes_for_experts_are_named(tmp_path, randomize):
     torch.testing.assert_close(logits(load_in_peft(deepseek(), tmp_path / "other")), logits(model))
 
 
+@pytest.mark.parametrize(("targets", "dora"), [(["0", "1"], True), (["1"], True), (["0", "1"], False)])
+def test_dora_of_convolutions_with_groups_is_named(tmp_path, randomize, targets, dora):
+    def build() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Conv1d(4, 6, 3, groups=2), torch.nn.Conv1d(6, 4, 3))
+
+    x = torch.linspace(-1, 1, 64).view(2, 4, 8)
+    model = randomize(phicore.attach(build(), phicore.LoRAConfig(rank=2, target_modules=targets, dora=dora)))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        phicore.save_adapter(model, tmp_path)
+        phicore.load_adapter(build(), tmp_path)
+    otherwise = dora and "0" in targets
+    assert [("groups (0) PEFT divides" in str(one.message), one.filename) for one in said] == [(True, __file__)] * (
+        2 * otherwise
+    )
+    other = peft.PeftModel.from_pretrained(build(), tmp_path)
+    assert torch.allclose(other(x), model(x), rtol=1e-3, atol=1e-5) != otherwise  # as long as it is so
+
+
 def test_the_models_that_peft_converts_are_those_of_peft_and_transformers():
     families = weight_conversion._MODEL_TO_CONVERSION_PATTERN  # with those of transformers
     names = weight_conversion._MOE_TARGET_MODULE_MAPPING
