@@ -28,7 +28,8 @@ class MergeOptions:
     """Directory to write; must be missing or empty."""
 
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """Of the written weights. The sum is made in float32 and rounded once."""
+    """Of the written weights, in which the base is read too: one in float32 is rounded to it before. The sum of both is
+    made in float32 and rounded once."""
 
     overwrite: bool = False
     """Replace an output directory that is there."""
