@@ -1,5 +1,6 @@
 """Putting NF4 layers in the place of a model's linear layers."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -45,6 +46,10 @@ def quantize_(
             weight (a subclass with its own forward, a parametrization) or whose weight is not there (offloaded, lazy);
             a model with adapters. The model is then unchanged.
         TypeError: a weight that is not float32, bfloat16 or float16, naming its layer; the model is then unchanged.
+
+    Warns:
+        UserWarning: "all-linear" leaves out what is no layer to replace, above all the experts of a mixture where they
+            stand in stacked parameters.
     """
     check_block_size(block_size)
     with unwrapped(model) as bare:
@@ -71,6 +76,8 @@ def _quantize(
     # All weights are looked at before the first is replaced, so that an error leaves no half-quantised model.
     for name, layer in chosen.items():
         check_layer(name, layer, all_meta)
+    if target_modules == ALL_LINEAR:
+        _warn_of_stacks(model)
     done: dict[nn.Module, NF4Linear] = {}
     for name, layer in chosen.items():
         if layer not in done:  # a layer that stands in two places stays one layer
@@ -80,6 +87,27 @@ def _quantize(
             progress(name)
     for finish in finishers:
         finish(model)
+
+
+def _warn_of_stacks(model: nn.Module) -> None:
+    """Warns of weights of three dimensions that no layer of torch holds, where they are a tenth of the model or more.
+    Most of a mixture of experts stands in them, and keeps its size."""
+    sizes = {p: p.numel() for p in model.parameters() if not isinstance(p, UninitializedParameter)}
+    total = sum(sizes.values())
+    stacks = {
+        f"{path}.{name}".lstrip("."): sizes[parameter]
+        for path, module in model.named_modules()
+        if not type(module).__module__.startswith("torch.nn.")
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter in sizes and parameter.dim() == 3 and parameter.is_floating_point()
+    }
+    if stacks and 10 * sum(stacks.values()) >= total:
+        more = f" and {len(stacks) - 1} more" if len(stacks) > 1 else ""
+        warnings.warn(
+            f"all-linear leaves out stacked parameters, {sum(stacks.values()) / total:.0%} of the model, which keep "
+            f"their dtype: {next(iter(stacks))}{more}",
+            stacklevel=4,
+        )
 
 
 HOOKS = [name for name in vars(nn.Module()) if name.startswith(("_forward", "_backward"))]

@@ -173,6 +173,25 @@ def test_all_linear_leaves_layers_with_their_own_forward():
     assert [type(layer) for layer in model] == [Doubled, phicore.NF4Linear]
 
 
+@pytest.mark.parametrize("name", ["mixtral", "gpt-oss"])
+def test_all_linear_tells_of_experts_that_it_leaves(tiny, name: str):
+    model = tiny(name, dtype=torch.float32)
+    stacks = [name for name, p in model.named_parameters() if "experts." in name and p.dim() == 3]
+    share = sum(model.get_parameter(name).numel() for name in stacks) / sum(p.numel() for p in model.parameters())
+    told = rf"stacked parameters, {share:.0%} of the model, .*: {stacks[0]} and {len(stacks) - 1} more$"
+    with pytest.warns(UserWarning, match=told):
+        phicore.quantize_(model)
+    assert {*stacks} <= {name for name, p in model.named_parameters() if p.dtype == torch.float32}
+
+
+def test_what_is_asked_for_by_name_and_small_stacks_are_no_news(tiny, recwarn: pytest.WarningsRecorder):
+    phicore.quantize_(tiny("mixtral", dtype=torch.float32), ["q_proj"])
+    model = nn.Sequential(nn.Linear(64, 64), nn.LazyConv2d(8, 3))
+    model.register_parameter("positions", nn.Parameter(torch.zeros(1, 4, 64)))
+    phicore.quantize_(model)
+    assert not [warning for warning in recwarn if "all-linear" in str(warning.message)]
+
+
 def weight_norm(model: nn.Module) -> None:
     torch.nn.utils.parametrizations.weight_norm(model[0])
 
