@@ -171,6 +171,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("train_batch_size", True, "accepted: an integer"),
         ("gradient_clipping", -1, "at least 0"),
         ("gradient_clipping", float("nan"), "at least 0"),
+        ("gradient_clipping", 10**400, "at least 0"),
         ("prescale_gradients", True, "got true; accepted: false"),
         ("communication_data_type", "fp16", 'got "fp16"; accepted: null'),
         ("optimizer.type", "Lamb", "accepted: AdamW, Adam"),
