@@ -88,9 +88,9 @@ def _continue(
     """
     bare: Any = unwrap(model)
     accepted = inspect.signature(bare.forward).parameters  # that of a compiled model names none
-    if "past_key_values" not in accepted:
+    if "past_key_values" not in accepted or bare.config.model_type == "recurrent_gemma":  # its layers keep their states
         raise ValueError(
-            f"{type(bare).__name__} keeps no keys and values of earlier tokens (no past_key_values); "
+            f"{type(bare).__name__} keeps not all that it knows of earlier tokens in past_key_values; "
             f"use the model's own generate"
         )
     answers: list[list[int]] = [[] for _ in ids]

@@ -217,6 +217,22 @@ def test_what_generate_refuses(model: Any, tokenizer: Any) -> None:
     assert len(generate(model, tokenizer, ["b" * 250], 6, 1)) == 1
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1),
+        transformers.RecurrentGemmaConfig(
+            vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, head_dim=8, lru_width=32
+        ),  # it takes past_key_values, and would answer from what its layers kept of the prompts before
+    ],
+    ids=["mamba", "recurrent_gemma"],
+)
+def test_models_that_keep_their_states_otherwise(config: Any, tokenizer: Any) -> None:
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match="keeps not all that it knows of earlier tokens in past_key_values"):
+        generate(model, tokenizer, ["a", "b"], 2, 2)
+
+
 def test_the_head_sees_no_strided_input(model: Any, tokenizer: Any) -> None:
     """Of a strided one and a frozen 16-bit weight torch makes a product, and a copy of the weight, for each prompt."""
     seen: list[bool] = []
