@@ -36,8 +36,8 @@ def encode(record: Record, tokenizer: Any, sequence_length: int) -> Encoded:
 
     messages: rendered by the chat template and tokenised as one text. The assistant's tokens carry loss in each of its
     turns: its content and what the template ends a turn with (not the whitespace after that). prompt and completion:
-    joined without a template, with the special tokens that the tokenizer puts before a text and eos after it; the
-    completion and eos carry loss. text: the same, and every token carries loss.
+    joined without a template, with the special tokens that the tokenizer puts before a text (unless it begins with bos)
+    and eos after it; the completion and eos carry loss. text: the same, and every token carries loss.
 
     Args:
         record: what read_records gives.
@@ -189,7 +189,10 @@ def _tokenize(tokenizer: Any, text: str, add_special_tokens: bool) -> tuple[list
     """Token ids and the characters [start, end) that each covers. Special tokens that the tokenizer puts before the
     text cover none; those that it puts after it (T5's </s>) are left out, since the end is set here."""
     encoding = tokenizer(
-        text, add_special_tokens=add_special_tokens, return_offsets_mapping=True, return_special_tokens_mask=True
+        text,
+        add_special_tokens=add_special_tokens and not begins_with_bos(tokenizer, text),
+        return_offsets_mapping=True,
+        return_special_tokens_mask=True,
     )
     ids, offsets = list(encoding["input_ids"]), [(a, b) for a, b in encoding["offset_mapping"]]
     added = list(encoding["special_tokens_mask"])
@@ -197,6 +200,12 @@ def _tokenize(tokenizer: Any, text: str, add_special_tokens: bool) -> tuple[list
     while n and added[n - 1]:
         n -= 1
     return ids[:n], _with_whitespace(offsets[:n], text)
+
+
+def begins_with_bos(tokenizer: Any, text: str) -> bool:
+    """Whether a text brings its own bos, as one that was rendered for a chat elsewhere: a second would be new to the
+    model."""
+    return bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
 
 
 def _with_whitespace(offsets: list[tuple[int, int]], text: str) -> list[tuple[int, int]]:

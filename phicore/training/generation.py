@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from phicore.formats.huggingface import import_transformers, quiet_transformers
 from phicore.modules import unwrap
+from phicore.training.encoding import begins_with_bos
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,8 +41,8 @@ def generate(
         max_new_tokens: at most so many tokens an answer.
         batch_size: prompts at a time.
         progress: called with (prompts done, prompts in all) after each batch.
-        add_special_tokens: whether the tokenizer puts its own before the prompts (bos), or before each of them. None:
-            no if it has a chat template, since that writes them; otherwise yes, but for a prompt that begins with bos.
+        add_special_tokens: whether the tokenizer puts its own before the prompts (bos), or before each of them; not
+            before a prompt that begins with bos. None: no if it has a chat template, since that writes them.
 
     Returns:
         The new text of each prompt, without special tokens, in the order of the prompts.
@@ -145,9 +146,8 @@ def stop_ids(model: Any, tokenizer: Any) -> list[int]:
 
 def _encode(tokenizer: Any, prompt: str, add_special_tokens: bool | None) -> list[int]:
     if add_special_tokens is None:
-        begun = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
-        add_special_tokens = not tokenizer.chat_template and not begun
-    if not add_special_tokens:
+        add_special_tokens = not tokenizer.chat_template
+    if not add_special_tokens or begins_with_bos(tokenizer, prompt):
         return list(tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"])
     encoding = tokenizer(prompt, return_special_tokens_mask=True, verbose=False)
     ids, added = list(encoding["input_ids"]), list(encoding["special_tokens_mask"])

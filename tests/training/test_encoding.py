@@ -288,6 +288,14 @@ def test_every_token_of_a_text_carries_loss(add_bos: bool) -> None:
     assert encoded.labels == encoded.input_ids
 
 
+def test_a_text_that_brings_its_own_bos_gets_no_second() -> None:
+    tokenizer = chat_tokenizer("phi3", add_bos=True)
+    for record in (Record(1, text="<s>a b"), Record(1, prompt="<s>a", completion=" b")):
+        encoded = encode(record, tokenizer, LONG)
+        assert tokenizer.convert_ids_to_tokens(encoded.input_ids) == ["<s>", "a", "Ġ", "b", "<|endoftext|>"]
+    assert encode(Record(1, text="a<s>"), tokenizer, LONG).input_ids.count(tokenizer.bos_token_id) == 2
+
+
 def test_eos_is_appended_once() -> None:
     tokenizer = tokenizer_of("smollm2")
     eos = tokenizer.eos_token_id

@@ -136,6 +136,7 @@ def test_rows_that_have_ended_leave_the_batch(tiny: Callable[..., nn.Module], to
         (True, "<s>a", None, 1),
         (True, "a", None, 0),
         (True, "a", True, 1),
+        (True, "<s>a", True, 1),
         (False, "a", None, 1),
         (False, "<s>a", None, 1),
         (False, "a", False, 0),
