@@ -78,8 +78,9 @@ def prompt_and_reference(record: Record, tokenizer: Any) -> tuple[str, str]:
 
     Returns:
         For messages: the conversation up to the last assistant turn, rendered with the generation prompt (tokenise it
-        with add_special_tokens=False, as encode does), and that turn's content, stripped. For prompt and completion:
-        the two strings as they are (tokenised with the tokenizer's own special tokens).
+        with add_special_tokens=False, as encode does), and that turn as the template writes it (Qwen3's puts an empty
+        thought before the content), without special tokens, stripped. For prompt and completion: the two strings as
+        they are (tokenised with the tokenizer's own special tokens).
 
     Raises:
         ValueError: a text record, which has no prompt; a tokenizer without a chat template.
@@ -87,7 +88,9 @@ def prompt_and_reference(record: Record, tokenizer: Any) -> tuple[str, str]:
     if record.messages is not None:
         last = max(i for i, message in enumerate(record.messages) if message["role"] == "assistant")
         prompt = render(tokenizer, record.messages[:last], add_generation_prompt=True)
-        return prompt, record.messages[last]["content"].strip()
+        whole = render(tokenizer, record.messages[: last + 1], add_generation_prompt=False)
+        ids = tokenizer(whole.removeprefix(prompt), add_special_tokens=False, verbose=False)["input_ids"]
+        return prompt, tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
     if record.prompt is not None and record.completion is not None:
         return record.prompt, record.completion
     raise ValueError(

@@ -398,6 +398,25 @@ def test_prompt_ends_where_the_last_answer_begins(kind: dict[str, Any]) -> None:
     assert IGNORE_INDEX not in answered.labels[len(ids) : -1]
 
 
+@pytest.mark.parametrize(
+    ("before", "written"),
+    [("<think>\n\n</think>\n\n", "<think>\n\n</think>\n\nBye."), ("<|endoftext|>final", "finalBye.")],
+)  # Qwen3, GPT-OSS
+def test_the_reference_is_what_a_perfect_model_answers(before: str, written: str) -> None:
+    """Of what the template writes before the content, an answer has what is no special token."""
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{{ '"
+        + before.replace("\n", "\\n")
+        + "' }}{% endif %}{{ m.content + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    record = Record(1, messages=[ASK, {"role": "assistant", "content": "Bye. "}])
+    assert prompt_and_reference(record, tokenizer)[1] == written
+    labels = [label for label in encode(record, tokenizer, LONG).labels if label != IGNORE_INDEX]
+    assert tokenizer.decode(labels, skip_special_tokens=True).strip() == written
+
+
 def test_prompt_of_other_records() -> None:
     assert prompt_and_reference(Record(1, prompt="a ", completion=" b"), tokenizer_of()) == ("a ", " b")
     with pytest.raises(ValueError, match=r'line 7 holds "text", which has no prompt'):
