@@ -26,6 +26,9 @@ class Encoded:
     straddles: bool = False
     """Whether a token spans the end of a prompt and the start of what follows: such a token carries no loss."""
 
+    left_out: bool = False
+    """Whether the chat template does not render what a system or user message says."""
+
     @property
     def truncated(self) -> bool:
         return self.length > len(self.input_ids)
@@ -55,9 +58,9 @@ def encode(record: Record, tokenizer: Any, sequence_length: int) -> Encoded:
             f"{type(tokenizer).__name__} is not a fast tokenizer, and only these tell which characters a token covers; "
             f"load one with AutoTokenizer.from_pretrained(..., use_fast=True) from a model that has a tokenizer.json"
         )
-    straddles = False
+    straddles = left_out = False
     if record.messages is not None:
-        ids, labels, straddles = _encode_messages(record.messages, tokenizer)
+        ids, labels, straddles, left_out = _encode_messages(record.messages, tokenizer)
     elif record.text is not None:
         ids, _ = _tokenize(tokenizer, record.text, add_special_tokens=True)
         labels = list(ids)
@@ -70,7 +73,7 @@ def encode(record: Record, tokenizer: Any, sequence_length: int) -> Encoded:
         labels = _labels(ids, learnt)
         straddles = _straddles(offsets, len(prompt), text)
         _append_eos(tokenizer, ids, labels)
-    return Encoded(ids[:sequence_length], labels[:sequence_length], length=len(ids), straddles=straddles)
+    return Encoded(ids[:sequence_length], labels[:sequence_length], len(ids), straddles, left_out)
 
 
 def prompt_and_reference(record: Record, tokenizer: Any) -> tuple[str, str]:
@@ -99,8 +102,8 @@ def prompt_and_reference(record: Record, tokenizer: Any) -> tuple[str, str]:
     )
 
 
-def _encode_messages(messages: list[dict[str, str]], tokenizer: Any) -> tuple[list[int], list[int], bool]:
-    """input_ids, labels, and whether a token straddles the start of a turn."""
+def _encode_messages(messages: list[dict[str, str]], tokenizer: Any) -> tuple[list[int], list[int], bool, bool]:
+    """input_ids, labels, whether a token straddles the start of a turn, and whether a message is left out."""
     text = render(tokenizer, messages, add_generation_prompt=False)
     ids, offsets = _tokenize(tokenizer, text, add_special_tokens=False)
     learnt: list[int] = []
@@ -118,7 +121,8 @@ def _encode_messages(messages: list[dict[str, str]], tokenizer: Any) -> tuple[li
             raise ValueError(_unstable(f"messages[{i}], the assistant's, has no token of its own in the rendered text"))
         learnt += turn
         straddles = straddles or _straddles(offsets, start, text)
-    return ids, _labels(ids, learnt), straddles
+    left_out = any(m["role"] != "assistant" and m["content"].strip() not in text for m in messages)
+    return ids, _labels(ids, learnt), straddles, left_out
 
 
 def _turn_span(tokenizer: Any, messages: list[dict[str, str]], i: int, text: str) -> tuple[int, int]:

@@ -257,6 +257,21 @@ def test_template_that_drops_the_answer_is_refused() -> None:
         encode(Record(1, messages=[ASK, ANSWER]), tokenizer, LONG)
 
 
+@pytest.mark.parametrize("content", ["m.content", "m.content | trim"])
+def test_template_that_leaves_out_a_system_message_is_told(content: str) -> None:
+    tokenizer = chat_tokenizer()
+    turn = "{{ '<|im_start|>' + m.role + '\n' + " + content + " + '<|im_end|>' }}"
+    end = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    asked = {"role": "user", "content": " Où?\n"}
+    for template, left_out in (
+        ("{% for m in messages %}" + turn + "{% endfor %}" + end, False),
+        ("{% for m in messages %}{% if m.role != 'system' %}" + turn + "{% endif %}{% endfor %}" + end, True),
+    ):
+        tokenizer.chat_template = template
+        assert encode(Record(1, messages=[SYSTEM, asked, ANSWER]), tokenizer, LONG).left_out == left_out
+        assert not encode(Record(1, messages=[asked, ANSWER]), tokenizer, LONG).left_out
+
+
 def test_template_that_refuses_a_role() -> None:
     tokenizer = chat_tokenizer("smollm2")
     tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
