@@ -191,6 +191,7 @@ def finetune(options: FinetuneOptions) -> dict[str, Any]:
                 torch.nn.Module.to(model, device)
             train_data, eval_data = distributed.everywhere(lambda: _load_data(options, tokenizer))
             _check_positions(model, train_data, eval_data)
+            distributed.everywhere(lambda: _check_causal(model))
             base_bytes_before = _bytes(model)
             with stage(f"preparing the model for {options.method}"):
                 distributed.everywhere(lambda: adapt(model, options))
@@ -249,12 +250,30 @@ def finetune(options: FinetuneOptions) -> dict[str, Any]:
 
 def _check_positions(model: Any, *data: TokenDataset | None) -> None:
     """Raises ValueError for examples that are longer than the model has positions."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    from phicore.training.generation import positions_of
+
+    limit = positions_of(model)
     longest = max(min(part.longest, part.sequence_length) for part in data if part is not None)
     if limit is not None and longest > limit:
         raise ValueError(
             f"the examples have up to {longest} tokens and {type(model).__name__} {limit} positions; give "
             f"--sequence-length {limit}, which cuts them"
+        )
+
+
+@torch.no_grad()
+def _check_causal(model: Any) -> None:
+    """Raises ValueError for a model whose tokens see later ones, as BERT's do: it would learn to copy them."""
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.randint(vocabulary, (1, 4), generator=torch.Generator().manual_seed(0)).repeat(2, 1)
+    ids[1, -1] = (ids[0, -1] + 1) % vocabulary
+    one, other = model(input_ids=ids.to(model.device)).logits[:, :-1].float()  # [3, V]: the last token aside
+    apart = (one - other).norm(dim=-1) / one.norm(dim=-1)
+    if float(apart.min()) > max(1e-4, 4 * torch.finfo(model.dtype).eps):
+        raise ValueError(
+            f"{type(model).__name__} is not causal: what it says of a token depends on those behind it, so it would "
+            f'learn to copy what it shall predict; give a causal language model (BERT is one with "is_decoder": true '
+            f"in config.json)"
         )
 
 

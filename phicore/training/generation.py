@@ -156,8 +156,14 @@ def _encode(tokenizer: Any, prompt: str, add_special_tokens: bool | None) -> lis
     return ids
 
 
+def positions_of(model: Any) -> int | None:
+    """Tokens that a model of transformers can take; None where its configuration sets no limit."""
+    config = model.config.get_text_config()
+    return getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", None))  # the latter is MPT's
+
+
 def _check_lengths(model: Any, rows: list[list[int]], max_new_tokens: int) -> None:
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = positions_of(model)
     for number, row in enumerate(rows):
         if not row:
             raise ValueError(f"prompt {number} is empty: there is nothing to continue")

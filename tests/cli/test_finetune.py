@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 import phicore
 from phicore.cli import main
 from phicore.cli.finetune import _plot_loss
-from phicore.formats.huggingface import load_model
+from phicore.formats.huggingface import load_model, save_model
+from tests.chat_tokenizers import chat_tokenizer
 
 REQUIRED = {
     "eval_loss_before", "eval_loss_after", "span_f1_before", "span_f1_after", "exact_match_before",
@@ -549,3 +551,33 @@ def test_examples_longer_than_the_model_has_positions(
     (short / "config.json").write_text(json.dumps(config))
     assert run(short, data, tmp_path / "run") == 1
     assert "LlamaForCausalLM 5 positions; give --sequence-length 5" in capsys.readouterr().err
+
+
+SIZES = {"hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 1, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "seen"),
+    [
+        ("Bert", {}, True),
+        ("Bert", {"is_decoder": True}, False),
+        ("Gemma3Text", {"head_dim": 8, "use_bidirectional_attention": True}, True),
+        ("GPTNeoX", {}, False),  # whose is_decoder is False too
+    ],
+)
+def test_a_model_that_sees_what_it_shall_predict_is_refused(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], family: str, options: dict[str, Any], seen: bool
+) -> None:
+    tokenizer = chat_tokenizer("smollm2")
+    config = getattr(transformers, f"{family}Config")(**SIZES, **options, vocab_size=len(tokenizer), pad_token_id=0)
+    save_model(transformers.AutoModelForCausalLM.from_config(config), tokenizer, tmp_path / "model")
+    assert run(tmp_path / "model", data, tmp_path / "run", "--method", "lora") == seen
+    assert ("is not causal: what it says of a token depends on those behind it" in capsys.readouterr().err) == seen
+
+
+def test_mpt_names_its_positions_otherwise(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = chat_tokenizer("smollm2")
+    config = transformers.MptConfig(vocab_size=len(tokenizer), d_model=32, n_heads=4, n_layers=1, max_seq_len=5)
+    save_model(transformers.MptForCausalLM(config), tokenizer, tmp_path / "model")
+    assert run(tmp_path / "model", data, tmp_path / "run") == 1
+    assert "MptForCausalLM 5 positions; give --sequence-length 5" in capsys.readouterr().err
