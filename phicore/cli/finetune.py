@@ -1,5 +1,6 @@
 """phicore finetune: a model, JSONL data and a method in; an adapter and what it changed out."""
 
+import hashlib
 import io
 import json
 import platform
@@ -26,6 +27,7 @@ from phicore.training.checkpoint import latest_checkpoint, read_state
 from phicore.training.config import TrainConfig, fixed_settings
 from phicore.training.data import TokenDataset, load_dataset
 from phicore.training.encoding import prompt_and_reference
+from phicore.training.frozen import describe_frozen, lasting_tensors
 from phicore.training.metrics import peak_memory_bytes
 from phicore.training.output import after_restart
 from phicore.training.precision import DTYPES, choose_dtype
@@ -192,6 +194,7 @@ def finetune(options: FinetuneOptions) -> dict[str, Any]:
             train_data, eval_data = distributed.everywhere(lambda: _load_data(options, tokenizer))
             _check_positions(model, train_data, eval_data)
             distributed.everywhere(lambda: _check_causal(model))
+            begun = distributed.on_first_rank(lambda: _begun(options, model, train_data))
             base_bytes_before = _bytes(model)
             with stage(f"preparing the model for {options.method}"):
                 distributed.everywhere(lambda: adapt(model, options))
@@ -205,7 +208,7 @@ def finetune(options: FinetuneOptions) -> dict[str, Any]:
 
         trainer = phicore.Trainer(model, options.train, train_data, eval_data, identity=identity)
         with watch.during("the held-out examples before training"):
-            before = _before(options, settings, trainer, tokenizer, eval_data)
+            before = _before(options, {**settings, **begun}, trainer, tokenizer, eval_data)
             if options.train.overwrite:
                 distributed.on_first_rank(lambda: remove_results(output))
     trained = trainer.fit()
@@ -364,6 +367,20 @@ def _identity(options: FinetuneOptions, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
+def _begun(options: FinetuneOptions, model: Any, data: TokenDataset) -> dict[str, str | None]:
+    """What a run began with that only a loaded model tells: checksums of the base's weights (None where they train, and
+    are in the checkpoint) and of the tokens. Their files' names may be what they were, and what is in them not."""
+    tokens = hashlib.sha256()
+    for example in data:
+        for values in (example["input_ids"], example["labels"]):
+            tokens.update(values.numpy().tobytes())
+    begun: dict[str, str | None] = {"weights": None, "tokens": tokens.hexdigest()}
+    if options.method != "full":
+        weights = json.dumps(describe_frozen(lasting_tensors(model)))
+        begun["weights"] = hashlib.sha256(weights.encode()).hexdigest()
+    return begun
+
+
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
     """As JSON gives it back: lists for tuples, no dtypes."""
     return json.loads(json.dumps({k: v for k, v in values.items() if k not in ("dora", "adapter_dtype")}))
@@ -373,7 +390,11 @@ def _before(
     options: FinetuneOptions, settings: dict[str, Any], trainer: Any, tokenizer: Any, data: Any
 ) -> dict[str, Any]:
     """`_held_out` before training. It is kept, with all that it depends on, for a run that is resumed: one with other
-    held-out settings computes it anew, from the same untrained model."""
+    held-out settings computes it anew, from the same untrained model.
+
+    Raises:
+        ValueError: the run that is resumed began over other weights.
+    """
     kept = Path(options.train.output) / "before.json"
     asked = {name: getattr(options, name) for name in ("eval_limit", "answers", "max_new_tokens")}
     asked["eval_data_sha256"] = digest(Path(options.eval_data)) if options.eval_data else None
@@ -383,7 +404,18 @@ def _before(
         if not (options.train.resume and latest_checkpoint(trainer.checkpoints) is not None and kept.is_file()):
             return None
         known = json.loads(kept.read_text())
-        if not (changed := changed_settings(known.get("settings", {}), asked)):
+        then = known.get("settings", {})
+        if then.get("weights", asked["weights"]) != asked["weights"]:
+            raise ValueError(
+                f"{options.model} holds other weights than when the run in {options.train.output} began, of which its "
+                f"adapter is; put those back, or train over these in another output"
+            )
+        if then.get("tokens", asked["tokens"]) != asked["tokens"]:
+            say(
+                f"{options.data} becomes other tokens than when the run began: the tokenizer or its chat template has "
+                f"changed (or writes the date); the steps from here on are over these"
+            )
+        if not (changed := changed_settings(then, asked)):
             return known
         if "settings" in known:
             say(f"{kept} was written with other settings, and is made anew; {'; '.join(changed)}")

@@ -208,6 +208,26 @@ def test_a_run_resumed_with_other_held_out_settings_compares_like_with_like(
     assert answers[0] == answers[1]
 
 
+def test_a_run_is_not_gone_on_with_over_another_base(
+    tiny_model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a file is called tells nothing of what is in it."""
+    base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
+    assert run(base, data, tmp_path / "run", "--method", "qlora") == 0
+    assert run(base, data, tmp_path / "run", "--method", "qlora", "--resume") == 0
+    capsys.readouterr()
+    template = (base / "chat_template.jinja").read_text()
+    (base / "chat_template.jinja").write_text(template.replace("<|im_end|>", "<|im_end|> "))
+    assert run(base, data, tmp_path / "run", "--method", "qlora", "--resume") == 0
+    assert "becomes other tokens than when the run began" in capsys.readouterr().out
+    model, tokenizer = load_model(str(tiny_model), torch.float32)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[-1, -1] += 1
+    save_model(model, tokenizer, base, overwrite=True)
+    assert run(base, data, tmp_path / "run", "--method", "qlora", "--resume") == 1
+    assert "holds other weights than when the run in" in capsys.readouterr().err
+
+
 def no_model(*_: object) -> None:
     raise AssertionError("the model was loaded")
 
