@@ -200,6 +200,7 @@ def _tokenize(tokenizer: Any, text: str, add_special_tokens: bool) -> tuple[list
         add_special_tokens=add_special_tokens and not begins_with_bos(tokenizer, text),
         return_offsets_mapping=True,
         return_special_tokens_mask=True,
+        verbose=False,  # of its model_max_length: what is too long is cut here
     )
     ids, offsets = list(encoding["input_ids"]), [(a, b) for a, b in encoding["offset_mapping"]]
     added = list(encoding["special_tokens_mask"])

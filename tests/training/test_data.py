@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy
 import pytest
@@ -95,6 +96,15 @@ def test_messages_that_the_template_leaves_out_are_told(tmp_path: Path) -> None:
     report = load_dataset(path, tokenizer, LONG).report()
     assert report is not None
     assert report.startswith("In 1 of 2 examples the chat template leaves out or rewrites what a system or user")
+
+
+def test_what_a_tokenizer_takes_for_too_long_is_none_of_its_business(tmp_path: Path) -> None:
+    """It would tell of indexing errors to come, where examples are cut to the sequence length."""
+    tokenizer = chat_tokenizer()
+    tokenizer.model_max_length = 2
+    with mock.patch("transformers.tokenization_utils_base.logger.warning") as told:
+        load_dataset(write_jsonl(tmp_path / "data.jsonl", {"text": "abcdef"}), tokenizer, 3)
+    told.assert_not_called()
 
 
 def test_dataset_items_are_tensors_and_slices_lists(tmp_path: Path) -> None:
