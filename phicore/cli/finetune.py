@@ -32,6 +32,7 @@ from phicore.training.metrics import peak_memory_bytes
 from phicore.training.output import after_restart
 from phicore.training.precision import DTYPES, choose_dtype
 from phicore.training.resume import changed_settings
+from phicore.training.schedule import learning_rate
 from phicore.training.scoring import exact_match, span_f1
 from phicore.training.shards import digest
 from phicore.training.watch import Watch
@@ -186,6 +187,9 @@ def finetune(options: FinetuneOptions) -> dict[str, Any]:
     ranks = distributed.world_size()
     several = f", on {ranks} ranks" if ranks > 1 else ""
     say(f"computing in {str(dtype).removeprefix('torch.')} on {device}{several}: {why}")
+    if (steps := options.train.steps) <= options.train.warmup_steps:
+        reached, peak = learning_rate(steps - 1, options.train), options.train.learning_rate
+        say(f"the learning rate reaches {reached:.3g} of {peak:.3g}: all {steps} steps are within warmup_steps")
     with accepted(options.train, settings, watch):
         with watch.during("loading the model and the data"):
             with stage(f"loading {options.model}"):

@@ -576,6 +576,18 @@ def test_examples_longer_than_the_model_has_positions(
 SIZES = {"hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 1, "num_attention_heads": 4}
 
 
+def test_a_warm_up_that_does_not_end_is_told(
+    tiny_model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tiny_model, data, tmp_path, "--warmup-steps", "3") == 0
+    assert "warmup_steps" not in capsys.readouterr().out
+    assert run(tiny_model, data, tmp_path, "--warmup-steps", "9", "--overwrite") == 0
+    said = "the learning rate reaches 0.004 of 0.01: all 4 steps are within warmup_steps\n"
+    assert said in capsys.readouterr().out
+    rates = [json.loads(line)["learning_rate"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert max(rates) == pytest.approx(0.004)
+
+
 @pytest.mark.parametrize(
     ("family", "options", "seen"),
     [
