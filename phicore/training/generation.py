@@ -140,7 +140,7 @@ def stop_ids(model: Any, tokenizer: Any) -> list[int]:
         except Exception:  # a template may refuse such a chat, by an error of jinja2; eos still ends an answer
             after = ""
         special = tokenizer.added_tokens_decoder
-        found += [token for token in tokenizer.encode(after, add_special_tokens=False)[:1] if token in special]
+        found += [token for token in tokenizer.encode(after, add_special_tokens=False) if token in special][:1]
     return sorted(set(found))
 
 

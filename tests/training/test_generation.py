@@ -102,7 +102,12 @@ def test_answers_end_at_eos(model: Any, tokenizer: Any) -> None:
 @pytest.mark.parametrize(("style", "end"), [("smollm2", "<|im_end|>"), ("phi3", "<|end|>")])
 def test_the_chat_templates_end_of_turn_stops(model: Any, style: Any, end: str) -> None:
     tokenizer: Any = chat_tokenizer(style)
-    assert set(tokenizer.convert_tokens_to_ids([end, tokenizer.eos_token])) <= set(stop_ids(model, tokenizer))
+    ends = {*tokenizer.convert_tokens_to_ids([end, tokenizer.eos_token])}
+    assert ends <= set(stop_ids(model, tokenizer))
+    template = str(tokenizer.chat_template)
+    tokenizer.chat_template = template.replace("['content'] +", "['content'] + '\\n' +")  # Nemotron's ends so
+    assert tokenizer.chat_template != template
+    assert ends <= set(stop_ids(model, tokenizer))
     tokenizer.chat_template = "{{ raise_exception('no') }}"
     assert tokenizer.eos_token_id in stop_ids(model, tokenizer)
 
