@@ -187,7 +187,12 @@ def _argument(path: str, key: str, value: Any) -> list[str]:
     if value is None:
         return [flag, "None"]
     if isinstance(value, list):
-        return [flag, *map(str, value)]
+        words = [str(item) for item in value]
+        if option := next((word for word in words if word.startswith("--") or word == "-h"), None):
+            raise ValueError(
+                f'{path}: "{option}" in {key} would be taken for an option; give it by itself, or put a space before it'
+            )
+        return [flag, *words]
     if isinstance(value, dict):
         if any(isinstance(inner, dict | list) for inner in value.values()):
             raise ValueError(f"{path}: {key} is nested too deep; options are flat")

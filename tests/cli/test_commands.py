@@ -339,6 +339,11 @@ def test_a_home_directory_behind_an_equals_sign(tmp_path: Path, monkeypatch: pyt
 def test_what_is_wrong_with_a_file_is_told_with_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "c.toml"
     for content, told in (
+        (
+            b'target_modules = ["q_proj", "--resume"]\n',
+            f'{file}: "--resume" in target_modules would be taken for an opt',
+        ),
+        (b'target_modules = ["-h"]\n', f'{file}: "-h" in target_modules would be taken for an option'),
         (b'output = "caf\xe9"\n', f"phicore finetune: {file}: 'utf-8' codec can't decode"),
         (b'overwrite = "yes"\n', f"{file} and what was typed: --overwrite=yes --steps 3\n"),
     ):
