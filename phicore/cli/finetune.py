@@ -407,8 +407,12 @@ def _before(
     def read_kept() -> dict[str, Any] | None:
         if not (options.train.resume and latest_checkpoint(trainer.checkpoints) is not None and kept.is_file()):
             return None
-        known = json.loads(kept.read_text())
-        then = known.get("settings", {})
+        try:
+            known = json.loads(kept.read_text())
+            then = known.get("settings", {})
+        except (ValueError, AttributeError):
+            say(f"{kept} is damaged, and is made anew")
+            return None
         if then.get("weights", asked["weights"]) != asked["weights"]:
             raise ValueError(
                 f"{options.model} holds other weights than when the run in {options.train.output} began, of which its "

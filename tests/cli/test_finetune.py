@@ -168,7 +168,9 @@ def test_a_run_that_a_second_ctrl_c_ends_says_what_there_is_of_it(
         assert last.endswith("--resume goes on from it")
 
 
-def test_a_resumed_run_has_the_figures_from_before_the_first(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_has_the_figures_from_before_the_first(
+    tiny_model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = ["--method", "lora", "--eval-data", str(data), *HELD_OUT]
     assert run(tiny_model, data, tmp_path, *options) == 0
     first, kept = figures(tmp_path, "before"), (tmp_path / "before.json").read_bytes()
@@ -179,6 +181,11 @@ def test_a_resumed_run_has_the_figures_from_before_the_first(tiny_model: Path, d
     (tmp_path / "before.json").write_bytes(kept.replace(b'"span_f1": 0.0', b'"span_f1": 0.25'))
     assert run(tiny_model, data, tmp_path, *options, "--resume") == 0
     assert figures(tmp_path, "before") == first | {"span_f1": 0.25}
+    for damaged in (kept[:-9], b"[]"):
+        (tmp_path / "before.json").write_bytes(damaged)
+        assert run(tiny_model, data, tmp_path, *options, "--resume") == 0
+        assert "before.json is damaged, and is made anew\n" in capsys.readouterr().out
+        assert figures(tmp_path, "before") == first
 
 
 @pytest.mark.parametrize(
