@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from phicore.formats.huggingface import import_transformers, quiet_transformers
 from phicore.modules import unwrap
+from phicore.training.batches import chunks
 from phicore.training.encoding import begins_with_bos
 
 if TYPE_CHECKING:
@@ -30,8 +32,8 @@ def generate(
     """Continues each prompt greedily, until its eos or end-of-turn token or for max_new_tokens.
 
     Prompts are run in batches of like length, padded on the left; the answers are those that each would get alone, up
-    to rounding. (Models that are given no position_ids and learn positions, such as BART's decoder, count the padding:
-    batch_size=1 is for those.) The model's sampling settings are not used, and its mode (train or eval) is as before
+    to rounding. Models that count positions by themselves, such as BART's decoder, would count the padding: theirs are
+    batches of equal length. The model's sampling settings are not used, and its mode (train or eval) is as before
     afterwards.
 
     Args:
@@ -62,16 +64,29 @@ def generate(
     answers = [""] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))  # the longest first: what does not fit fails at once
     with _evaluating(transformers, model):
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
+        done = 0
+        for batch in _batches(order, [len(row) for row in rows], batch_size, padded=not _counts_positions(model)):
             ids, mask = (t.to(model.device) for t in _left_padded([rows[i] for i in batch], pad))
             cache = transformers.DynamicCache(config=model.config.get_text_config())
             for i, new in zip(batch, _continue(model, ids, mask, cache, stops, max_new_tokens), strict=True):
                 text = tokenizer.decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
                 answers[i] = str(text)
+            done += len(batch)
             if progress is not None:
-                progress(min(start + batch_size, len(order)), len(order))
+                progress(done, len(order))
     return answers
+
+
+def _counts_positions(model: Any) -> bool:
+    """Whether a model embeds positions that it is not given."""
+    given = "position_ids" in inspect.signature(unwrap(model).forward).parameters
+    return not given and any("position" in name for name, _ in model.named_modules())
+
+
+def _batches(order: list[int], lengths: list[int], size: int, *, padded: bool) -> Iterator[list[int]]:
+    """Runs of at most `size`; not padded, of equal length."""
+    for _, run in groupby(order, key=lambda i: padded or lengths[i]):
+        yield from chunks(list(run), size)
 
 
 def _continue(

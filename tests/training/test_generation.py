@@ -45,6 +45,19 @@ def test_a_batch_answers_as_one_by_one(
         assert answer == by_hand(model, tokenizer, prompt, 12)
 
 
+def test_a_model_that_counts_positions_by_itself_gets_no_padding(tokenizer: Any) -> None:
+    torch.manual_seed(0)
+    sizes = {"encoder_layers": 2, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 44}
+    config = transformers.BartConfig(vocab_size=VOCABULARY, d_model=32, **sizes, init_std=0.6)
+    model: Any = transformers.BartForCausalLM(config).eval()
+    prompts = [*PROMPTS, *(prompt[::-1] for prompt in PROMPTS)]
+    seen = inputs_of(model)
+    answers = generate(model, tokenizer, prompts, 6, len(prompts))
+    assert len(seen[0]) > 1  # of equal length, they do share a batch
+    assert answers == [by_hand(model, tokenizer, prompt, 6) for prompt in prompts]
+    assert len(set(answers)) > 2
+
+
 def test_a_compiled_model_answers_as_it_did(model: Any, tokenizer: Any) -> None:
     torch._dynamo.reset()
     alone = generate(model, tokenizer, PROMPTS[:3], 4, 3)
