@@ -1,5 +1,6 @@
 """phicore finetune: a model, JSONL data and a method in; an adapter and what it changed out."""
 
+import hashlib
 import io
 import json
 import platform
@@ -26,10 +27,12 @@ from phicore.training.checkpoint import latest_checkpoint, read_state
 from phicore.training.config import TrainConfig, fixed_settings
 from phicore.training.data import TokenDataset, load_dataset
 from phicore.training.encoding import prompt_and_reference
+from phicore.training.frozen import describe_frozen, lasting_tensors
 from phicore.training.metrics import peak_memory_bytes
 from phicore.training.output import after_restart
 from phicore.training.precision import DTYPES, choose_dtype
 from phicore.training.resume import changed_settings
+from phicore.training.schedule import learning_rate
 from phicore.training.scoring import exact_match, span_f1
 from phicore.training.shards import digest
 from phicore.training.watch import Watch
@@ -184,6 +187,9 @@ def finetune(options: FinetuneOptions) -> dict[str, Any]:
     ranks = distributed.world_size()
     several = f", on {ranks} ranks" if ranks > 1 else ""
     say(f"computing in {str(dtype).removeprefix('torch.')} on {device}{several}: {why}")
+    if (steps := options.train.steps) <= options.train.warmup_steps:
+        reached, peak = learning_rate(steps - 1, options.train), options.train.learning_rate
+        say(f"the learning rate reaches {reached:.3g} of {peak:.3g}: all {steps} steps are within warmup_steps")
     with accepted(options.train, settings, watch):
         with watch.during("loading the model and the data"):
             with stage(f"loading {options.model}"):
@@ -191,6 +197,8 @@ def finetune(options: FinetuneOptions) -> dict[str, Any]:
                 torch.nn.Module.to(model, device)
             train_data, eval_data = distributed.everywhere(lambda: _load_data(options, tokenizer))
             _check_positions(model, train_data, eval_data)
+            distributed.everywhere(lambda: _check_causal(model))
+            begun = distributed.on_first_rank(lambda: _begun(options, model, train_data))
             base_bytes_before = _bytes(model)
             with stage(f"preparing the model for {options.method}"):
                 distributed.everywhere(lambda: adapt(model, options))
@@ -204,7 +212,7 @@ def finetune(options: FinetuneOptions) -> dict[str, Any]:
 
         trainer = phicore.Trainer(model, options.train, train_data, eval_data, identity=identity)
         with watch.during("the held-out examples before training"):
-            before = _before(options, settings, trainer, tokenizer, eval_data)
+            before = _before(options, {**settings, **begun}, trainer, tokenizer, eval_data)
             if options.train.overwrite:
                 distributed.on_first_rank(lambda: remove_results(output))
     trained = trainer.fit()
@@ -249,12 +257,30 @@ def finetune(options: FinetuneOptions) -> dict[str, Any]:
 
 def _check_positions(model: Any, *data: TokenDataset | None) -> None:
     """Raises ValueError for examples that are longer than the model has positions."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    from phicore.training.generation import positions_of
+
+    limit = positions_of(model)
     longest = max(min(part.longest, part.sequence_length) for part in data if part is not None)
     if limit is not None and longest > limit:
         raise ValueError(
             f"the examples have up to {longest} tokens and {type(model).__name__} {limit} positions; give "
             f"--sequence-length {limit}, which cuts them"
+        )
+
+
+@torch.no_grad()
+def _check_causal(model: Any) -> None:
+    """Raises ValueError for a model whose tokens see later ones, as BERT's do: it would learn to copy them."""
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.randint(vocabulary, (1, 4), generator=torch.Generator().manual_seed(0)).repeat(2, 1)
+    ids[1, -1] = (ids[0, -1] + 1) % vocabulary
+    one, other = model(input_ids=ids.to(model.device)).logits[:, :-1].float()  # [3, V]: the last token aside
+    apart = (one - other).norm(dim=-1) / one.norm(dim=-1)
+    if float(apart.min()) > max(1e-4, 4 * torch.finfo(model.dtype).eps):
+        raise ValueError(
+            f"{type(model).__name__} is not causal: what it says of a token depends on those behind it, so it would "
+            f'learn to copy what it shall predict; give a causal language model (BERT is one with "is_decoder": true '
+            f"in config.json)"
         )
 
 
@@ -345,6 +371,20 @@ def _identity(options: FinetuneOptions, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
+def _begun(options: FinetuneOptions, model: Any, data: TokenDataset) -> dict[str, str | None]:
+    """What a run began with that only a loaded model tells: checksums of the base's weights (None where they train, and
+    are in the checkpoint) and of the tokens. Their files' names may be what they were, and what is in them not."""
+    tokens = hashlib.sha256()
+    for example in data:
+        for values in (example["input_ids"], example["labels"]):
+            tokens.update(values.numpy().tobytes())
+    begun: dict[str, str | None] = {"weights": None, "tokens": tokens.hexdigest()}
+    if options.method != "full":
+        weights = json.dumps(describe_frozen(lasting_tensors(model)))
+        begun["weights"] = hashlib.sha256(weights.encode()).hexdigest()
+    return begun
+
+
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
     """As JSON gives it back: lists for tuples, no dtypes."""
     return json.loads(json.dumps({k: v for k, v in values.items() if k not in ("dora", "adapter_dtype")}))
@@ -354,7 +394,11 @@ def _before(
     options: FinetuneOptions, settings: dict[str, Any], trainer: Any, tokenizer: Any, data: Any
 ) -> dict[str, Any]:
     """`_held_out` before training. It is kept, with all that it depends on, for a run that is resumed: one with other
-    held-out settings computes it anew, from the same untrained model."""
+    held-out settings computes it anew, from the same untrained model.
+
+    Raises:
+        ValueError: the run that is resumed began over other weights.
+    """
     kept = Path(options.train.output) / "before.json"
     asked = {name: getattr(options, name) for name in ("eval_limit", "answers", "max_new_tokens")}
     asked["eval_data_sha256"] = digest(Path(options.eval_data)) if options.eval_data else None
@@ -363,8 +407,23 @@ def _before(
     def read_kept() -> dict[str, Any] | None:
         if not (options.train.resume and latest_checkpoint(trainer.checkpoints) is not None and kept.is_file()):
             return None
-        known = json.loads(kept.read_text())
-        if not (changed := changed_settings(known.get("settings", {}), asked)):
+        try:
+            known = json.loads(kept.read_text())
+            then = known.get("settings", {})
+        except (ValueError, AttributeError):
+            say(f"{kept} is damaged, and is made anew")
+            return None
+        if then.get("weights", asked["weights"]) != asked["weights"]:
+            raise ValueError(
+                f"{options.model} holds other weights than when the run in {options.train.output} began, of which its "
+                f"adapter is; put those back, or train over these in another output"
+            )
+        if then.get("tokens", asked["tokens"]) != asked["tokens"]:
+            say(
+                f"{options.data} becomes other tokens than when the run began: the tokenizer or its chat template has "
+                f"changed (or writes the date); the steps from here on are over these"
+            )
+        if not (changed := changed_settings(then, asked)):
             return known
         if "settings" in known:
             say(f"{kept} was written with other settings, and is made anew; {'; '.join(changed)}")

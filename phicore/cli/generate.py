@@ -66,6 +66,8 @@ def answers(options: GenerateOptions) -> list[str]:
     from phicore.formats.peft_fields import read_config
     from phicore.training.generation import generate
 
+    if not options.prompt:
+        raise ValueError("--prompt is empty; give at least one")
     if options.adapter is not None:
         read_config(Path(options.adapter))  # before the model is loaded, which takes long
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -8,8 +8,9 @@ import io
 import os
 import shlex
 import sys
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -52,7 +53,20 @@ def parse(options: type[T], arguments: Sequence[str], command: str, description:
         if stop.code and files:  # tyro names what it does not take, and knows of no file
             print(f"{', '.join(files)} and what was typed: {shlex.join(given)}", file=sys.stderr)
         raise
-    flags = {_option(word): word.partition("=")[0] for word in typed if word.startswith("--")}
+    words = [word.partition("=")[0] for word in typed if word.startswith("--")]
+    flags = {_option(word): word for word in words}
+    again = [
+        flags[name]
+        for name, value in _values(parsed)
+        if isinstance(value, tuple | dict) and sum(_option(word) == name for word in words) > 1
+    ]
+    if again:
+        print(
+            f"phicore {command}: {', '.join(again)}: typed more than once, of which the last would replace the others; "
+            f"put all values behind one",
+            file=sys.stderr,
+        )
+        raise SystemExit(2)
     in_vain = [
         f"{', '.join(flags[name] for name in flags if name in names)}: no effect {case}"
         for so, case, names in (idle(parsed) if idle else ())
@@ -62,6 +76,13 @@ def parse(options: type[T], arguments: Sequence[str], command: str, description:
         print(f"phicore {command}: {'; '.join(in_vain)}; leave out what has none", file=sys.stderr)
         raise SystemExit(2)
     return parsed
+
+
+def _values(options: Any) -> Iterator[tuple[str, Any]]:
+    """Each option and its value, those of the dataclasses within among them."""
+    for field in fields(options):
+        value = getattr(options, field.name)
+        yield from _values(value) if is_dataclass(value) else [(field.name, value)]
 
 
 def _option(flag: str) -> str:
@@ -166,7 +187,12 @@ def _argument(path: str, key: str, value: Any) -> list[str]:
     if value is None:
         return [flag, "None"]
     if isinstance(value, list):
-        return [flag, *map(str, value)]
+        words = [str(item) for item in value]
+        if option := next((word for word in words if word.startswith("--") or word == "-h"), None):
+            raise ValueError(
+                f'{path}: "{option}" in {key} would be taken for an option; give it by itself, or put a space before it'
+            )
+        return [flag, *words]
     if isinstance(value, dict):
         if any(isinstance(inner, dict | list) for inner in value.values()):
             raise ValueError(f"{path}: {key} is nested too deep; options are flat")

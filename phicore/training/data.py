@@ -32,6 +32,7 @@ class TokenDataset(Sequence[Example]):
         without_loss: examples whose tokens, after the cut, carry no loss. They are kept: dropping them would shift
             the order of the data.
         straddling: examples where a token spans the end of the prompt and the start of the answer.
+        left_out: examples of which the chat template does not render a system or user message.
         open_ended: uncut examples whose last learnt token is none of `ends`: nothing in them teaches the model to stop.
         tokens: tokens of all examples after the cut.
         loss_tokens: those of them that carry loss.
@@ -42,7 +43,7 @@ class TokenDataset(Sequence[Example]):
     ) -> None:
         self.records = list(records)
         self.sequence_length = sequence_length
-        self.longest = self.truncated = self.without_loss = self.straddling = self.open_ended = 0
+        self.longest = self.truncated = self.without_loss = self.straddling = self.left_out = self.open_ended = 0
         self.tokens = self.loss_tokens = 0
         self._examples: list[Example] = []
         for e in encoded:  # one at a time: as lists, a file's tokens take four times this memory
@@ -52,6 +53,7 @@ class TokenDataset(Sequence[Example]):
             self.truncated += e.truncated
             self.without_loss += with_loss == 0
             self.straddling += e.straddles
+            self.left_out += e.left_out
             self.open_ended += bool(learnt) and not e.truncated and learnt[-1] not in ends
             self.tokens += len(e.input_ids)
             self.loss_tokens += with_loss
@@ -87,6 +89,12 @@ class TokenDataset(Sequence[Example]):
             sentences.append(
                 f"In {self.straddling} of {n} examples one token spans the end of the prompt and the start of the "
                 f"answer and is not learnt; move the space between the two from the prompt to the answer."
+            )
+        if self.left_out:
+            sentences.append(
+                f"In {self.left_out} of {n} examples the chat template leaves out or rewrites what a system or user "
+                f"message says, so the model does not see it as it stands in the file; put a system message that the "
+                f"template drops into the first user message."
             )
         if self.open_ended:
             sentences.append(

@@ -26,6 +26,9 @@ class Encoded:
     straddles: bool = False
     """Whether a token spans the end of a prompt and the start of what follows: such a token carries no loss."""
 
+    left_out: bool = False
+    """Whether the chat template does not render what a system or user message says."""
+
     @property
     def truncated(self) -> bool:
         return self.length > len(self.input_ids)
@@ -36,8 +39,8 @@ def encode(record: Record, tokenizer: Any, sequence_length: int) -> Encoded:
 
     messages: rendered by the chat template and tokenised as one text. The assistant's tokens carry loss in each of its
     turns: its content and what the template ends a turn with (not the whitespace after that). prompt and completion:
-    joined without a template, with the special tokens that the tokenizer puts before a text and eos after it; the
-    completion and eos carry loss. text: the same, and every token carries loss.
+    joined without a template, with the special tokens that the tokenizer puts before a text (unless it begins with bos)
+    and eos after it; the completion and eos carry loss. text: the same, and every token carries loss.
 
     Args:
         record: what read_records gives.
@@ -55,9 +58,9 @@ def encode(record: Record, tokenizer: Any, sequence_length: int) -> Encoded:
             f"{type(tokenizer).__name__} is not a fast tokenizer, and only these tell which characters a token covers; "
             f"load one with AutoTokenizer.from_pretrained(..., use_fast=True) from a model that has a tokenizer.json"
         )
-    straddles = False
+    straddles = left_out = False
     if record.messages is not None:
-        ids, labels, straddles = _encode_messages(record.messages, tokenizer)
+        ids, labels, straddles, left_out = _encode_messages(record.messages, tokenizer)
     elif record.text is not None:
         ids, _ = _tokenize(tokenizer, record.text, add_special_tokens=True)
         labels = list(ids)
@@ -70,7 +73,7 @@ def encode(record: Record, tokenizer: Any, sequence_length: int) -> Encoded:
         labels = _labels(ids, learnt)
         straddles = _straddles(offsets, len(prompt), text)
         _append_eos(tokenizer, ids, labels)
-    return Encoded(ids[:sequence_length], labels[:sequence_length], length=len(ids), straddles=straddles)
+    return Encoded(ids[:sequence_length], labels[:sequence_length], len(ids), straddles, left_out)
 
 
 def prompt_and_reference(record: Record, tokenizer: Any) -> tuple[str, str]:
@@ -78,8 +81,9 @@ def prompt_and_reference(record: Record, tokenizer: Any) -> tuple[str, str]:
 
     Returns:
         For messages: the conversation up to the last assistant turn, rendered with the generation prompt (tokenise it
-        with add_special_tokens=False, as encode does), and that turn's content, stripped. For prompt and completion:
-        the two strings as they are (tokenised with the tokenizer's own special tokens).
+        with add_special_tokens=False, as encode does), and that turn as the template writes it (Qwen3's puts an empty
+        thought before the content), without special tokens, stripped. For prompt and completion: the two strings as
+        they are (tokenised with the tokenizer's own special tokens).
 
     Raises:
         ValueError: a text record, which has no prompt; a tokenizer without a chat template.
@@ -87,7 +91,9 @@ def prompt_and_reference(record: Record, tokenizer: Any) -> tuple[str, str]:
     if record.messages is not None:
         last = max(i for i, message in enumerate(record.messages) if message["role"] == "assistant")
         prompt = render(tokenizer, record.messages[:last], add_generation_prompt=True)
-        return prompt, record.messages[last]["content"].strip()
+        whole = render(tokenizer, record.messages[: last + 1], add_generation_prompt=False)
+        ids = tokenizer(whole.removeprefix(prompt), add_special_tokens=False, verbose=False)["input_ids"]
+        return prompt, tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
     if record.prompt is not None and record.completion is not None:
         return record.prompt, record.completion
     raise ValueError(
@@ -96,8 +102,8 @@ def prompt_and_reference(record: Record, tokenizer: Any) -> tuple[str, str]:
     )
 
 
-def _encode_messages(messages: list[dict[str, str]], tokenizer: Any) -> tuple[list[int], list[int], bool]:
-    """input_ids, labels, and whether a token straddles the start of a turn."""
+def _encode_messages(messages: list[dict[str, str]], tokenizer: Any) -> tuple[list[int], list[int], bool, bool]:
+    """input_ids, labels, whether a token straddles the start of a turn, and whether a message is left out."""
     text = render(tokenizer, messages, add_generation_prompt=False)
     ids, offsets = _tokenize(tokenizer, text, add_special_tokens=False)
     learnt: list[int] = []
@@ -115,7 +121,8 @@ def _encode_messages(messages: list[dict[str, str]], tokenizer: Any) -> tuple[li
             raise ValueError(_unstable(f"messages[{i}], the assistant's, has no token of its own in the rendered text"))
         learnt += turn
         straddles = straddles or _straddles(offsets, start, text)
-    return ids, _labels(ids, learnt), straddles
+    left_out = any(m["role"] != "assistant" and m["content"].strip() not in text for m in messages)
+    return ids, _labels(ids, learnt), straddles, left_out
 
 
 def _turn_span(tokenizer: Any, messages: list[dict[str, str]], i: int, text: str) -> tuple[int, int]:
@@ -189,7 +196,11 @@ def _tokenize(tokenizer: Any, text: str, add_special_tokens: bool) -> tuple[list
     """Token ids and the characters [start, end) that each covers. Special tokens that the tokenizer puts before the
     text cover none; those that it puts after it (T5's </s>) are left out, since the end is set here."""
     encoding = tokenizer(
-        text, add_special_tokens=add_special_tokens, return_offsets_mapping=True, return_special_tokens_mask=True
+        text,
+        add_special_tokens=add_special_tokens and not begins_with_bos(tokenizer, text),
+        return_offsets_mapping=True,
+        return_special_tokens_mask=True,
+        verbose=False,  # of its model_max_length: what is too long is cut here
     )
     ids, offsets = list(encoding["input_ids"]), [(a, b) for a, b in encoding["offset_mapping"]]
     added = list(encoding["special_tokens_mask"])
@@ -197,6 +208,12 @@ def _tokenize(tokenizer: Any, text: str, add_special_tokens: bool) -> tuple[list
     while n and added[n - 1]:
         n -= 1
     return ids[:n], _with_whitespace(offsets[:n], text)
+
+
+def begins_with_bos(tokenizer: Any, text: str) -> bool:
+    """Whether a text brings its own bos, as one that was rendered for a chat elsewhere: a second would be new to the
+    model."""
+    return bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
 
 
 def _with_whitespace(offsets: list[tuple[int, int]], text: str) -> list[tuple[int, int]]:

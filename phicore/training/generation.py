@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 
 from phicore.formats.huggingface import import_transformers, quiet_transformers
 from phicore.modules import unwrap
+from phicore.training.batches import chunks
+from phicore.training.encoding import begins_with_bos
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,8 +32,8 @@ def generate(
     """Continues each prompt greedily, until its eos or end-of-turn token or for max_new_tokens.
 
     Prompts are run in batches of like length, padded on the left; the answers are those that each would get alone, up
-    to rounding. (Models that are given no position_ids and learn positions, such as BART's decoder, count the padding:
-    batch_size=1 is for those.) The model's sampling settings are not used, and its mode (train or eval) is as before
+    to rounding. Models that count positions by themselves, such as BART's decoder, would count the padding: theirs are
+    batches of equal length. The model's sampling settings are not used, and its mode (train or eval) is as before
     afterwards.
 
     Args:
@@ -40,8 +43,8 @@ def generate(
         max_new_tokens: at most so many tokens an answer.
         batch_size: prompts at a time.
         progress: called with (prompts done, prompts in all) after each batch.
-        add_special_tokens: whether the tokenizer puts its own before the prompts (bos), or before each of them. None:
-            no if it has a chat template, since that writes them; otherwise yes, but for a prompt that begins with bos.
+        add_special_tokens: whether the tokenizer puts its own before the prompts (bos), or before each of them; not
+            before a prompt that begins with bos. None: no if it has a chat template, since that writes them.
 
     Returns:
         The new text of each prompt, without special tokens, in the order of the prompts.
@@ -61,16 +64,29 @@ def generate(
     answers = [""] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))  # the longest first: what does not fit fails at once
     with _evaluating(transformers, model):
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
+        done = 0
+        for batch in _batches(order, [len(row) for row in rows], batch_size, padded=not _counts_positions(model)):
             ids, mask = (t.to(model.device) for t in _left_padded([rows[i] for i in batch], pad))
             cache = transformers.DynamicCache(config=model.config.get_text_config())
             for i, new in zip(batch, _continue(model, ids, mask, cache, stops, max_new_tokens), strict=True):
                 text = tokenizer.decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
                 answers[i] = str(text)
+            done += len(batch)
             if progress is not None:
-                progress(min(start + batch_size, len(order)), len(order))
+                progress(done, len(order))
     return answers
+
+
+def _counts_positions(model: Any) -> bool:
+    """Whether a model embeds positions that it is not given."""
+    given = "position_ids" in inspect.signature(unwrap(model).forward).parameters
+    return not given and any("position" in name for name, _ in model.named_modules())
+
+
+def _batches(order: list[int], lengths: list[int], size: int, *, padded: bool) -> Iterator[list[int]]:
+    """Runs of at most `size`; not padded, of equal length."""
+    for _, run in groupby(order, key=lambda i: padded or lengths[i]):
+        yield from chunks(list(run), size)
 
 
 def _continue(
@@ -88,9 +104,9 @@ def _continue(
     """
     bare: Any = unwrap(model)
     accepted = inspect.signature(bare.forward).parameters  # that of a compiled model names none
-    if "past_key_values" not in accepted:
+    if "past_key_values" not in accepted or bare.config.model_type == "recurrent_gemma":  # its layers keep their states
         raise ValueError(
-            f"{type(bare).__name__} keeps no keys and values of earlier tokens (no past_key_values); "
+            f"{type(bare).__name__} keeps not all that it knows of earlier tokens in past_key_values; "
             f"use the model's own generate"
         )
     answers: list[list[int]] = [[] for _ in ids]
@@ -139,15 +155,14 @@ def stop_ids(model: Any, tokenizer: Any) -> list[int]:
         except Exception:  # a template may refuse such a chat, by an error of jinja2; eos still ends an answer
             after = ""
         special = tokenizer.added_tokens_decoder
-        found += [token for token in tokenizer.encode(after, add_special_tokens=False)[:1] if token in special]
+        found += [token for token in tokenizer.encode(after, add_special_tokens=False) if token in special][:1]
     return sorted(set(found))
 
 
 def _encode(tokenizer: Any, prompt: str, add_special_tokens: bool | None) -> list[int]:
     if add_special_tokens is None:
-        begun = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
-        add_special_tokens = not tokenizer.chat_template and not begun
-    if not add_special_tokens:
+        add_special_tokens = not tokenizer.chat_template
+    if not add_special_tokens or begins_with_bos(tokenizer, prompt):
         return list(tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"])
     encoding = tokenizer(prompt, return_special_tokens_mask=True, verbose=False)
     ids, added = list(encoding["input_ids"]), list(encoding["special_tokens_mask"])
@@ -156,8 +171,14 @@ def _encode(tokenizer: Any, prompt: str, add_special_tokens: bool | None) -> lis
     return ids
 
 
+def positions_of(model: Any) -> int | None:
+    """Tokens that a model of transformers can take; None where its configuration sets no limit."""
+    config = model.config.get_text_config()
+    return getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", None))  # the latter is MPT's
+
+
 def _check_lengths(model: Any, rows: list[list[int]], max_new_tokens: int) -> None:
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = positions_of(model)
     for number, row in enumerate(rows):
         if not row:
             raise ValueError(f"prompt {number} is empty: there is nothing to continue")

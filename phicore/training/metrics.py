@@ -51,7 +51,7 @@ class MetricsLog:
     def __init__(self, path: str | os.PathLike[str], last_step: int) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        lines = self.path.read_text("utf-8", "replace").splitlines() if self.path.exists() else []
         kept = [line for line in lines if _step(line) is not None and _step(line) <= last_step]  # type: ignore[operator]
         atomic.write_text(self.path, "".join(line + "\n" for line in kept))
         steps = [values["step"] for values in map(json.loads, kept) if "eval_loss" in values]
@@ -76,7 +76,7 @@ class MetricsLog:
 def _step(line: str) -> int | None:
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):  # the line that a kill cut short
+    except (ValueError, KeyError, TypeError, OverflowError):  # the line that a kill cut short
         return None
 
 

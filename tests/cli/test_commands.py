@@ -270,6 +270,34 @@ def test_what_is_typed_without_effect_is_refused(line: str, capsys: pytest.Captu
     assert capsys.readouterr().err == f"phicore {command[0]}: {IN_VAIN[line]}; leave out what has none\n"
 
 
+@pytest.mark.parametrize(
+    ("typed", "named"),
+    [
+        ("generate --model m --prompt a --prompt=b", "--prompt"),
+        ("finetune --model m --data d --target-modules q --target_modules k v", "--target_modules"),
+        ("finetune --model m --data d --rank-pattern q 2 --rank-pattern v 3", "--rank-pattern"),
+    ],
+)
+def test_an_option_of_several_values_is_typed_once(typed: str, named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(typed.split())
+    assert stop.value.code == 2
+    assert f": {named}: typed more than once, of which the last would replace" in capsys.readouterr().err
+
+
+def test_what_is_typed_replaces_what_a_file_says(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text('model = "m"\nprompt = ["a", "b"]\nmax_new_tokens = 3\n')
+    words = ["--config", str(file), "--prompt", "c", "--max-new-tokens", "4", "--max-new-tokens", "5"]
+    options = parse(GenerateOptions, words, "generate", "")
+    assert (options.prompt, options.max_new_tokens) == (("c",), 5)
+
+
+def test_no_prompt_is_refused_before_a_model_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--model", "absent", "--prompt"]) == 1
+    assert "--prompt is empty; give at least one" in capsys.readouterr().err
+
+
 def test_a_file_may_be_for_several_methods(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "c.toml"
     file.write_text("rank = 3\ndropout = 0.1\nblock_size = 32\nmax_new_tokens = 5\neval_limit = 4\n")
@@ -311,6 +339,11 @@ def test_a_home_directory_behind_an_equals_sign(tmp_path: Path, monkeypatch: pyt
 def test_what_is_wrong_with_a_file_is_told_with_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "c.toml"
     for content, told in (
+        (
+            b'target_modules = ["q_proj", "--resume"]\n',
+            f'{file}: "--resume" in target_modules would be taken for an opt',
+        ),
+        (b'target_modules = ["-h"]\n', f'{file}: "-h" in target_modules would be taken for an option'),
         (b'output = "caf\xe9"\n', f"phicore finetune: {file}: 'utf-8' codec can't decode"),
         (b'overwrite = "yes"\n', f"{file} and what was typed: --overwrite=yes --steps 3\n"),
     ):

@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 import phicore
 from phicore.cli import main
 from phicore.cli.finetune import _plot_loss
-from phicore.formats.huggingface import load_model
+from phicore.formats.huggingface import load_model, save_model
+from tests.chat_tokenizers import chat_tokenizer
 
 REQUIRED = {
     "eval_loss_before", "eval_loss_after", "span_f1_before", "span_f1_after", "exact_match_before",
@@ -166,7 +168,9 @@ def test_a_run_that_a_second_ctrl_c_ends_says_what_there_is_of_it(
         assert last.endswith("--resume goes on from it")
 
 
-def test_a_resumed_run_has_the_figures_from_before_the_first(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_has_the_figures_from_before_the_first(
+    tiny_model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = ["--method", "lora", "--eval-data", str(data), *HELD_OUT]
     assert run(tiny_model, data, tmp_path, *options) == 0
     first, kept = figures(tmp_path, "before"), (tmp_path / "before.json").read_bytes()
@@ -177,6 +181,11 @@ def test_a_resumed_run_has_the_figures_from_before_the_first(tiny_model: Path, d
     (tmp_path / "before.json").write_bytes(kept.replace(b'"span_f1": 0.0', b'"span_f1": 0.25'))
     assert run(tiny_model, data, tmp_path, *options, "--resume") == 0
     assert figures(tmp_path, "before") == first | {"span_f1": 0.25}
+    for damaged in (kept[:-9], b"[]"):
+        (tmp_path / "before.json").write_bytes(damaged)
+        assert run(tiny_model, data, tmp_path, *options, "--resume") == 0
+        assert "before.json is damaged, and is made anew\n" in capsys.readouterr().out
+        assert figures(tmp_path, "before") == first
 
 
 @pytest.mark.parametrize(
@@ -204,6 +213,26 @@ def test_a_run_resumed_with_other_held_out_settings_compares_like_with_like(
     assert figures(tmp_path / "run", "before") == figures(tmp_path / "from the start", "before")
     answers = [(tmp_path / run / "answers.jsonl").read_text() for run in ("run", "from the start")]
     assert answers[0] == answers[1]
+
+
+def test_a_run_is_not_gone_on_with_over_another_base(
+    tiny_model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a file is called tells nothing of what is in it."""
+    base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
+    assert run(base, data, tmp_path / "run", "--method", "qlora") == 0
+    assert run(base, data, tmp_path / "run", "--method", "qlora", "--resume") == 0
+    capsys.readouterr()
+    template = (base / "chat_template.jinja").read_text()
+    (base / "chat_template.jinja").write_text(template.replace("<|im_end|>", "<|im_end|> "))
+    assert run(base, data, tmp_path / "run", "--method", "qlora", "--resume") == 0
+    assert "becomes other tokens than when the run began" in capsys.readouterr().out
+    model, tokenizer = load_model(str(tiny_model), torch.float32)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[-1, -1] += 1
+    save_model(model, tokenizer, base, overwrite=True)
+    assert run(base, data, tmp_path / "run", "--method", "qlora", "--resume") == 1
+    assert "holds other weights than when the run in" in capsys.readouterr().err
 
 
 def no_model(*_: object) -> None:
@@ -549,3 +578,45 @@ def test_examples_longer_than_the_model_has_positions(
     (short / "config.json").write_text(json.dumps(config))
     assert run(short, data, tmp_path / "run") == 1
     assert "LlamaForCausalLM 5 positions; give --sequence-length 5" in capsys.readouterr().err
+
+
+SIZES = {"hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 1, "num_attention_heads": 4}
+
+
+def test_a_warm_up_that_does_not_end_is_told(
+    tiny_model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tiny_model, data, tmp_path, "--warmup-steps", "3") == 0
+    assert "warmup_steps" not in capsys.readouterr().out
+    assert run(tiny_model, data, tmp_path, "--warmup-steps", "9", "--overwrite") == 0
+    said = "the learning rate reaches 0.004 of 0.01: all 4 steps are within warmup_steps\n"
+    assert said in capsys.readouterr().out
+    rates = [json.loads(line)["learning_rate"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert max(rates) == pytest.approx(0.004)
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "seen"),
+    [
+        ("Bert", {}, True),
+        ("Bert", {"is_decoder": True}, False),
+        ("Gemma3Text", {"head_dim": 8, "use_bidirectional_attention": True}, True),
+        ("GPTNeoX", {}, False),  # whose is_decoder is False too
+    ],
+)
+def test_a_model_that_sees_what_it_shall_predict_is_refused(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], family: str, options: dict[str, Any], seen: bool
+) -> None:
+    tokenizer = chat_tokenizer("smollm2")
+    config = getattr(transformers, f"{family}Config")(**SIZES, **options, vocab_size=len(tokenizer), pad_token_id=0)
+    save_model(transformers.AutoModelForCausalLM.from_config(config), tokenizer, tmp_path / "model")
+    assert run(tmp_path / "model", data, tmp_path / "run", "--method", "lora") == seen
+    assert ("is not causal: what it says of a token depends on those behind it" in capsys.readouterr().err) == seen
+
+
+def test_mpt_names_its_positions_otherwise(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = chat_tokenizer("smollm2")
+    config = transformers.MptConfig(vocab_size=len(tokenizer), d_model=32, n_heads=4, n_layers=1, max_seq_len=5)
+    save_model(transformers.MptForCausalLM(config), tokenizer, tmp_path / "model")
+    assert run(tmp_path / "model", data, tmp_path / "run") == 1
+    assert "MptForCausalLM 5 positions; give --sequence-length 5" in capsys.readouterr().err

@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy
 import pytest
@@ -20,7 +21,7 @@ from phicore.training.batches import make_batch
 from phicore.training.data import collate, load_dataset, order, step_indices
 from phicore.training.encoding import IGNORE_INDEX, Encoded, encode
 from phicore.training.records import read_records
-from tests.chat_data import ANSWER, ASK, write_jsonl
+from tests.chat_data import ANSWER, ASK, SYSTEM, write_jsonl
 from tests.chat_tokenizers import LONG, chat_tokenizer, tokenizer_of
 
 
@@ -85,6 +86,25 @@ def test_answers_that_end_in_no_special_token_are_told(end: str, told: bool, tmp
     assert (report is not None) == told
     if report is not None:
         assert "In 1 of 2 examples the answer ends without a special token, so the model does not learn to" in report
+
+
+def test_messages_that_the_template_leaves_out_are_told(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "data.jsonl", {"messages": [SYSTEM, ASK, ANSWER]}, {"messages": [ASK, ANSWER]})
+    tokenizer = chat_tokenizer("phi3")
+    assert load_dataset(path, tokenizer, LONG).report() is None
+    tokenizer.chat_template = str(tokenizer.chat_template).replace("'system'", "'none'")  # as Phi-3's first one
+    report = load_dataset(path, tokenizer, LONG).report()
+    assert report is not None
+    assert report.startswith("In 1 of 2 examples the chat template leaves out or rewrites what a system or user")
+
+
+def test_what_a_tokenizer_takes_for_too_long_is_none_of_its_business(tmp_path: Path) -> None:
+    """It would tell of indexing errors to come, where examples are cut to the sequence length."""
+    tokenizer = chat_tokenizer()
+    tokenizer.model_max_length = 2
+    with mock.patch("transformers.tokenization_utils_base.logger.warning") as told:
+        load_dataset(write_jsonl(tmp_path / "data.jsonl", {"text": "abcdef"}), tokenizer, 3)
+    told.assert_not_called()
 
 
 def test_dataset_items_are_tensors_and_slices_lists(tmp_path: Path) -> None:

@@ -257,6 +257,21 @@ def test_template_that_drops_the_answer_is_refused() -> None:
         encode(Record(1, messages=[ASK, ANSWER]), tokenizer, LONG)
 
 
+@pytest.mark.parametrize("content", ["m.content", "m.content | trim"])
+def test_template_that_leaves_out_a_system_message_is_told(content: str) -> None:
+    tokenizer = chat_tokenizer()
+    turn = "{{ '<|im_start|>' + m.role + '\n' + " + content + " + '<|im_end|>' }}"
+    end = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    asked = {"role": "user", "content": " Où?\n"}
+    for template, left_out in (
+        ("{% for m in messages %}" + turn + "{% endfor %}" + end, False),
+        ("{% for m in messages %}{% if m.role != 'system' %}" + turn + "{% endif %}{% endfor %}" + end, True),
+    ):
+        tokenizer.chat_template = template
+        assert encode(Record(1, messages=[SYSTEM, asked, ANSWER]), tokenizer, LONG).left_out == left_out
+        assert not encode(Record(1, messages=[asked, ANSWER]), tokenizer, LONG).left_out
+
+
 def test_template_that_refuses_a_role() -> None:
     tokenizer = chat_tokenizer("smollm2")
     tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
@@ -286,6 +301,14 @@ def test_every_token_of_a_text_carries_loss(add_bos: bool) -> None:
     plain = tokenizer("日 a", add_special_tokens=False)["input_ids"]
     assert encoded.input_ids == [*bos, *plain, tokenizer.eos_token_id]
     assert encoded.labels == encoded.input_ids
+
+
+def test_a_text_that_brings_its_own_bos_gets_no_second() -> None:
+    tokenizer = chat_tokenizer("phi3", add_bos=True)
+    for record in (Record(1, text="<s>a b"), Record(1, prompt="<s>a", completion=" b")):
+        encoded = encode(record, tokenizer, LONG)
+        assert tokenizer.convert_ids_to_tokens(encoded.input_ids) == ["<s>", "a", "Ġ", "b", "<|endoftext|>"]
+    assert encode(Record(1, text="a<s>"), tokenizer, LONG).input_ids.count(tokenizer.bos_token_id) == 2
 
 
 def test_eos_is_appended_once() -> None:
@@ -388,6 +411,25 @@ def test_prompt_ends_where_the_last_answer_begins(kind: dict[str, Any]) -> None:
     assert answered.input_ids[: len(ids)] == ids
     assert answered.labels[len(ids) - 1] == IGNORE_INDEX
     assert IGNORE_INDEX not in answered.labels[len(ids) : -1]
+
+
+@pytest.mark.parametrize(
+    ("before", "written"),
+    [("<think>\n\n</think>\n\n", "<think>\n\n</think>\n\nBye."), ("<|endoftext|>final", "finalBye.")],
+)  # Qwen3, GPT-OSS
+def test_the_reference_is_what_a_perfect_model_answers(before: str, written: str) -> None:
+    """Of what the template writes before the content, an answer has what is no special token."""
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{{ '"
+        + before.replace("\n", "\\n")
+        + "' }}{% endif %}{{ m.content + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    record = Record(1, messages=[ASK, {"role": "assistant", "content": "Bye. "}])
+    assert prompt_and_reference(record, tokenizer)[1] == written
+    labels = [label for label in encode(record, tokenizer, LONG).labels if label != IGNORE_INDEX]
+    assert tokenizer.decode(labels, skip_special_tokens=True).strip() == written
 
 
 def test_prompt_of_other_records() -> None:

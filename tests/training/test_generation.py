@@ -45,6 +45,19 @@ def test_a_batch_answers_as_one_by_one(
         assert answer == by_hand(model, tokenizer, prompt, 12)
 
 
+def test_a_model_that_counts_positions_by_itself_gets_no_padding(tokenizer: Any) -> None:
+    torch.manual_seed(0)
+    sizes = {"encoder_layers": 2, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 44}
+    config = transformers.BartConfig(vocab_size=VOCABULARY, d_model=32, **sizes, init_std=0.6)
+    model: Any = transformers.BartForCausalLM(config).eval()
+    prompts = [*PROMPTS, *(prompt[::-1] for prompt in PROMPTS)]
+    seen = inputs_of(model)
+    answers = generate(model, tokenizer, prompts, 6, len(prompts))
+    assert len(seen[0]) > 1  # of equal length, they do share a batch
+    assert answers == [by_hand(model, tokenizer, prompt, 6) for prompt in prompts]
+    assert len(set(answers)) > 2
+
+
 def test_a_compiled_model_answers_as_it_did(model: Any, tokenizer: Any) -> None:
     torch._dynamo.reset()
     alone = generate(model, tokenizer, PROMPTS[:3], 4, 3)
@@ -102,7 +115,12 @@ def test_answers_end_at_eos(model: Any, tokenizer: Any) -> None:
 @pytest.mark.parametrize(("style", "end"), [("smollm2", "<|im_end|>"), ("phi3", "<|end|>")])
 def test_the_chat_templates_end_of_turn_stops(model: Any, style: Any, end: str) -> None:
     tokenizer: Any = chat_tokenizer(style)
-    assert set(tokenizer.convert_tokens_to_ids([end, tokenizer.eos_token])) <= set(stop_ids(model, tokenizer))
+    ends = {*tokenizer.convert_tokens_to_ids([end, tokenizer.eos_token])}
+    assert ends <= set(stop_ids(model, tokenizer))
+    template = str(tokenizer.chat_template)
+    tokenizer.chat_template = template.replace("['content'] +", "['content'] + '\\n' +")  # Nemotron's ends so
+    assert tokenizer.chat_template != template
+    assert ends <= set(stop_ids(model, tokenizer))
     tokenizer.chat_template = "{{ raise_exception('no') }}"
     assert tokenizer.eos_token_id in stop_ids(model, tokenizer)
 
@@ -136,6 +154,7 @@ def test_rows_that_have_ended_leave_the_batch(tiny: Callable[..., nn.Module], to
         (True, "<s>a", None, 1),
         (True, "a", None, 0),
         (True, "a", True, 1),
+        (True, "<s>a", True, 1),
         (False, "a", None, 1),
         (False, "<s>a", None, 1),
         (False, "a", False, 0),
@@ -215,6 +234,22 @@ def test_what_generate_refuses(model: Any, tokenizer: Any) -> None:
     with pytest.raises(ValueError, match=r"prompt 1 has 250 tokens.*max_new_tokens=7 passes the model's 256 positions"):
         generate(model, tokenizer, ["a", "b" * 250], 7, 1)
     assert len(generate(model, tokenizer, ["b" * 250], 6, 1)) == 1
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1),
+        transformers.RecurrentGemmaConfig(
+            vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, head_dim=8, lru_width=32
+        ),  # it takes past_key_values, and would answer from what its layers kept of the prompts before
+    ],
+    ids=["mamba", "recurrent_gemma"],
+)
+def test_models_that_keep_their_states_otherwise(config: Any, tokenizer: Any) -> None:
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match="keeps not all that it knows of earlier tokens in past_key_values"):
+        generate(model, tokenizer, ["a", "b"], 2, 2)
 
 
 def test_the_head_sees_no_strided_input(model: Any, tokenizer: Any) -> None:

@@ -57,6 +57,14 @@ def test_lines_after_the_last_step_and_broken_ones_go(
     assert path.read_text().splitlines() == [*kept, *whole, json.dumps({"step": last + 1})]
 
 
+@pytest.mark.parametrize("garbage", [b"\xff\xfe", b"\0\0\0", b'{"step": 1e400}', b'{"step": 1, "loss": 2\xff'])
+def test_what_a_crash_leaves_of_a_file_goes(tmp_path: Path, garbage: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 2.5}\n' + garbage + b"\n")
+    MetricsLog(path, 1)
+    assert path.read_text() == '{"step": 1, "loss": 2.5}\n'
+
+
 def test_lines_of_another_kind_go(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('[]\n{"loss": 1}\n{"step": null}\n\n\0\0\n{"step": 1}\n')
