@@ -74,12 +74,8 @@ def row_blocks(packed, absmax, nested_absmax, offset, shape, block_size):
         rows = slice(start, min(start + step, out))
         first, last = rows.start * inner, rows.stop * inner
         codes, scales = packed[first // 2 : (last + 1) // 2], absmax[first // block_size : -(-last // block_size)]
-        yield (
-            rows,
-            decode(codes, scales, None, None, last - first, block_size, torch.float32).view(
-                rows.stop - rows.start, inner
-            ),
-        )
+        weights = decode(codes, scales, None, None, last - first, block_size, torch.float32)
+        yield rows, weights.view(rows.stop - rows.start, inner)
 
 
 def reference_linear(x, packed, absmax, nested_absmax, offset, bias, shape, block_size):
