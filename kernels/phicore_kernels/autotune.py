@@ -63,7 +63,8 @@ def config_of(product: Product, device: torch.device, trial: Callable[[Config], 
         try:
             cache.save(gpu.name, configs={product.key: config})
         except OSError as error:
-            warnings.warn(f"what was tuned is kept for this process only, since it cannot be written: {error}")
+            message = f"what was tuned is kept for this process only, since it cannot be written: {error}"
+            warnings.warn(message, stacklevel=2)
         return config
     return choose(product.m, product.columns, product.summed, product.mode, product.dtype, gpu.processors)
 

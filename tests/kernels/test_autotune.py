@@ -125,9 +125,11 @@ def test_what_cannot_be_written_is_kept_for_the_process_with_a_warning(monkeypat
     monkeypatch.setenv("PHICORE_AUTOTUNE", "1")
     (tmp_path / "phicore").write_text("a file where a directory should be")  # as good as read-only, for root too
     products, trial = [PRODUCT, PRODUCT._replace(m=17)], mock.Mock()
-    with mock.patch.object(autotune, "bench_on_device", side_effect=lambda call, _: call() and 1.0):
-        with pytest.warns(UserWarning, match="kept for this process only, since it cannot be written: .*phicore"):
-            first = [config_of(product, CUDA, trial) for product in products]
+    with (
+        mock.patch.object(autotune, "bench_on_device", side_effect=lambda call, _: call() and 1.0),
+        pytest.warns(UserWarning, match="kept for this process only, since it cannot be written: .*phicore"),
+    ):
+        first = [config_of(product, CUDA, trial) for product in products]
     assert [config_of(product, CUDA, never) for product in products] == first
 
 
