@@ -82,7 +82,7 @@ def _quantize(
         finish(model)
 
 
-HOOKS = [name for name in vars(nn.Module()) if name.startswith(("_forward", "_backward"))]
+HOOKS = [n for n in vars(nn.Module()) if n.startswith(("_forward", "_backward")) or n == "_is_full_backward_hook"]
 
 
 def coded(layer: nn.Linear, block_size: int = 64, double_quant: bool = True) -> NF4Linear:

@@ -229,10 +229,16 @@ def test_layers_that_are_more_or_less_than_their_weight_are_refused(change, mess
     assert dict(model.named_modules()) == before
 
 
-def test_hooks_stay():
+@pytest.mark.parametrize(
+    "kind",
+    ["forward_pre_hook", "forward_hook", "full_backward_pre_hook", "full_backward_hook", "backward_hook"],
+)
+def test_hooks_stay(kind):
     model, seen = nn.Sequential(nn.Linear(64, 64)), []
-    handle = model[0].register_forward_hook(lambda module, args, y: seen.append(type(module)))
-    phicore.quantize_(model)(torch.randn(2, 64))
+    handle = getattr(model[0], f"register_{kind}")(lambda module, *_: seen.append(type(module)))
+    phicore.quantize_(model)
+    x = torch.randn(2, 64, requires_grad=True)
+    model(x).sum().backward()
     handle.remove()
-    model(torch.randn(2, 64))
+    model(x).sum().backward()
     assert seen == [phicore.NF4Linear]
