@@ -23,6 +23,7 @@ FACTS: set[Any] = {
 
 class LazyWeight(Tensor):
     """A tensor that is made when something computes with it, and made anew each time; what FACTS asks costs nothing.
+    Writing to it raises, but through .data, which torch does not tell of.
 
     Args:
         shape, dtype, device: what it will have.
@@ -44,18 +45,34 @@ class LazyWeight(Tensor):
         if func in FACTS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        return func(*_made(args), **_made(kwargs or {}))
+        return _computed(func, args, kwargs or {})
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
-        return func(*_made(args), **_made(kwargs or {}))
+        return _computed(func, args, kwargs or {})
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"LazyWeight(shape={list(self.shape)}, dtype={self.dtype}, device={self.device})"
 
 
-def _made(arguments: Any) -> Any:
-    return tree_map_only(LazyWeight, lambda weight: weight.make(), arguments)
+def _computed(func: Any, args: Any, kwargs: Any) -> Any:
+    """func of the tensors that lazy weights make. RuntimeError if it has written to one, which would be lost."""
+    made: list[tuple[Tensor, int]] = []
+
+    def make(weight: LazyWeight) -> Tensor:
+        tensor = weight.make()
+        if type(tensor) is Tensor and not tensor.is_inference():  # no layer's own, and one that counts writes
+            made.append((tensor, tensor._version))
+        return tensor
+
+    args, kwargs = tree_map_only(LazyWeight, make, (args, kwargs))
+    result = func(*args, **kwargs)
+    if any(tensor._version != version for tensor, version in made):
+        raise RuntimeError(
+            f"{getattr(func, '__name__', func)} writes to the weight of a layer that is adapted or in NF4, which is "
+            f"made anew for each use, so nothing would change; initialise a model before it is adapted or quantized"
+        )
+    return result
 
 
 def lazy_weight(shape: torch.Size, dtype: torch.dtype, device: torch.device, make: Callable[[], Tensor]) -> Tensor:

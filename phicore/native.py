@@ -67,6 +67,13 @@ class Formula:
         self.pays, self.scalar, self.work = pays, scalar, 0
         self._run: Callable[..., None] | None = None
         self._given_up = self._looked = False
+        self._start_process()
+        if hasattr(os, "register_at_fork"):  # not on Windows
+            os.register_at_fork(after_in_child=self._start_process)
+
+    def _start_process(self) -> None:
+        """What one process has for itself: after a fork the lock may be a thread's that is not there, and the compiler
+        is no child of the new process, which would take it for one that has ended."""
         self._child: Child | None = None
         self._lock = threading.Lock()
 

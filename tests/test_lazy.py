@@ -51,6 +51,37 @@ def test_nothing_else_of_a_layer_changes():
         layer.weight = nn.Parameter(torch.zeros(5, 70))  # what tie_weights does must not pass in silence
 
 
+WRITERS = {
+    "normal_": nn.init.normal_,
+    "uniform_": nn.init.xavier_uniform_,
+    "add_": lambda weight: weight.add_(1),
+    "copy_": lambda weight: weight.copy_(torch.zeros(5, 70)),
+    "__setitem__": lambda weight: weight.__setitem__(0, 1.0),
+    "add": lambda weight: torch.add(torch.zeros(5, 70), 1, out=weight),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize(("nf4", "adapted"), [(True, False), (False, True), (True, True)])
+def test_a_write_that_would_be_lost_is_told(name, nf4, adapted):
+    layer = nn.Linear(70, 5)
+    layer = phicore.NF4Linear.from_linear(layer) if nf4 else layer
+    layer = phicore.LoRALinear(layer, rank=2, alpha=4) if adapted else layer
+    before = layer.weight.clone()
+    with torch.no_grad(), pytest.raises(RuntimeError, match=f"^{name} writes to the weight of a layer that is adapted"):
+        WRITERS[name](layer.weight)
+    assert torch.equal(layer.weight, before)
+    if adapted and not nf4:  # and the base's own weight, which a disabled adapter answers with, may be written to
+        layer.enabled = False
+        with torch.no_grad():
+            WRITERS[name](layer.weight)
+        assert not torch.equal(layer.base.weight, before)
+    elif adapted:
+        layer.enabled = False
+        with torch.no_grad(), pytest.raises(RuntimeError, match=f"^{name} writes to the weight"):
+            WRITERS[name](layer.weight)
+
+
 @pytest.mark.parametrize("family", ["t5", "mamba"])
 def test_models_that_read_weights(tiny, family):
     model = phicore.quantize_(tiny(family).float())

@@ -107,6 +107,32 @@ def test_a_process_may_end_before_the_one_that_compiles(place: Path, monkeypatch
     assert not error
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_fork_waits_for_no_thread_that_is_not_there_and_takes_no_compiler_for_its_own(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("SLEEP", "100")
+    forked = """
+    import os
+    DOUBLE.ready(1000)
+    compiler = DOUBLE._child.pid
+    DOUBLE._lock.acquire()  # as a thread does that loads what was compiled
+    if not (child := os.fork()):
+        os._exit(10 + (DOUBLE.ready(1000) is not None) + 2 * DOUBLE._given_up)
+    for _ in range(600):
+        if (ended := os.waitpid(child, os.WNOHANG))[0]:
+            break
+        time.sleep(0.1)
+    else:
+        os.kill(child, 9)
+    print(json.dumps([compiler, DOUBLE._child.poll(), ended[1]]))
+    """
+    compiler, running, ended = answer(script(forked))
+    os.kill(compiler, signal.SIGKILL)
+    assert running is None
+    assert os.waitstatus_to_exitcode(ended) == 10
+
+
 def test_a_compiler_that_fails_is_told_of_once(place: Path, monkeypatch: pytest.MonkeyPatch, caplog):
     import doubling
 

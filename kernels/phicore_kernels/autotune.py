@@ -6,6 +6,7 @@ product that was not tuned is, when it is first met, which takes tens of seconds
 """
 
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -40,6 +41,10 @@ class Product(NamedTuple):
         return f"{direction} {dtype} {self.mode} M{self.bucket} {self.columns}x{self.summed}"
 
 
+_tuned_here: dict[tuple[str, str], Config] = {}
+"""What this process tuned, by GPU and key: its file may be no place to write to, or another process's by now."""
+
+
 def config_of(product: Product, device: torch.device, trial: Callable[[Config], None]) -> Config:
     """The config to run a product with.
 
@@ -50,11 +55,16 @@ def config_of(product: Product, device: torch.device, trial: Callable[[Config], 
     """
     gpu = gpu_of(device)
     known = cache.load(gpu.name).configs
-    if known and (config := known.get(product.key)) is not None:
+    if (config := known.get(product.key) or _tuned_here.get((gpu.name, product.key))) is not None:
         return config
     if os.environ.get("PHICORE_AUTOTUNE") == "1" and device.type != "cpu" and not _capturing(device):
         config = fastest(product, gpu, trial, lambda call: bench_on_device(call, device))
-        cache.save(gpu.name, configs={product.key: config})
+        _tuned_here[gpu.name, product.key] = config
+        try:
+            cache.save(gpu.name, configs={product.key: config})
+        except OSError as error:
+            message = f"what was tuned is kept for this process only, since it cannot be written: {error}"
+            warnings.warn(message, stacklevel=2)
         return config
     return choose(product.m, product.columns, product.summed, product.mode, product.dtype, gpu.processors)
 

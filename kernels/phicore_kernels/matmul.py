@@ -86,7 +86,7 @@ def _matmul(
                     other=0.0,
                 )
                 b = tl.load(
-                    right + rank_at[:, None] * stride_rr + right_column[None, :] * stride_ro,
+                    right + rank_at.to(tl.int64)[:, None] * stride_rr + right_column[None, :] * stride_ro,
                     mask=(rank_at < rank)[:, None],
                     other=0.0,
                 )

@@ -11,7 +11,7 @@ from torch.nn.parameter import UninitializedParameter
 from phicore.modules import ALL_LINEAR, Model, has_own_forward, replace, select, unwrapped
 from phicore.nf4.linear import NF4Linear
 from phicore.nf4.pages import give_back_freed_memory
-from phicore.nf4.tensor import check_block_size
+from phicore.nf4.tensor import check_block_size, quantize
 
 finishers: list[Callable[[nn.Module], None]] = []
 """Called with each model that quantize_ has changed. Foreign formats see to the model's own methods here, since this
@@ -42,9 +42,9 @@ def quantize_(
         The model.
 
     Raises:
-        ValueError: a target that matches nothing; a NaN or Inf weight, naming its layer; a layer that is more than its
-            weight (a subclass with its own forward, a parametrization) or whose weight is not there (offloaded, lazy);
-            a model with adapters. The model is then unchanged.
+        ValueError: a target that matches nothing; a NaN or Inf weight, or one too large for double_quant, naming its
+            layer; a layer that is more than its weight (a subclass with its own forward, a parametrization) or whose
+            weight is not there (offloaded, lazy); a model with adapters. The model is then unchanged.
         TypeError: a weight that is not float32, bfloat16 or float16, naming its layer; the model is then unchanged.
 
     Warns:
@@ -75,7 +75,7 @@ def _quantize(
     all_meta = all(parameter.is_meta for parameter in model.parameters())
     # All weights are looked at before the first is replaced, so that an error leaves no half-quantised model.
     for name, layer in chosen.items():
-        check_layer(name, layer, all_meta)
+        check_layer(name, layer, all_meta, block_size if double_quant else None)
     if target_modules == ALL_LINEAR:
         _warn_of_stacks(model)
     done: dict[nn.Module, NF4Linear] = {}
@@ -110,7 +110,7 @@ def _warn_of_stacks(model: nn.Module) -> None:
         )
 
 
-HOOKS = [name for name in vars(nn.Module()) if name.startswith(("_forward", "_backward"))]
+HOOKS = [n for n in vars(nn.Module()) if n.startswith(("_forward", "_backward")) or n == "_is_full_backward_hook"]
 
 
 def coded(layer: nn.Linear, block_size: int = 64, double_quant: bool = True) -> NF4Linear:
@@ -120,13 +120,14 @@ def coded(layer: nn.Linear, block_size: int = 64, double_quant: bool = True) -> 
     return made
 
 
-def check_layer(name: str, layer: nn.Linear, all_meta: bool) -> None:
+def check_layer(name: str, layer: nn.Linear, all_meta: bool, nested_block_size: int | None = None) -> None:
     """Raises ValueError or TypeError for a layer that has no NF4 code, or that an NF4Linear would not be the same as.
 
     Args:
         name: of the layer.
         layer: is not changed.
         all_meta: whether the model has no values yet, in any of its weights.
+        nested_block_size: the block size of a double quantisation, which has no mean for the largest weights.
     """
     replaced = "forward" in vars(layer)
     if replaced or has_own_forward(layer):
@@ -148,5 +149,13 @@ def check_layer(name: str, layer: nn.Linear, all_meta: bool) -> None:
     weight = layer.weight
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"{name}.weight is {weight.dtype}; NF4 encodes float32, bfloat16 or float16 weights")
-    if weight.numel() and not weight.is_meta and not torch.stack(weight.detach().aminmax()).isfinite().all():
+    if not weight.numel() or weight.is_meta:
+        return
+    largest = torch.stack(weight.detach().aminmax()).abs().amax().float()
+    if not largest.isfinite():
         raise ValueError(f"{name}.weight holds NaN or Inf, for which NF4 has no code; the model is unchanged")
+    if nested_block_size is not None and not (largest * (weight.numel() / nested_block_size + 1)).isfinite():
+        try:  # the sum of the absmax may be beyond float32; coding the weight tells whether it is
+            quantize(weight, nested_block_size)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}; the model is unchanged") from None

@@ -171,7 +171,8 @@ class NF4Linear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The decoded weight [out, in] in `dtype`, for code that reads a layer's weight: its dtype, shape and device
-        cost nothing, and what computes with it decodes it. Writing to it changes nothing."""
+        cost nothing, and what computes with it decodes it. Writing to it raises RuntimeError (through .data it changes
+        nothing)."""
         nf4 = self.nf4
         return lazy_weight(nf4.shape, nf4.dtype, nf4.device, nf4.dequantize)
 

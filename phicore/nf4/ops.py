@@ -74,7 +74,8 @@ def row_blocks(packed, absmax, nested_absmax, offset, shape, block_size):
         rows = slice(start, min(start + step, out))
         first, last = rows.start * inner, rows.stop * inner
         codes, scales = packed[first // 2 : (last + 1) // 2], absmax[first // block_size : -(-last // block_size)]
-        yield rows, decode(codes, scales, None, None, last - first, block_size, torch.float32).view(-1, inner)
+        weights = decode(codes, scales, None, None, last - first, block_size, torch.float32)
+        yield rows, weights.view(rows.stop - rows.start, inner)
 
 
 def reference_linear(x, packed, absmax, nested_absmax, offset, bias, shape, block_size):
@@ -152,7 +153,7 @@ def _linear_backward(ctx, grad):
     if ctx.needs_input_grad[0]:
         grad_x = nf4_linear_dx(grad, *ctx.saved_tensors, ctx.shape, ctx.block_size)
     if ctx.needs_input_grad[5]:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+        grad_bias = flat(grad).sum(0)
     return grad_x, None, None, None, None, grad_bias, None, None
 
 

@@ -113,7 +113,8 @@ def linear_far(rows: int, columns: int) -> Any:
 
 
 def linear_dx_far(columns: int) -> Any:
-    """g far_weight for the last 32 columns of 64 rows; g [3, 64] of ones, twos and threes, rows 2^30 elements apart."""
+    """g far_weight for the last 32 columns of 64 rows; g [3, 64] of ones, twos and threes, its rows and those of the
+    low-rank term's right side 2^30 elements apart."""
     import torch
 
     from phicore_kernels.configs import Config
@@ -122,8 +123,9 @@ def linear_dx_far(columns: int) -> Any:
     grad = zero_pages(2**31 + 64, torch.float16).as_strided((3, 64), (2**30, 1))
     grad[0], grad[1], grad[2] = 1, 2, 3
     out = zero_pages(3 * columns, torch.float16).view(3, columns)
-    left, right = torch.ones(3, 2, dtype=torch.float16), zero_pages(2 * columns, torch.float16).view(2, columns)
-    right[:, -32:] = 0.5
+    left = torch.tensor([0, 0, 2], dtype=torch.float16).expand(3, 3)
+    right = zero_pages(2**31 + columns, torch.float16).as_strided((3, columns), (2**30, 1))
+    right[2, -32:] = 0.5
     (launch,) = matmul_launches(
         grad, far_weight(64, columns), out, backward=True, config=Config(16, 32, 32, 4, 1),
         low_rank=LowRank(left, right, 10.0),

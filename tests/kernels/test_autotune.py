@@ -20,6 +20,7 @@ def _as_on_an_h100(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("PHICORE_AUTOTUNE", raising=False)
     cache.load.cache_clear()
+    autotune._tuned_here.clear()
     with (
         mock.patch.object(autotune, "gpu_of", return_value=H100),
         mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=False),
@@ -111,11 +112,34 @@ def test_the_variable_tunes_a_product_once(monkeypatch):
         assert len(timed) == len(candidates(PRODUCT, H100))
         assert first == candidates(PRODUCT, H100)[-1] != slow
         cache.load.cache_clear()  # as another process would find it
+        autotune._tuned_here.clear()
         assert config_of(PRODUCT, CUDA, never) == first
         timed.clear()
         assert config_of(PRODUCT._replace(m=100), torch.device("cpu"), never) is not None
     with mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=True):
         assert config_of(PRODUCT._replace(m=100), CUDA, never).split >= 1
+
+
+@pytest.mark.filterwarnings("ignore:.* is not readable as tuned kernels")
+def test_what_cannot_be_written_is_kept_for_the_process_with_a_warning(monkeypatch, tmp_path):
+    monkeypatch.setenv("PHICORE_AUTOTUNE", "1")
+    (tmp_path / "phicore").write_text("a file where a directory should be")  # as good as read-only, for root too
+    products, trial = [PRODUCT, PRODUCT._replace(m=17)], mock.Mock()
+    with (
+        mock.patch.object(autotune, "bench_on_device", side_effect=lambda call, _: call() and 1.0),
+        pytest.warns(UserWarning, match="kept for this process only, since it cannot be written: .*phicore"),
+    ):
+        first = [config_of(product, CUDA, trial) for product in products]
+    assert [config_of(product, CUDA, never) for product in products] == first
+
+
+def test_what_another_process_overwrites_is_not_tuned_again(monkeypatch):
+    monkeypatch.setenv("PHICORE_AUTOTUNE", "1")
+    with mock.patch.object(autotune, "bench_on_device", side_effect=lambda call, _: call() and 1.0):
+        first = config_of(PRODUCT, CUDA, mock.Mock())
+    cache.path("H100").unlink()
+    cache.load.cache_clear()
+    assert config_of(PRODUCT, CUDA, never) == first
 
 
 def test_a_call_is_timed_on_its_own_device():

@@ -130,7 +130,7 @@ def test_more_than_2_to_the_31_elements(interpreter, columns):
 @pytest.mark.parametrize("columns", [2**25 + 64, 2**25 + 2])
 def test_more_than_2_to_the_31_elements_backward(interpreter, columns):
     given = interpreter.call("tests.kernels.interpreted:linear_dx_far", columns)
-    # one row of the weight is not zero at the end, and the low-rank term adds 10 * (0.5 + 0.5)
+    # one row of the weight is not zero at the end, and the low-rank term adds 10 * (2 * 0.5)
     expected = torch.tensor([[2.0], [4.0], [6.0]], dtype=torch.float16) + 10
     assert torch.equal(given[:, -2:], expected.expand(3, 2))
 

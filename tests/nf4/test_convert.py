@@ -1,5 +1,6 @@
 """phicore.quantize_: which layers become NF4 and that a failure changes nothing."""
 
+import copy
 import weakref
 
 import pytest
@@ -96,6 +97,17 @@ def test_a_bad_weight_in_the_last_layer_changes_nothing_and_is_named(toy, unchan
     with unchanged(model), pytest.raises(ValueError, match=r"blocks\.1\.down_proj\.weight holds NaN or Inf"):
         phicore.quantize_(model, progress=names.append)
     assert names == []
+
+
+def test_a_weight_too_large_for_double_quant_changes_nothing_and_is_named(toy, unchanged):
+    model = toy(dtype=torch.float32)
+    last = model.blocks[1].down_proj.weight.detach()
+    last.view(-1)[0] = 3e38
+    phicore.quantize_(copy.deepcopy(model), block_size=32)  # one block of them has a mean
+    last.fill_(3e38)
+    with unchanged(model), pytest.raises(ValueError, match=r"blocks\.1\.down_proj: .* use double_quant=False"):
+        phicore.quantize_(model, block_size=32)
+    phicore.quantize_(model, block_size=32, double_quant=False)
 
 
 def test_a_bad_weight_in_the_head_does_not_matter(toy):
@@ -236,10 +248,16 @@ def test_layers_that_are_more_or_less_than_their_weight_are_refused(change, mess
     assert dict(model.named_modules()) == before
 
 
-def test_hooks_stay():
+@pytest.mark.parametrize(
+    "kind",
+    ["forward_pre_hook", "forward_hook", "full_backward_pre_hook", "full_backward_hook", "backward_hook"],
+)
+def test_hooks_stay(kind):
     model, seen = nn.Sequential(nn.Linear(64, 64)), []
-    handle = model[0].register_forward_hook(lambda module, args, y: seen.append(type(module)))
-    phicore.quantize_(model)(torch.randn(2, 64))
+    handle = getattr(model[0], f"register_{kind}")(lambda module, *_: seen.append(type(module)))
+    phicore.quantize_(model)
+    x = torch.randn(2, 64, requires_grad=True)
+    model(x).sum().backward()
     handle.remove()
-    model(torch.randn(2, 64))
+    model(x).sum().backward()
     assert seen == [phicore.NF4Linear]

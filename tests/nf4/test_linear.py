@@ -66,6 +66,21 @@ def test_equals_the_dense_product_forward_and_backward(lead, out, inner, bias, d
         torch.testing.assert_close(b.grad, grad.reshape(-1, out).sum(0), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("emulated", [(), (torch.bfloat16, torch.float16)], ids=["plain", "emulated"])
+@pytest.mark.parametrize(("out", "inner"), [(0, 5), (5, 0), (0, 0)])
+@pytest.mark.parametrize("lead", [(), (3,), (2, 0)])
+def test_sizes_of_zero(lead, out, inner, emulated, monkeypatch):
+    monkeypatch.setattr("phicore.products.EMULATED", emulated)
+    q = phicore.nf4.quantize(torch.empty(out, inner, dtype=torch.bfloat16))
+    x = torch.randn(*lead, inner, dtype=torch.bfloat16, requires_grad=True)
+    b = torch.randn(out, dtype=torch.bfloat16, requires_grad=True)
+    y = phicore.nf4.linear(x, q, b)
+    assert torch.equal(y, b.expand(*lead, out))
+    y.sum().backward()
+    assert torch.equal(x.grad, torch.zeros_like(x))
+    assert torch.equal(b.grad, torch.full_like(b, torch.Size(lead).numel()))
+
+
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_gradcheck_and_gradgradcheck(double_quant):
     q = phicore.nf4.quantize(torch.randn(5, 7), double_quant=double_quant)
