@@ -1,13 +1,10 @@
 """phicore finetune: a model, JSONL data and a method in; an adapter and what it changed out."""
 
-import hashlib
-import io
 import json
 import platform
 import re
 import time
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,21 +16,19 @@ import phicore
 from phicore import atomic
 from phicore.adapters.config import LoRAConfig
 from phicore.cli import version_of
-from phicore.cli.console import gigabytes, say, stage, table
+from phicore.cli.console import gigabytes, say, stage
+from phicore.cli.held_out import before_training, begun_with, held_out
 from phicore.cli.options import parse_everywhere
+from phicore.cli.report import plot_loss, show, write_answers
 from phicore.cli.start import accepted, check_options, read_data, remove_results, result_directory
 from phicore.training import distributed
 from phicore.training.checkpoint import latest_checkpoint, read_state
 from phicore.training.config import TrainConfig, fixed_settings
 from phicore.training.data import TokenDataset, load_dataset
-from phicore.training.encoding import prompt_and_reference
-from phicore.training.frozen import describe_frozen, lasting_tensors
 from phicore.training.metrics import peak_memory_bytes
 from phicore.training.output import after_restart
 from phicore.training.precision import DTYPES, choose_dtype
-from phicore.training.resume import changed_settings
 from phicore.training.schedule import learning_rate
-from phicore.training.scoring import exact_match, span_f1
 from phicore.training.shards import digest
 from phicore.training.watch import Watch
 
@@ -198,7 +193,7 @@ def finetune(options: FinetuneOptions) -> dict[str, Any]:
             train_data, eval_data = distributed.everywhere(lambda: _load_data(options, tokenizer))
             _check_positions(model, train_data, eval_data)
             distributed.everywhere(lambda: _check_causal(model))
-            begun = distributed.on_first_rank(lambda: _begun(options, model, train_data))
+            begun = distributed.on_first_rank(lambda: begun_with(options, model, train_data))
             base_bytes_before = _bytes(model)
             with stage(f"preparing the model for {options.method}"):
                 distributed.everywhere(lambda: adapt(model, options))
@@ -212,7 +207,7 @@ def finetune(options: FinetuneOptions) -> dict[str, Any]:
 
         trainer = phicore.Trainer(model, options.train, train_data, eval_data, identity=identity)
         with watch.during("the held-out examples before training"):
-            before = _before(options, {**settings, **begun}, trainer, tokenizer, eval_data)
+            before = before_training(options, {**settings, **begun}, trainer, tokenizer, eval_data)
             if options.train.overwrite:
                 distributed.on_first_rank(lambda: remove_results(output))
     trained = trainer.fit()
@@ -224,7 +219,7 @@ def finetune(options: FinetuneOptions) -> dict[str, Any]:
         else:
             distributed.on_first_rank(lambda: phicore.save_adapter(model, result_path))
     with watch.during("the held-out examples after training"):
-        after = _held_out(options, trainer, tokenizer, eval_data, "after")
+        after = held_out(options, trainer, tokenizer, eval_data, "after")
 
     result = {
         **{f"{key}_before": value for key, value in before["scores"].items()},
@@ -247,10 +242,10 @@ def finetune(options: FinetuneOptions) -> dict[str, Any]:
         "versions": {name: version_of(name) for name in ("phicore", "torch", "transformers")},
     }
     if distributed.rank() == 0:
-        _write_answers(output, before["answers"], after["answers"])
-        _plot_loss(output)
+        write_answers(output, before["answers"], after["answers"])
+        plot_loss(output)
         atomic.write_text(output / "result.json", json.dumps(result, indent=2) + "\n")
-    _show(result, before["answers"], after["answers"], options.samples)
+    show(result, before["answers"], after["answers"], options.samples)
     say(f"{result_path.name}: {result_path}   figures: {output / 'result.json'}   loss: {output / 'loss.png'}")
     return result
 
@@ -371,177 +366,6 @@ def _identity(options: FinetuneOptions, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def _begun(options: FinetuneOptions, model: Any, data: TokenDataset) -> dict[str, str | None]:
-    """What a run began with that only a loaded model tells: checksums of the base's weights (None where they train, and
-    are in the checkpoint) and of the tokens. Their files' names may be what they were, and what is in them not."""
-    tokens = hashlib.sha256()
-    for example in data:
-        for values in (example["input_ids"], example["labels"]):
-            tokens.update(values.numpy().tobytes())
-    begun: dict[str, str | None] = {"weights": None, "tokens": tokens.hexdigest()}
-    if options.method != "full":
-        weights = json.dumps(describe_frozen(lasting_tensors(model)))
-        begun["weights"] = hashlib.sha256(weights.encode()).hexdigest()
-    return begun
-
-
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
     """As JSON gives it back: lists for tuples, no dtypes."""
     return json.loads(json.dumps({k: v for k, v in values.items() if k not in ("dora", "adapter_dtype")}))
-
-
-def _before(
-    options: FinetuneOptions, settings: dict[str, Any], trainer: Any, tokenizer: Any, data: Any
-) -> dict[str, Any]:
-    """`_held_out` before training. It is kept, with all that it depends on, for a run that is resumed: one with other
-    held-out settings computes it anew, from the same untrained model.
-
-    Raises:
-        ValueError: the run that is resumed began over other weights.
-    """
-    kept = Path(options.train.output) / "before.json"
-    asked = {name: getattr(options, name) for name in ("eval_limit", "answers", "max_new_tokens")}
-    asked["eval_data_sha256"] = digest(Path(options.eval_data)) if options.eval_data else None
-    asked = json.loads(json.dumps({**settings, **asked}))
-
-    def read_kept() -> dict[str, Any] | None:
-        if not (options.train.resume and latest_checkpoint(trainer.checkpoints) is not None and kept.is_file()):
-            return None
-        try:
-            known = json.loads(kept.read_text())
-            then = known.get("settings", {})
-        except (ValueError, AttributeError):
-            say(f"{kept} is damaged, and is made anew")
-            return None
-        if then.get("weights", asked["weights"]) != asked["weights"]:
-            raise ValueError(
-                f"{options.model} holds other weights than when the run in {options.train.output} began, of which its "
-                f"adapter is; put those back, or train over these in another output"
-            )
-        if then.get("tokens", asked["tokens"]) != asked["tokens"]:
-            say(
-                f"{options.data} becomes other tokens than when the run began: the tokenizer or its chat template has "
-                f"changed (or writes the date); the steps from here on are over these"
-            )
-        if not (changed := changed_settings(then, asked)):
-            return known
-        if "settings" in known:
-            say(f"{kept} was written with other settings, and is made anew; {'; '.join(changed)}")
-        return None
-
-    if (known := distributed.on_first_rank(read_kept)) is not None:
-        return known
-    found = _held_out(options, trainer, tokenizer, data, "before")
-    if distributed.rank() == 0:
-        atomic.write_text(kept, json.dumps({"settings": asked, **found}))
-    return found
-
-
-def _held_out(options: FinetuneOptions, trainer: Any, tokenizer: Any, data: Any, when: str) -> dict[str, Any]:
-    """Scores and answers on the held-out data."""
-    scores: dict[str, float | None] = {"eval_loss": None, "span_f1": None, "exact_match": None}
-    answers: list[dict[str, str]] = []
-    if data:
-        with stage(f"evaluating {when} training"):
-            scores["eval_loss"] = trainer.evaluate()
-    if data and options.answers:
-        from phicore.training.generation import generate
-
-        pairs = [prompt_and_reference(record, tokenizer) for record in data.records[: options.answers]]
-        bare = [record.messages is None for record in data.records[: options.answers]]  # a chat template writes its own
-        with stage(f"answering {len(pairs)} held-out examples {when} training"), _merged(trainer.model):
-            rank, ranks = distributed.rank(), distributed.world_size()
-            mine = generate(
-                trainer.model,
-                tokenizer,
-                [prompt for prompt, _ in pairs[rank::ranks]],
-                options.max_new_tokens,
-                batch_size=64,
-                add_special_tokens=bare[rank::ranks],
-            )
-            texts = [""] * len(pairs)
-            for other, part in enumerate(distributed.together(lambda: mine)):
-                texts[other::ranks] = part
-        references = [reference for _, reference in pairs]
-        scores["span_f1"] = span_f1(texts, references)
-        scores["exact_match"] = exact_match(texts, references)
-        answers = [{"prompt": p, "reference": r, "answer": t} for (p, r), t in zip(pairs, texts, strict=True)]
-    return {"scores": scores, "answers": answers}
-
-
-@contextmanager
-def _merged(model: torch.nn.Module) -> Iterator[None]:
-    """Within it, adapted layers are dense: generating decodes each weight once and not once a token."""
-    adapted = any(True for _ in phicore.adapters.adapter_layers(model))
-    if adapted:
-        phicore.merge(model)
-    try:
-        yield
-    finally:
-        if adapted:
-            phicore.unmerge(model)
-
-
-def _write_answers(output: Path, before: list[dict[str, str]], after: list[dict[str, str]]) -> None:
-    lines = [
-        json.dumps(
-            {"prompt": a["prompt"], "reference": a["reference"], "before": b["answer"], "after": a["answer"]},
-            ensure_ascii=False,
-        )
-        for b, a in zip(before, after, strict=True)
-    ]
-    atomic.write_text(output / "answers.jsonl", "".join(line + "\n" for line in lines))
-
-
-def _plot_loss(output: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for key, label in (("loss", "training"), ("eval_loss", "held out")):
-        points = [(line["step"], line[key]) for line in lines if key in line]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 30 else None)
-    axes.set(xlabel="step", ylabel="loss per token (nats)", ylim=(0, None))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    pyplot.close(figure)
-    atomic.write_bytes(output / "loss.png", picture.getvalue())
-
-
-def _show(result: dict[str, Any], before: list[dict[str, str]], after: list[dict[str, str]], samples: int) -> None:
-    if after and samples:
-        rows = [
-            [_last_turn(a["prompt"]), b["answer"].strip(), a["answer"].strip(), a["reference"]]
-            for b, a in list(zip(before, after, strict=True))[:samples]
-        ]
-        table("held-out examples", ["prompt", "before", "after", "reference"], rows, lines=True)
-    rows = [
-        [name.replace("_", " "), _figure(result[f"{name}_before"]), _figure(result[f"{name}_after"])]
-        for name in ("eval_loss", "span_f1", "exact_match")
-        if result[f"{name}_after"] is not None
-    ]
-    if rows:
-        table("held out", ["", "before", "after"], rows)
-    kind = "resident memory" if result["machine"]["device"] == "cpu" else "memory"  # of a CPU, with mapped files
-    say(
-        f"{result['steps']} steps, {result['tokens']:,} tokens at {result['tokens_per_second']:.0f} tokens/s; "
-        f"peak {kind} {gigabytes(result['peak_memory_bytes'])}; {result['wall_seconds']:.0f} s in all"
-    )
-
-
-def _last_turn(prompt: str) -> str:
-    """A rendered prompt without its tags: what stands before the turn that is asked for."""
-    pieces = [piece.strip() for piece in re.split(r"<\|[^|<>]*\|>|</?s>", prompt) if piece.strip()]
-    roles = ("system", "user", "assistant")
-    texts = [re.sub(rf"^({'|'.join(roles)})\n+", "", piece) for piece in pieces if piece not in roles]
-    return texts[-1] if texts else prompt
-
-
-def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import phicore
 from phicore.cli import main
-from phicore.cli.finetune import _plot_loss
+from phicore.cli.report import plot_loss
 from phicore.formats.huggingface import load_model, save_model
 from tests.chat_tokenizers import chat_tokenizer
 
@@ -96,7 +96,7 @@ def test_a_picture_that_is_interrupted_leaves_the_old_one(tmp_path: Path, monkey
     (tmp_path / "loss.png").write_bytes(b"old")
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        _plot_loss(tmp_path)
+        plot_loss(tmp_path)
     assert (tmp_path / "loss.png").read_bytes() == b"old"
 
 
