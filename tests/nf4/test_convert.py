@@ -196,11 +196,15 @@ def test_all_linear_tells_of_experts_that_it_leaves(tiny, name: str):
     assert {*stacks} <= {name for name, p in model.named_parameters() if p.dtype == torch.float32}
 
 
+class Positions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(1, 4, 64))
+
+
 def test_what_is_asked_for_by_name_and_small_stacks_are_no_news(tiny, recwarn: pytest.WarningsRecorder):
     phicore.quantize_(tiny("mixtral", dtype=torch.float32), ["q_proj"])
-    model = nn.Sequential(nn.Linear(64, 64), nn.LazyConv2d(8, 3))
-    model.register_parameter("positions", nn.Parameter(torch.zeros(1, 4, 64)))
-    phicore.quantize_(model)
+    phicore.quantize_(nn.Sequential(nn.Linear(64, 64), nn.LazyConv2d(8, 3), Positions()))
     assert not [warning for warning in recwarn if "all-linear" in str(warning.message)]
 
 
