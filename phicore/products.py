@@ -1,8 +1,9 @@
 """16-bit matrix products on a CPU that has none: taken in float32, a piece at a time, and rounded once.
 
 There torch multiplies 16-bit matrices in scalar loops, at a seventh of float32's speed and, for a product that is not
-with a transposed matrix, at a hundredth of it. So operands are cast to float32 in pieces that fit the cache, and the
-result is rounded as it is stored. A GPU's tensor cores do the same: 16 bits in and out, sums in float32.
+with a transposed matrix, at a hundredth of it; or, where the CPU has AVX-512 without its bfloat16 instructions, has
+oneDNN imitate them, at a quarter of float32's speed. So operands are cast to float32 in pieces that fit the cache, and
+the result is rounded as it is stored. A GPU's tensor cores do the same: 16 bits in and out, sums in float32.
 """
 
 from collections.abc import Iterable, Iterator
@@ -20,10 +21,14 @@ def emulated_dtypes() -> tuple[torch.dtype, ...]:
     """The 16-bit dtypes in which this CPU has no matrix products.
 
     torch asks oneDNN the same before it hands a product over to it (bfloat16: AVX-512 or Arm's BF16; float16:
-    AVX512-FP16, AMX-FP16 or Arm's FP16). A build without oneDNN lacks the question and the products.
+    AVX512-FP16, AMX-FP16 or Arm's FP16). A build without oneDNN lacks the question and the products. To bfloat16 oneDNN
+    says yes on any AVX-512; whether it is at home there (Cooper Lake, Sapphire Rapids, Zen 4 and later) the CPU says.
     """
-    questions = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
-    return tuple(dtype for dtype, name in questions.items() if not getattr(torch.ops.mkldnn, name, bool)())
+    bfloat16 = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", bool)()
+    float16 = getattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", bool)()
+    if torch.cpu._is_avx512_supported() and not torch.cpu._is_avx512_bf16_supported():
+        bfloat16 = False
+    return tuple(dtype for dtype, there in ((torch.bfloat16, bfloat16), (torch.float16, float16)) if not there)
 
 
 EMULATED = emulated_dtypes()

@@ -44,7 +44,27 @@ def rounded_once(given: Tensor, exact: Tensor, terms: Tensor) -> bool:
 )
 def test_torch_is_asked_what_it_asks_itself(answers, expected):
     questions = {f"_is_mkldnn_{name}_supported": (lambda answer=answer: answer) for name, answer in answers.items()}
-    with mock.patch.object(torch.ops, "mkldnn", SimpleNamespace(**questions)):
+    with mock.patch.object(torch.ops, "mkldnn", SimpleNamespace(**questions)), avx512(True, True):
+        assert products.emulated_dtypes() == expected
+
+
+def avx512(there: bool, bfloat16: bool):
+    return mock.patch.multiple(
+        torch.cpu, _is_avx512_supported=lambda: there, _is_avx512_bf16_supported=lambda: bfloat16
+    )
+
+
+@pytest.mark.parametrize(
+    ("there", "bfloat16", "expected"),
+    [
+        (True, True, ()),
+        (True, False, (torch.bfloat16,)),  # Skylake to Ice Lake: oneDNN says yes, and takes four times as long
+        (False, False, ()),  # Arm's BF16
+    ],
+)
+def test_the_cpu_is_asked_whether_its_avx512_knows_bfloat16(there, bfloat16, expected):
+    yes = SimpleNamespace(_is_mkldnn_bf16_supported=lambda: True, _is_mkldnn_fp16_supported=lambda: True)
+    with mock.patch.object(torch.ops, "mkldnn", yes), avx512(there, bfloat16):
         assert products.emulated_dtypes() == expected
 
 
