@@ -14,7 +14,7 @@ from torch import Tensor
 
 from phicore.transforms import transformed
 
-PIECE = 1 << 20  # elements cast at once: 4 MiB in float32
+PIECE = 1 << 19  # elements cast at once: 2 MiB in float32
 
 
 def emulated_dtypes() -> tuple[torch.dtype, ...]:
@@ -51,12 +51,15 @@ Blocks = Iterable[tuple[slice, Tensor]]
 
 
 def row_blocks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of a dense weight [out, in], in float32 or float64."""
+    """Blocks of a dense weight [out, in], in float32 or float64, each in the memory of the one before."""
     out, inner = weight.shape
-    step = max(1, PIECE // max(1, inner))
-    for start in range(0, out, step):
+    step = min(out, max(1, PIECE // max(1, inner)))
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    piece = None if wide == weight.dtype else weight.new_empty(step, inner, dtype=wide)
+    for start in range(0, out, step or 1):
         rows = slice(start, min(start + step, out))
-        yield rows, _wide(weight[rows])
+        block = weight[rows]
+        yield rows, block if piece is None else piece[: len(block)].copy_(block)
 
 
 def linear(
