@@ -90,6 +90,15 @@ def test_narrow_products_are_rounded_once(n, k, m, dtype, strided, scale):
     assert rounded_once(wide, exact, terms)
 
 
+def test_blocks_of_a_weight_share_a_piece_of_memory():
+    weight = torch.randn(40, 7).bfloat16()
+    pieces = {block.untyped_storage().data_ptr(): block.untyped_storage().nbytes()
+              for _, block in products.row_blocks(weight)}  # fmt: skip
+    assert list(pieces.values()) == [4 * 7 * (60 // 7)]
+    wide = weight.float()
+    assert all(block.data_ptr() == wide[rows].data_ptr() for rows, block in products.row_blocks(wide))
+
+
 @given(n=sizes, inner=sizes, out=sizes, rank=st.integers(0, 5), dtype=st.sampled_from(HALVES), strided=st.booleans())
 def test_products_by_blocks_are_rounded_once(n, inner, out, rank, dtype, strided):
     x, W, A = (half(rows, inner, dtype=dtype, strided=strided) for rows in (n, out, rank))
