@@ -37,7 +37,7 @@ def test_facts_cost_no_decoding_and_values_are_right():
         assert type(found) is torch.Tensor
         assert torch.equal(found, e)
     x = torch.randn(3, 70, dtype=torch.bfloat16, requires_grad=True)
-    torch.testing.assert_close(nn.functional.linear(x, weight, layer.bias), layer(x))
+    torch.testing.assert_close(nn.functional.linear(x, weight, layer.bias), layer(x), rtol=2e-2, atol=2e-2)
     (x @ weight.T).sum().backward()
     torch.testing.assert_close(x.grad, expected.sum(0).expand(3, 70), rtol=2e-2, atol=2e-2)
     compiled = torch.compile(lambda x: x @ layer.weight.T, backend="aot_eager", fullgraph=True)
