@@ -17,7 +17,7 @@ from phicore import atomic
 from phicore.adapters.config import LoRAConfig
 from phicore.cli import version_of
 from phicore.cli.console import gigabytes, say, stage
-from phicore.cli.held_out import before_training, begun_with, held_out
+from phicore.cli.held_out import before_training, digest_of_tokens, held_out
 from phicore.cli.options import parse_everywhere
 from phicore.cli.report import plot_loss, show, write_answers
 from phicore.cli.start import accepted, check_options, read_data, remove_results, result_directory
@@ -193,7 +193,7 @@ def finetune(options: FinetuneOptions) -> dict[str, Any]:
             train_data, eval_data = distributed.everywhere(lambda: _load_data(options, tokenizer))
             _check_positions(model, train_data, eval_data)
             distributed.everywhere(lambda: _check_causal(model))
-            begun = distributed.on_first_rank(lambda: begun_with(options, model, train_data))
+            tokens = distributed.on_first_rank(lambda: digest_of_tokens(train_data))
             base_bytes_before = _bytes(model)
             with stage(f"preparing the model for {options.method}"):
                 distributed.everywhere(lambda: adapt(model, options))
@@ -207,7 +207,7 @@ def finetune(options: FinetuneOptions) -> dict[str, Any]:
 
         trainer = phicore.Trainer(model, options.train, train_data, eval_data, identity=identity)
         with watch.during("the held-out examples before training"):
-            before = before_training(options, {**settings, **begun}, trainer, tokenizer, eval_data)
+            before = before_training(options, {**settings, "tokens": tokens}, trainer, tokenizer, eval_data)
             if options.train.overwrite:
                 distributed.on_first_rank(lambda: remove_results(output))
     trained = trainer.fit()

@@ -1,7 +1,6 @@
 """Scores and answers on the held-out examples of `phicore finetune`, before and after training.
 
-Those from before are kept in before.json beside what the run began with, so that a run that is resumed takes them up,
-or is told that it is over another base.
+Those from before are kept in before.json beside what the run began with, so that a run that is resumed takes them up.
 """
 
 import hashlib
@@ -20,7 +19,6 @@ from phicore.training import distributed
 from phicore.training.checkpoint import latest_checkpoint
 from phicore.training.data import TokenDataset
 from phicore.training.encoding import prompt_and_reference
-from phicore.training.frozen import describe_frozen, lasting_tensors
 from phicore.training.resume import changed_settings
 from phicore.training.scoring import exact_match, span_f1
 from phicore.training.shards import digest
@@ -29,29 +27,20 @@ if TYPE_CHECKING:
     from phicore.cli.finetune import FinetuneOptions
 
 
-def begun_with(options: "FinetuneOptions", model: Any, data: TokenDataset) -> dict[str, str | None]:
-    """What a run began with that only a loaded model tells: checksums of the base's weights (None where they train, and
-    are in the checkpoint) and of the tokens. Their files' names may be what they were, and what is in them not."""
+def digest_of_tokens(data: TokenDataset) -> str:
+    """SHA-256 of what the examples became. Their file may be what it was, and the tokenizer or its template not."""
     tokens = hashlib.sha256()
     for example in data:
         for values in (example["input_ids"], example["labels"]):
             tokens.update(values.numpy().tobytes())
-    begun: dict[str, str | None] = {"weights": None, "tokens": tokens.hexdigest()}
-    if options.method != "full":
-        weights = json.dumps(describe_frozen(lasting_tensors(model)))
-        begun["weights"] = hashlib.sha256(weights.encode()).hexdigest()
-    return begun
+    return tokens.hexdigest()
 
 
 def before_training(
     options: "FinetuneOptions", settings: dict[str, Any], trainer: Any, tokenizer: Any, data: Any
 ) -> dict[str, Any]:
     """`held_out` before training. It is kept, with all that it depends on, for a run that is resumed: one with other
-    held-out settings computes it anew, from the same untrained model.
-
-    Raises:
-        ValueError: the run that is resumed began over other weights.
-    """
+    held-out settings computes it anew, from the same untrained model."""
     kept = Path(options.train.output) / "before.json"
     asked = {name: getattr(options, name) for name in ("eval_limit", "answers", "max_new_tokens")}
     asked["eval_data_sha256"] = digest(Path(options.eval_data)) if options.eval_data else None
@@ -66,11 +55,6 @@ def before_training(
         except (ValueError, AttributeError):
             say(f"{kept} is damaged, and is made anew")
             return None
-        if then.get("weights", asked["weights"]) != asked["weights"]:
-            raise ValueError(
-                f"{options.model} holds other weights than when the run in {options.train.output} began, of which its "
-                f"adapter is; put those back, or train over these in another output"
-            )
         if then.get("tokens", asked["tokens"]) != asked["tokens"]:
             say(
                 f"{options.data} becomes other tokens than when the run began: the tokenizer or its chat template has "

@@ -2,7 +2,7 @@
 
 A checkpoint is a directory step-00000040 with
 
-    state.json            step, tokens, settings; each tensor's shape; each file's SHA-256; format version
+    state.json            step, tokens, settings; each tensor's shape; checksums of the base and of the files; a version
     rank-0.safetensors    what rank 0 of the run's ranks holds, see `phicore.training.shards`
     rank-1.safetensors    ...
 

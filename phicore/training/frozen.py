@@ -1,4 +1,5 @@
-"""Telling that ranks were given different frozen weights, which nothing else would: only what trains is made equal.
+"""Telling that ranks were given different frozen weights, or a resumed run others than it began with, which nothing
+else would: only what trains is made equal and kept.
 
 Each tensor gets a sum of 64 bits over all its bytes, so that no weight may differ, in one pass with a few megabytes of
 memory, on the device where it is:
@@ -10,11 +11,14 @@ one pair of values in many; this finds mistakes, not attacks.
 """
 
 import functools
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from phicore.modules import unwrapped
+from phicore.nf4 import NF4Linear
 from phicore.training.buffers import TrainedBuffers
 from phicore.training.distributed import together
 
@@ -23,8 +27,11 @@ MULTIPLIER = 6364136223846793005  # of Knuth's linear congruential generator, mo
 
 
 def checksum(tensor: Tensor) -> int:
-    """64 bits of a tensor's dtype-independent bytes, the same on any device; 0 for one without memory."""
-    if tensor.is_meta or not tensor.numel():
+    """64 bits of a tensor's dtype-independent bytes, the same on any device; 0 for one without memory, or sparse."""
+    if is_traceable_wrapper_subclass(tensor):  # of other libraries' coded weights: the tensors that it is made of
+        parts, _ = tensor.__tensor_flatten__()
+        return sum(checksum(getattr(tensor, name)) * MULTIPLIER**i for i, name in enumerate(sorted(parts))) % 2**64
+    if tensor.is_meta or not tensor.numel() or tensor.layout != torch.strided:
         return 0
     data = tensor.detach().contiguous().view(-1).view(torch.uint8)
     whole = data.numel() // 8 * 8
@@ -84,12 +91,15 @@ def first_difference(by_rank: list[dict[str, str]]) -> str | None:
     return None
 
 
-def check_same_frozen(model: nn.Module, trained: TrainedBuffers) -> None:
+def check_same_frozen(model: nn.Module, trained: TrainedBuffers) -> dict[str, str]:
     """Compares what no rank will give another; every rank must call it.
 
     Args:
         model: of this rank.
         trained: the buffers that belong to what trains, which are rank 0's from the start.
+
+    Returns:
+        `describe_frozen` of all of it.
 
     Raises:
         ValueError: a tensor differs, on every rank, naming the first one.
@@ -106,3 +116,28 @@ def check_same_frozen(model: nn.Module, trained: TrainedBuffers) -> None:
             raise ValueError(problem)
 
     together(compare)
+    return by_rank[0]
+
+
+def without_scales(model: nn.Module, described: dict[str, str]) -> dict[str, str]:
+    """What tells a base from another one wherever it was coded: all but the scales of NF4 layers, which hang in their
+    last bits on the number of threads that summed them. The codes do not."""
+    with unwrapped(model) as bare:
+        layers = [path for path, module in bare.named_modules() if isinstance(module, NF4Linear)]
+    scales = {f"{path}.{part}".lstrip(".") for path in layers for part in ("absmax", "nested_absmax", "offset")}
+    return {name: words for name, words in described.items() if name not in scales}
+
+
+def check_same_base(checkpoint: Path, saved: dict[str, str], now: dict[str, str]) -> None:
+    """Compares the base that a checkpoint was written over with the one it would go on over, both `without_scales`.
+
+    Raises:
+        ValueError: a tensor differs or is gone, naming the first one.
+    """
+    wrong = [name for name, words in saved.items() if now.get(name) != words]
+    if wrong:
+        raise ValueError(
+            f"{checkpoint} was written over another base: {wrong[0]} (of {len(wrong)} tensors) is "
+            f"{now.get(wrong[0], 'not there, or trains')} and was {saved[wrong[0]]}. Resume over that base, or train "
+            f"over this one in another output"
+        )

@@ -35,7 +35,7 @@ from phicore.training.buffers import TrainedBuffers
 from phicore.training.config import TrainConfig, fixed_settings
 from phicore.training.data import step_indices
 from phicore.training.distributed import gather_rows, on_first_rank, rank, sum_over_ranks, world_size
-from phicore.training.frozen import check_same_frozen
+from phicore.training.frozen import check_same_base, check_same_frozen, without_scales
 from phicore.training.loss import causal_lm_loss, masked_mean, sum_and_count
 from phicore.training.metrics import MetricsLog, Progress, peak_memory_bytes, told
 from phicore.training.modes import mode, stop_signals
@@ -169,7 +169,7 @@ class Trainer:
         self.buffers = TrainedBuffers(self.model)
         if world_size() > 1:
             distributed.together(lambda: check_same(self._describe(), None, None))
-            check_same_frozen(self.model, self.buffers)
+        self._base = without_scales(self.model, check_same_frozen(self.model, self.buffers))
         self.buffers.share()
         self.optimizer = self._make_optimizer()
         self._peaks = [group["lr"] for group in self.optimizer.param_groups]
@@ -243,9 +243,9 @@ class Trainer:
             FileExistsError: the output holds a run, and neither resume nor overwrite is set; or a run is at work there.
             OSError: the output cannot be written.
             TypeError: the loss function returns no sum and count, or the model no logits, see `causal_lm_loss`.
-            ValueError: resuming with other settings (each change is listed), or a step without a labelled token;
-                examples that cannot be made a batch, or have no labels; a parameter that requires a gradient only since
-                the Trainer was made.
+            ValueError: resuming with other settings (each change is listed) or over another base; a step without a
+                labelled token; examples that cannot be made a batch, or have no labels; a parameter that requires a
+                gradient only since the Trainer was made.
             FloatingPointError: a loss or gradient norm that is not finite, naming the step and the rank where it arose;
                 the step is not taken, on any rank.
             LostRankError: another rank ended, failed or did not answer within the time-out, naming it and its step.
@@ -478,6 +478,7 @@ class Trainer:
             "loss": None if math.isnan(self.loss) else self.loss,
             "settings": self._settings(),
             "tensors": describe({**self.parameters, **buffers}),
+            "base": {name: words for name, words in self._base.items() if name not in buffers},
             "param_groups": shard["param_groups"],
         }
         save = functools.partial(checkpoint.save_checkpoint, self.checkpoints, state, keep=self.config.keep_checkpoints)
@@ -528,4 +529,5 @@ class Trainer:
             )
         elif changed := changed_settings(state["settings"], self._settings()):
             raise ValueError(f"{newest} was written with other settings; {'; '.join(changed)}")
+        check_same_base(newest, state.get("base", {}), self._base)
         return newest, state

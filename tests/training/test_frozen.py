@@ -1,5 +1,6 @@
-"""Frozen weights that differ between ranks are told, down to one bit."""
+"""Frozen weights that differ between ranks, or from those that a run began with, are told, down to one bit."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import phicore
 from phicore.training import TrainConfig, Trainer, frozen
@@ -59,6 +61,14 @@ def test_layout_in_memory_does_not_count() -> None:
     assert checksum(torch.empty(4, device="meta")) == checksum(torch.empty(0)) == 0
 
 
+def test_a_tensor_made_of_others_is_what_these_are() -> None:
+    a, b = torch.randn(3, 5), torch.randn(3, 5)
+    found = [checksum(TwoTensor(*pair)) for pair in ((a, b), (a.clone(), b.clone()), (b, a), (a, a))]
+    assert found[0] == found[1]
+    assert len(set(found)) == 3
+    assert checksum(torch.eye(3).to_sparse()) == 0
+
+
 def quantized() -> nn.Module:
     torch.manual_seed(1)
     model = nn.Sequential(nn.Embedding(12, 64), nn.BatchNorm1d(64), nn.Linear(64, 12))
@@ -107,3 +117,35 @@ def test_the_first_that_differs_is_named_on_every_rank(tmp_path: Path, ranks, ca
     assert answers[0].startswith(said)
     if "checksum" in said:
         assert answers[0].endswith("load the same base, quantized alike, on every rank")
+
+
+def over(output: Path, changed: str = "") -> Trainer:
+    """A run of an adapter over a base, one bit of which may be another."""
+    torch.manual_seed(1)
+    model = phicore.quantize_(nn.Sequential(nn.Embedding(12, 64), nn.Linear(64, 12)))
+    if changed:
+        tensor = dict(model.state_dict())[changed]
+        tensor.view(-1).view(torch.uint8)[0] ^= 1
+    phicore.attach(model, phicore.LoRAConfig(rank=2, alpha=4, target_modules=["1"]))
+    config = TrainConfig(output=str(output), resume=True, steps=2, batch_size=4)
+    return Trainer(model, config, examples())
+
+
+def test_a_run_goes_on_over_the_base_that_it_began_with(tmp_path: Path) -> None:
+    assert over(tmp_path).fit().steps == 2
+    for changed, name in (("0.weight", "0.weight"), ("1.packed", "1.base.packed")):
+        trainer = over(tmp_path, changed)
+        before = {name: p.clone() for name, p in trainer.parameters.items()}
+        with pytest.raises(ValueError, match=rf"over another base: {re.escape(name)} \(of 1 tensors\) is .* and was "):
+            trainer.fit()
+        assert all(torch.equal(p, before[name]) for name, p in trainer.parameters.items())
+    for scale in ("1.offset", "1.nested_absmax"):  # whose last bits are those of a sum over threads
+        assert over(tmp_path, scale).fit().steps == 2
+
+
+def test_a_base_that_lost_a_part_or_trains_it_now_is_another(tmp_path: Path) -> None:
+    over(tmp_path).fit()
+    trainer = over(tmp_path)
+    trainer._base.pop("0.weight")
+    with pytest.raises(ValueError, match=r"0\.weight .* is not there, or trains and was \[12, 64\] float32"):
+        trainer.fit()
