@@ -166,7 +166,8 @@ def encode_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Returns:
         codes uint8 [n_blocks], nested_absmax float32 [ceil(n_blocks / 256)] and offset float32 [] (the mean, which is
-        taken off before coding, since absmax are positive and the map is symmetric).
+        taken off before coding, since absmax are positive and the map is symmetric). Beyond 32,768 blocks the last bit
+        of the mean, and so of what is coded after it, hangs on the number of threads, as bitsandbytes' does.
     """
     offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
     blocks = pad_to_blocks(absmax - offset, NESTED_BLOCK_SIZE)
