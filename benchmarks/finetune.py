@@ -295,7 +295,6 @@ def main() -> None:
             "rank": RANK,
         }
         told |= {"steps": options.steps, "examples a step": options.batch_size, "held out": options.eval_examples}
-        told |= {"formulas": formulas}
         told |= {"padding": "in every batch; phicore leaves it out of its steps, PEFT computes it"}
         figures.write(options.json, told, found)
 

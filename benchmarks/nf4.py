@@ -18,6 +18,7 @@ import argparse
 import ctypes
 import json
 import logging
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -187,14 +188,15 @@ def memory(options: argparse.Namespace) -> list[Figure]:
 def whole_model(options: argparse.Namespace) -> list[Figure]:
     """Quantizing a directory of bfloat16 weights into another one."""
     size = (1, 512, 1000) if options.quick else (4, 1536, 16_000)
-    ours, theirs = quantize_memory.beside_transformers(*size)
-    peer = "transformers + bitsandbytes"
-    return [
-        figures.counted("quantizing a model's directory", "time", "s", ours["seconds"], peer, theirs["seconds"],
-                        noise=0.1),
-        figures.counted("quantizing a model's directory", "peak memory", "MB", ours["VmHWM"] / 1e6, peer,
-                        theirs["VmHWM"] / 1e6, noise=0.05),
-    ]  # fmt: skip
+    found = quantize_memory.beside_transformers(*size)
+
+    def figure(what: str, field: str, unit: str, factor: float) -> Figure:
+        ours, theirs = ([factor * run[field] for run in found[task]] for task in ("quantize", "quantize_peer"))
+        noise = max(abs(second / first - 1) for first, second in (ours, theirs))
+        values = statistics.mean(ours), "transformers + bitsandbytes", statistics.mean(theirs)
+        return figures.counted("quantizing a model's directory", what, unit, *values, noise=noise)
+
+    return [figure("time", "seconds", "s", 1.0), figure("peak memory", "VmHWM", "MB", 1e-6)]
 
 
 def main() -> None:

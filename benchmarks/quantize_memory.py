@@ -158,16 +158,18 @@ def in_fresh_process(task: str, small: Path, source: Path, target: Path) -> dict
     return found
 
 
-def beside_transformers(layers: int, hidden: int, vocabulary: int) -> tuple[dict[str, float], dict[str, float]]:
-    """What `measure` finds of quantizing one model from directory to directory: by phicore, and by transformers."""
+def beside_transformers(layers: int, hidden: int, vocabulary: int) -> dict[str, list[dict[str, float]]]:
+    """What `measure` finds of quantizing one model from directory to directory, twice each, in turn: by phicore
+    ("quantize") and by transformers ("quantize_peer")."""
+    found: dict[str, list[dict[str, float]]] = {"quantize": [], "quantize_peer": []}
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
         make_model(place / "small", 1, 256, 64, 1 << 30)
         make_model(place / "model", layers, hidden, vocabulary, int(100 * MB))
-        return (
-            in_fresh_process("quantize", place / "small", place / "model", place / "ours"),
-            in_fresh_process("quantize_peer", place / "small", place / "model", place / "peer"),
-        )
+        for turn in range(2):
+            for task, runs in found.items():
+                runs.append(in_fresh_process(task, place / "small", place / "model", place / f"{task}-{turn}"))
+    return found
 
 
 def main() -> None:
