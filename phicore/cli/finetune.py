@@ -13,7 +13,7 @@ import torch
 import tyro
 
 import phicore
-from phicore import atomic
+from phicore import atomic, products
 from phicore.adapters.config import LoRAConfig
 from phicore.cli import version_of
 from phicore.cli.console import gigabytes, say, stage
@@ -300,7 +300,10 @@ def compute_dtype(options: FinetuneOptions, device: torch.device) -> tuple[torch
     """The dtype of weights and products, and the reason in words."""
     newest = latest_checkpoint(Path(options.train.output) / "checkpoints") if options.train.resume else None
     if options.dtype != "auto":
-        return DTYPES[options.dtype], "as asked"
+        dtype = DTYPES[options.dtype]
+        slow = device.type == "cpu" and dtype in products.EMULATED
+        crawl = ", though layers without NF4 or an adapter run at a fraction of float32's speed in it on this CPU"
+        return dtype, f"as asked{crawl if slow else ''}"
     settings = None if newest is None else read_state(newest)["settings"]
     if settings is not None:  # a measurement may come out otherwise the second time
         if settings.get("dtype") not in DTYPES:

@@ -237,6 +237,18 @@ def test_a_run_is_not_gone_on_with_over_another_base(
     assert "another output" in said
 
 
+@pytest.mark.parametrize("emulated", [(), (torch.bfloat16,)])
+def test_a_dtype_without_products_on_this_cpu_is_told(
+    emulated: tuple[torch.dtype, ...], tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr("phicore.products.EMULATED", emulated)
+    assert run(tiny_model, data, tmp_path / "run", "--method", "lora", "--dtype", "bfloat16") == 0
+    said = capsys.readouterr().out
+    assert "computing in bfloat16 on cpu: as asked" in said
+    assert ("float32's speed in it on this CPU" in " ".join(said.split())) == bool(emulated)
+
+
 def no_model(*_: object) -> None:
     raise AssertionError("the model was loaded")
 
