@@ -138,9 +138,10 @@ class DoRALayer(LowRankLayer):
         return norm_squared.sqrt(), not (norm_squared == 0).any()  # a NaN is not zero, and stays one
 
     def _apply(self, fn: Any, recurse: bool = True) -> "DoRALayer":
-        dtype = self.dtype
+        dtype, norm = self.dtype, self.base_norm_squared
         super()._apply(fn, recurse)
-        if self.dtype != dtype:  # a cast rounds W, and must not round the sums
+        # A cast rounds W, and must not round the sums; a cast to the dtype that W has rounds them alone.
+        if self.dtype != dtype or (norm is not None and self.base_norm_squared.dtype != norm.dtype):
             self.refresh_base_norm()
         return self
 

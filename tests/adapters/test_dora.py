@@ -267,7 +267,7 @@ def test_base_norm_is_right_after_a_cast(layer_of, randomize, kind, dtype):
     # .half() rounds the base's weight; the sums must be those of the rounded weight, and not be rounded themselves
     base, _, _ = layer_of(kind, OUT, IN, dtype=torch.float64 if dtype == torch.float32 else torch.float32)
     net = nn.Sequential(random_adapter(base, randomize))
-    layer = net.to(dtype)[0]
+    layer = net.to(dtype).to(dtype)[0]  # the second time a cast of nothing but the sums
     sums = torch.float64 if dtype == torch.float64 else torch.float32
     weight = phicore.DoRALinear(layer.base).dense_base().double()
     assert layer.base_norm_squared.dtype == sums
