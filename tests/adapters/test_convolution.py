@@ -156,6 +156,15 @@ def test_dtypes(kind, dtype, randomize, relative_error):
 
 
 @BOTH
+def test_autocast(kind, randomize, relative_error):
+    layer, x = randomize(kind(nn.Conv2d(8, 16, 3), rank=4, alpha=7.0), seed=3), torch.randn(2, 8, 6, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16  # as the base's
+    assert relative_error(y, layer(x)) < 2e-2
+
+
+@BOTH
 def test_one_graph(kind, randomize):
     layer = randomize(kind(nn.Conv2d(4, 6, 3).double(), rank=4, alpha=7.0), seed=3)
     x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
