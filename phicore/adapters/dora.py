@@ -146,6 +146,12 @@ class DoRALayer(LowRankLayer):
         return self
 
 
+def _shown(layer: nn.Module) -> bool:
+    """Whether hooks may hold a layer's product: its own, or those of a layer under it, whose product a disabled adapter
+    hands on."""
+    return base_layer.has_hooks(layer) or (isinstance(layer, LowRankLayer) and _shown(layer.base))
+
+
 def _refresh_after_load(layer: DoRALayer, _keys: Any) -> None:
     layer.refresh_base_norm()
 
@@ -221,7 +227,7 @@ class DoRALinear(DoRALayer, LowRankLinear):
         if self.fuses(x):
             v, wa = base_layer.low_rank(self.base, x, A, B, self.factor, with_rows=True)
             return v, wa.t()
-        own = not base_layer.has_hooks(self.base)  # the product is nobody else's
+        own = not _shown(self.base)  # the product is nobody else's
         rows = flat(x) if own else x  # flat, so that it can be added to in place
         z, wa = base_layer.project_with_rows(self.base, rows, A.detach().to(x.dtype))
         v = low_rank_update(z, rows, A, B, self.factor, self.active_dropout, in_place=own)

@@ -222,6 +222,16 @@ def test_the_bases_output_is_written_to_in_no_sight_of_others(layer_of, randomiz
     assert torch.equal(first, kept)
 
 
+def test_nor_where_a_disabled_adapter_stands_over_a_base_with_hooks(randomize):
+    base, seen = nn.Linear(6, 5, bias=False), []
+    base.register_forward_hook(lambda _module, _inputs, y: seen.append(y))
+    under = phicore.LoRALinear(base, rank=2)
+    under.enabled = False
+    layer, x = random_adapter(under, randomize), torch.randn(3, 6)
+    layer(x)
+    assert torch.equal(seen[0], x @ base.weight.t())
+
+
 # ===== dtypes, devices, copies =====
 
 

@@ -55,6 +55,21 @@ def test_outputs_and_gradients_equal_those_of_a_whole_table(shape, num, dim, dat
     torch.testing.assert_close(x_grad, torch.autograd.grad(functional.linear(x, table, head.bias).square().sum(), x))
 
 
+def test_hooks_of_a_head_see_its_own_logits():
+    head, seen, grads = nn.Linear(4, 9, bias=False), [], []
+    layer, x = TrainedRows(head, "default", [1, 5]), torch.randn(3, 4, requires_grad=True)
+    with torch.no_grad():
+        layer.trained.add_(1)
+    expected = layer(x)
+    head.register_forward_hook(lambda _module, _inputs, y: seen.append(y))
+    head.register_full_backward_hook(lambda _module, inputs, _outputs: grads.extend(inputs))
+    y = layer(x)
+    assert torch.equal(y, expected)
+    assert torch.equal(seen[0], x @ head.weight.t())
+    y.sum().backward()
+    assert len(grads) == 1
+
+
 def adapted(tiny, randomize, family: str = "tied llama", **options) -> nn.Module:
     config = {"rank": 4, "alpha": 7, "target_modules": ["q_proj"], "trainable_token_indices": [7, 3, 40]} | options
     return randomize(phicore.attach(tiny(family), phicore.LoRAConfig(**config)))
