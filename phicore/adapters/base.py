@@ -235,15 +235,20 @@ def with_parameter(base: Base, name: str, parameter: nn.Parameter) -> Base:
 
 def shallow_copy(base: Base) -> Base:
     """A module like base, hooks and all, that shares its tensors and modules until others are set."""
+    check_forward(base)
+    module = copy.copy(base)
+    for registry in ("_parameters", "_buffers", "_modules"):
+        module.__dict__[registry] = dict(base.__dict__[registry])
+    return module
+
+
+def check_forward(base: Base) -> None:
+    """Raises ValueError for a layer that a merged one cannot stand for, since its forward was replaced."""
     if "forward" in vars(base):
         raise ValueError(
             f"the forward of a {type(base).__name__} was replaced, as accelerate does to offload, and runs with the "
             f"weights that it had then, so nothing can be merged; load the model without that"
         )
-    module = copy.copy(base)
-    for registry in ("_parameters", "_buffers", "_modules"):
-        module.__dict__[registry] = dict(base.__dict__[registry])
-    return module
 
 
 def compute_dtype(base: Base) -> torch.dtype:

@@ -16,6 +16,7 @@ from phicore.adapters.starts import first_of_qr, start_pair, top_singular
 from phicore.adapters.step import low_rank_step
 from phicore.adapters.update import dense_product, low_rank_update
 from phicore.lazy import lazy_weight
+from phicore.nf4.convert import with_hooks_of
 from phicore.nf4.linear import NF4Linear, autocast
 
 
@@ -340,7 +341,7 @@ class LowRankLinear(LowRankLayer):
         layer.weight = nn.Parameter(weight, requires_grad=False)
         if self.bias is not None:
             layer.bias = nn.Parameter(self.bias.detach(), requires_grad=False)
-        return layer
+        return with_hooks_of(self.innermost, layer)
 
 
 class LoRALinear(LowRankLinear):

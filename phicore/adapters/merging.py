@@ -14,6 +14,7 @@ from phicore.adapters.tied import same_table, shared_pair
 from phicore.adapters.trained import TrainedPart
 from phicore.adapters.wrapped import check_not_sharded
 from phicore.modules import Model, replace, unwrapped
+from phicore.nf4.convert import with_hooks_of
 from phicore.nf4.linear import NF4Linear
 from phicore.nf4.pages import Freed
 from phicore.nf4.tensor import quantize
@@ -151,13 +152,14 @@ def _merged_once(layer: LowRankLayer, made: Made) -> tuple[nn.Module, float] | N
 
 
 def _merged_layer(layer: LowRankLayer, requantize: bool) -> tuple[nn.Module, float]:
-    exact = layer.merged_weight()  # [out, in]
     innermost = layer.innermost
+    base_layer.check_forward(innermost)
+    exact = layer.merged_weight()  # [out, in]
     if requantize and isinstance(innermost, NF4Linear):
         code = quantize(exact, innermost.block_size, innermost.double_quant)
         coded = NF4Linear.from_nf4(code, layer.bias)
         coded.dtype = innermost.dtype
-        merged: nn.Module = coded
+        merged: nn.Module = with_hooks_of(innermost, coded)
         stored: Tensor = code.dequantize(exact.dtype)
     else:
         weight = exact.to(layer.dtype)

@@ -158,18 +158,35 @@ def test_merging_for_good_holds_one_model(randomize, most_held, dora):
     assert most_held(lambda: build_and_merge(phicore.merge)) > 64 * layer  # so that unmerge can give the base back
 
 
+@pytest.mark.parametrize(("nf4", "requantize"), [(False, False), (True, False), (True, True)])
+def test_hooks_of_a_base_stay(randomize, nf4, requantize):
+    model, seen = nn.Sequential(nn.Linear(64, 8)), []
+    model[0].register_forward_hook(lambda *_: seen.append("forward"))
+    handle = model[0].register_full_backward_hook(lambda *_: seen.append("backward"))
+    adapted(phicore.quantize_(model, ["0"]) if nf4 else model, randomize, target_modules=["0"])
+    phicore.merge(model, requantize=requantize)
+    x = torch.randn(2, 64, requires_grad=True)
+    model(x).sum().backward()
+    assert seen == ["forward", "backward"]
+    handle.remove()
+    model(x).sum().backward()
+    assert seen == ["forward", "backward", "forward"]
+
+
 def test_a_bare_adapter_layer_is_not_merged(unchanged):
     layer = phicore.LoRALinear(nn.Linear(4, 3), rank=2)
     with unchanged(layer), pytest.raises(ValueError, match=r"the model itself is a LoRALinear, .* another module"):
         phicore.merge(layer)
 
 
-@pytest.mark.parametrize("kind", ["linear", "experts", "bias"])
+@pytest.mark.parametrize("kind", ["linear", "nf4", "experts", "bias"])
 def test_a_layer_whose_forward_was_replaced_is_not_merged(unchanged, randomize, kind):
     """accelerate binds a layer's forward to that layer, and a merged copy would answer with the weights of before."""
     layer, options = nn.Linear(8, 8), {"target_modules": ["0"]}
     if kind == "experts":
         layer, options = Experts(), {"target_modules": [], "target_parameters": ["0.up"]}
+    if kind == "nf4":
+        layer = phicore.NF4Linear.from_linear(layer)
     if kind == "bias":
         options = {"target_modules": ["1"], "bias": "all"}
     layer.forward = layer.forward
