@@ -251,6 +251,26 @@ def check_forward(base: Base) -> None:
         )
 
 
+def rounding_error(stored: Tensor, exact: Tensor) -> float:
+    """||stored - exact|| / ||exact||, the relative error of a merged weight; the numerator where exact is zero.
+
+    Raises:
+        ValueError: stored holds what is not finite.
+    """
+    norm = torch.linalg.vector_norm(exact)
+    error = torch.linalg.vector_norm(stored.to(exact.dtype) - exact)
+    error = error / norm if norm > 0 else error
+    if error.isfinite():
+        return float(error)
+    largest, dtype = float(exact.abs().max()), stored.dtype
+    if largest < float("inf"):
+        raise ValueError(
+            f"the merged weight reaches {largest:.3g}, and {dtype} ends at {torch.finfo(dtype).max:.3g}; cast the "
+            f"model to bfloat16 or float32, and merge then"
+        )
+    raise ValueError("the merged weight is not finite: the base or the adapter holds NaN or infinity")
+
+
 def compute_dtype(base: Base) -> torch.dtype:
     """The dtype that the base computes in when its input does not say otherwise."""
     dtype = getattr(base, "dtype", None)

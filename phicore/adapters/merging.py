@@ -3,7 +3,7 @@
 from typing import TypeAlias, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from phicore.adapters import base as base_layer
 from phicore.adapters.attention import OpenAttention, allow_fused_paths, keep_off_fused_paths, projections
@@ -41,7 +41,8 @@ def merge(model: nn.Module, *, requantize: bool = False) -> dict[str, float]:
 
     Raises:
         ValueError: the model has no adapter, is one, is sharded, or is merged already; a layer that cannot be merged
-            (one with a forward of its own, or that computes its weight). The model is then unchanged.
+            (one with a forward of its own, or that computes its weight, or whose merged weight is not finite in its
+            dtype). The model is then unchanged.
     """
     with unwrapped(model) as bare:
         return _merge(bare, requantize)
@@ -160,13 +161,12 @@ def _merged_layer(layer: LowRankLayer, requantize: bool) -> tuple[nn.Module, flo
         coded = NF4Linear.from_nf4(code, layer.bias)
         coded.dtype = innermost.dtype
         merged: nn.Module = with_hooks_of(innermost, coded)
-        stored: Tensor = code.dequantize(exact.dtype)
+        stored = code.dequantize(exact.dtype)
     else:
-        weight = exact.to(layer.dtype)
-        merged, stored = layer.plain(weight), weight.to(exact.dtype)
-    norm = torch.linalg.vector_norm(exact)
-    error = torch.linalg.vector_norm(stored - exact) / norm if norm > 0 else torch.linalg.vector_norm(stored)
-    return _with_bias(merged, layer).train(layer.training), float(error)
+        stored = exact.to(layer.dtype)
+        merged = layer.plain(stored)
+    error = base_layer.rounding_error(stored, exact)
+    return _with_bias(merged, layer).train(layer.training), error
 
 
 def _with_bias(merged: nn.Module, layer: LowRankLayer) -> nn.Module:

@@ -101,6 +101,23 @@ def test_a_merged_weight_of_zero_has_a_finite_error():
     assert phicore.merge(model) == {"fc": 0.0}
 
 
+@pytest.mark.parametrize("merging", [phicore.merge, merge_for_good])
+@pytest.mark.parametrize(
+    ("value", "message"), [(300.0, r"reaches 4\.2e\+05, and torch.float16 ends at 6\.55e\+04"), (torch.nan, "NaN")]
+)
+@pytest.mark.parametrize("kind", ["linear", "experts"])
+def test_a_weight_that_overflows_or_is_not_finite_is_not_merged(unchanged, kind, value, message, merging):
+    layer, options = nn.Linear(8, 8), {"target_modules": ["fc"]}
+    if kind == "experts":
+        layer, options = Experts(), {"target_modules": [], "target_parameters": ["fc.up"]}
+    model = phicore.attach(nn.ModuleDict({"fc": layer}).half(), phicore.LoRAConfig(rank=2, alpha=14 / 3, **options))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(value if parameter.requires_grad else 0)
+    with unchanged(model), pytest.raises(ValueError, match=f"fc: the merged weight .*{message}"):
+        merging(model)
+
+
 def test_unmerge_follows_the_mode_of_the_merged_model(toy, randomize):
     model = adapted(toy(), randomize, dropout=0.5).train()
     phicore.merge(model)
