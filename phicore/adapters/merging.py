@@ -178,7 +178,8 @@ def _with_bias(merged: nn.Module, layer: LowRankLayer) -> nn.Module:
 
 
 def unmerge(model: Model) -> Model:
-    """Puts the adapter layers back that `merge` took out. The base is restored bit for bit: it was never touched.
+    """Puts the adapter layers back that `merge` took out. The base is restored bit for bit: it was never touched. A
+    model that was moved or cast meanwhile gets them there and in that dtype.
 
     Raises:
         ValueError: the model is not merged.
@@ -189,6 +190,21 @@ def unmerge(model: Model) -> Model:
         for path, merged, layer in found:
             merged.__dict__.pop("merged_from", None)
             where = next((t.device for t in [*merged.parameters(), *merged.buffers()]), None)
-            replace(model, path, layer.to(where).train(merged.training))
+            layer.to(where)
+            if (dtype := _dtype(merged)) not in (None, _dtype(layer)):
+                layer.to(dtype)
+            replace(model, path, layer.train(merged.training))
     keep_off_fused_paths(model)
     return model
+
+
+def _dtype(layer: nn.Module) -> torch.dtype | None:
+    """What a layer, merged or adapted, is held in; None for one without floating-point numbers."""
+    if isinstance(layer, LowRankLayer | NF4Linear):
+        return layer.dtype
+    if isinstance(layer, OpenAttention):  # its projections may be cast already, and its other biases not
+        return None
+    base = (
+        layer.innermost if isinstance(layer, LoRAExperts) else layer.base if isinstance(layer, TrainedPart) else layer
+    )
+    return next((p.dtype for p in base.parameters() if p.is_floating_point()), None)

@@ -125,6 +125,40 @@ def test_unmerge_follows_the_mode_of_the_merged_model(toy, randomize):
     assert not any(module.training for module in model.modules())
 
 
+@DORA
+def test_unmerge_follows_a_cast_of_the_merged_model(randomize, dora):
+    """As if the model had been cast with its adapters in it."""
+    model = nn.ModuleDict({"fc": nn.Linear(64, 6), "coded": nn.Linear(64, 6, bias=False), "conv": nn.Conv1d(2, 3, 2)})
+    model.update({"attention": nn.MultiheadAttention(6, 2, kdim=4), "whole": nn.Linear(6, 6), "experts": Experts()})
+    model.update({"embed": nn.Embedding(9, 6), "rows": nn.Embedding(9, 6)})
+    phicore.quantize_(model, ["coded"])
+    options = {"modules_to_save": ["whole"], "trainable_token_indices": {"rows": [2]}}
+    options |= {"target_modules": ["fc", "coded", "conv", "attention", "embed"], "target_parameters": ["experts.up"]}
+    adapted(model, randomize, dora=dora, adapter_dtype=torch.float32, **options)
+    expected = copy.deepcopy(model).bfloat16()
+    for requantize in (False, True):
+        other = copy.deepcopy(model)
+        phicore.merge(other, requantize=requantize)
+        phicore.unmerge(other.bfloat16())
+        assert other.state_dict().keys() == expected.state_dict().keys()
+        for (key, value), e in zip(other.state_dict().items(), expected.state_dict().values(), strict=True):
+            assert torch.equal(value, e), key
+            assert value.dtype == e.dtype, key
+        x = torch.randn(3, 64, dtype=torch.bfloat16)
+        assert torch.equal(other["fc"](x) + other["coded"](x), expected["fc"](x) + expected["coded"](x))
+
+
+@DORA
+def test_unmerge_leaves_an_adapter_its_own_dtype(randomize, dora):
+    model = nn.ModuleDict({"fc": nn.Linear(8, 6), "experts": Experts(), "rows": nn.Embedding(9, 6)}).bfloat16()
+    options = {"target_parameters": ["experts.up"], "trainable_token_indices": {"rows": [2]}}
+    adapted(model, randomize, target_modules=["fc"], dora=dora, adapter_dtype=torch.float32, **options)
+    before = {key: value.dtype for key, value in model.state_dict().items()}
+    phicore.merge(model)
+    assert {key: value.dtype for key, value in phicore.unmerge(model).state_dict().items()} == before
+    assert set(before.values()) >= {torch.bfloat16, torch.float32}
+
+
 def test_a_merged_model_saves_and_copies_like_a_plain_one(toy, randomize):
     model = adapted(toy(), randomize)
     x = x_for(model)
