@@ -209,7 +209,8 @@ class OpenAttention(nn.MultiheadAttention):
         q, k, v = (x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for x in (q, k, v))  # [N, H, L, D]
         if is_causal and attn_mask is None:
             raise ValueError("is_causal is a hint about attn_mask, and needs it: give the causal mask too")
-        hinted = is_causal and key_padding_mask is None and not need_weights and not appended
+        # As in torch, which then takes the hint for the mask, and hides keys appended above from the first S queries.
+        hinted = is_causal and key_padding_mask is None and not need_weights
         mask = None if hinted else self._mask(attn_mask, key_padding_mask, q, k.shape[2] - appended, appended)
         p = self.dropout if self.training else 0.0
         weights: Tensor | None = None
