@@ -89,7 +89,7 @@ class LowRankLayer(nn.Module):
         if not self.fits(base):
             raise TypeError(f"{type(self).__name__} adapts {self.accepts}, got {type(base).__name__}")
         LoRAConfig(rank=rank, alpha=alpha, dropout=dropout, init=init)  # raises on what is out of range
-        self.base = base.requires_grad_(False)
+        self.base = base
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
         self.rslora, self.init = rslora, init
         self.scaling = scaling(rank, alpha, rslora)
@@ -106,6 +106,7 @@ class LowRankLayer(nn.Module):
         self.register_parameter("trained_bias", None)
         self.train(base.training)
         self._complete()
+        base.requires_grad_(False)  # at the end: one that is refused stays as it was
 
     def _complete(self) -> None:
         """What a kind of layer has beside its pair, and where the pair starts: the end of its construction. In place of
