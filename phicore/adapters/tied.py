@@ -124,7 +124,7 @@ class TiedDoRAEmbedding(DoRALayer, LowRankEmbedding):
         m = functional.embedding(tokens, self.magnitude.unsqueeze(1), self.padding_idx).squeeze(-1).to(norm.dtype)
         factor = getattr(self.innermost, "embed_scale", None)
         scale = row_scale(m if factor is None else m * factor, norm)
-        return self.weighed(y, v * scale.to(v.dtype).unsqueeze(-1))
+        return self.weighed(y, (v * scale.unsqueeze(-1)).to(v.dtype))
 
 
 def tied_head(base: nn.Module, embedding: LowRankEmbedding, dropout: float) -> TiedHead:
