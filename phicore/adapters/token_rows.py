@@ -34,7 +34,8 @@ class TrainedRows(TrainedPart):
         owner: whether the values were made here, so that a file holds them under this module's name.
 
     Raises:
-        ValueError: an index beyond the table, or an embedding with max_norm or a forward of its own.
+        ValueError: an index beyond the table, or an embedding with max_norm, scale_grad_by_freq or a forward of its
+            own.
     """
 
     what = "trained in some rows"
@@ -54,6 +55,11 @@ class TrainedRows(TrainedPart):
             raise ValueError(f"token index {max(token_indices)} is beyond the {table.shape[0]} rows of the table")
         if isinstance(base, nn.Embedding):
             check_lookup(base)
+            if base.scale_grad_by_freq:
+                raise ValueError(
+                    "an embedding with scale_grad_by_freq=True divides the gradient of a row by how often its token "
+                    "occurs, which rows that train alone do not; set it to False"
+                )
         self.register_buffer("token_indices", torch.tensor(token_indices, device=table.device))
         self.rows: Rows | None = None
         self.owner = trained is None

@@ -250,9 +250,11 @@ def test_a_list_needs_a_model_that_names_its_embedding(unchanged):
     assert isinstance(model["a"], TrainedRows)
 
 
-def test_max_norm_is_refused():
+def test_what_rows_alone_cannot_do_is_refused():
     with pytest.raises(ValueError, match=r"max_norm=1\.0 rewrites its own table"):
         TrainedRows(nn.Embedding(9, 4, max_norm=1.0), "default", [1])
+    with pytest.raises(ValueError, match="scale_grad_by_freq=True divides the gradient of a row"):
+        TrainedRows(nn.Embedding(9, 4, scale_grad_by_freq=True), "default", [1])
 
 
 def test_a_head_with_a_forward_of_its_own_is_refused(unchanged):
