@@ -11,6 +11,7 @@ from phicore.adapters.experts import LoRAExperts
 from phicore.adapters.layers import AdapterLayer, adapter_layers, merged_layers
 from phicore.adapters.lora import LowRankLayer
 from phicore.adapters.tied import same_table, shared_pair
+from phicore.adapters.token_rows import TrainedRows
 from phicore.adapters.trained import TrainedPart
 from phicore.adapters.wrapped import check_not_sharded
 from phicore.modules import Model, replace, unwrapped
@@ -40,9 +41,9 @@ def merge(model: nn.Module, *, requantize: bool = False) -> dict[str, float]:
         The relative error of each merged weight against the exact sum, ||stored - exact|| / ||exact||, by name.
 
     Raises:
-        ValueError: the model has no adapter, is one, is sharded, or is merged already; a layer that cannot be merged
-            (one with a forward of its own, or that computes its weight, or whose merged weight is not finite in its
-            dtype). The model is then unchanged.
+        ValueError: the model has no adapter, is one, is sharded, is merged already or in `mixed`; a layer that cannot
+            be merged (one with a forward of its own, or that computes its weight, or whose merged weight is not finite
+            in its dtype). The model is then unchanged.
     """
     with unwrapped(model) as bare:
         return _merge(bare, requantize)
@@ -103,6 +104,10 @@ def _outermost(model: nn.Module) -> dict[str, AdapterLayer]:
         outermost.setdefault(path, layer)
     if not outermost:
         raise ValueError("the model has no adapter to merge")
+    if any(layer.rows for _, layer in adapter_layers(model) if isinstance(layer, LowRankLayer | TrainedRows)):
+        raise ValueError(
+            "the rows of a batch have adapters of their own within mixed(), and no one weight; leave it first"
+        )
     check_not_sharded(model)
     if "" in outermost:
         raise ValueError(
@@ -170,9 +175,10 @@ def _merged_layer(layer: LowRankLayer, requantize: bool) -> tuple[nn.Module, flo
 
 
 def _with_bias(merged: nn.Module, layer: LowRankLayer) -> nn.Module:
-    """A merged layer with the bias that its adapter trained, if it did."""
+    """A merged layer with a bias of its own, that which its adapter trained if it did: what is loaded into or trained
+    in a merged model is not the base's."""
     bias = getattr(layer, "bias", None)  # an embedding has none
-    if bias is not None and bias is not layer.innermost.bias:
+    if bias is not None and "bias" in merged._parameters:  # and computed by no parametrization
         merged.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
     return merged
 

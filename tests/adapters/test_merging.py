@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import phicore
-from phicore.adapters import adapter_layers
+from phicore.adapters import adapter_layers, mixed
 from phicore.adapters.merging import merge_for_good
 from tests.adapters import test_tied
 from tests.adapters.toys import CONFIG, DORA, NF4, Experts, adapted, build, trainable, x_for
@@ -222,6 +222,29 @@ def test_hooks_of_a_base_stay(randomize, nf4, requantize):
     handle.remove()
     model(x).sum().backward()
     assert seen == ["forward", "backward", "forward"]
+
+
+@pytest.mark.parametrize("requantize", [False, True])
+@pytest.mark.parametrize("bias", ["none", "lora_only"])
+@NF4
+def test_what_is_loaded_into_a_merged_model_leaves_the_adapted_layers_as_they_were(
+    randomize, unchanged, nf4, bias, requantize
+):
+    model = nn.Sequential(nn.Linear(64, 8), nn.MultiheadAttention(8, 2))
+    adapted(phicore.quantize_(model, ["0"]) if nf4 else model, randomize, target_modules=["0", "1"], bias=bias)
+    with unchanged(model[0]), unchanged(model[1].out_proj):
+        phicore.merge(model, requantize=requantize)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(1)
+        phicore.unmerge(model.requires_grad_(True))
+
+
+def test_rows_with_adapters_of_their_own_are_not_merged(unchanged, randomize):
+    model = adapted(nn.Sequential(nn.Linear(8, 8)), randomize, target_modules=["0"])
+    adapted(model, randomize, "over it", target_modules=["0"])
+    with mixed(model, ["default", None]), unchanged(model), pytest.raises(ValueError, match="no one weight"):
+        phicore.merge(model)
 
 
 def test_a_bare_adapter_layer_is_not_merged(unchanged):
