@@ -193,15 +193,22 @@ def unmerge(model: Model) -> Model:
     if not any(merged_layers(model)):
         raise ValueError("the model is not merged")
     while found := list(merged_layers(model)):  # twice where the layers of an attention stand in one
-        for path, merged, layer in found:
+        casts = [_cast(merged, layer) for _, merged, layer in found]  # before any is cast: tied ones share a table
+        for (path, merged, layer), dtype in zip(found, casts, strict=True):
             merged.__dict__.pop("merged_from", None)
             where = next((t.device for t in [*merged.parameters(), *merged.buffers()]), None)
             layer.to(where)
-            if (dtype := _dtype(merged)) not in (None, _dtype(layer)):
+            if dtype is not None:
                 layer.to(dtype)
             replace(model, path, layer.train(merged.training))
     keep_off_fused_paths(model)
     return model
+
+
+def _cast(merged: nn.Module, layer: nn.Module) -> torch.dtype | None:
+    """The dtype to which a merged layer was cast since it was merged from another; None if it was not."""
+    dtype = _dtype(merged)
+    return None if dtype == _dtype(layer) else dtype
 
 
 def _dtype(layer: nn.Module) -> torch.dtype | None:

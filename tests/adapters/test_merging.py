@@ -130,11 +130,12 @@ def test_unmerge_follows_a_cast_of_the_merged_model(randomize, dora):
     """As if the model had been cast with its adapters in it."""
     model = nn.ModuleDict({"fc": nn.Linear(64, 6), "coded": nn.Linear(64, 6, bias=False), "conv": nn.Conv1d(2, 3, 2)})
     model.update({"attention": nn.MultiheadAttention(6, 2, kdim=4), "whole": nn.Linear(6, 6), "experts": Experts()})
-    model.update({"embed": nn.Embedding(9, 6), "rows": nn.Embedding(9, 6)})
+    model.update({"embed": nn.Embedding(9, 6), "rows": nn.Embedding(9, 6), "head": nn.Linear(6, 9)})
+    model["head"].weight = model["embed"].weight
     phicore.quantize_(model, ["coded"])
     options = {"modules_to_save": ["whole"], "trainable_token_indices": {"rows": [2]}}
     options |= {"target_modules": ["fc", "coded", "conv", "attention", "embed"], "target_parameters": ["experts.up"]}
-    adapted(model, randomize, dora=dora, adapter_dtype=torch.float32, **options)
+    adapted(model, randomize, dora=dora, adapter_dtype=torch.float32, ensure_weight_tying=True, **options)
     expected = copy.deepcopy(model).bfloat16()
     for requantize in (False, True):
         other = copy.deepcopy(model)
