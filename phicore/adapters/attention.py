@@ -184,6 +184,7 @@ class OpenAttention(nn.MultiheadAttention):
 
         Raises:
             ValueError: is_causal without attn_mask, or a mask of another shape.
+            TypeError: a mask of integers.
         """
         if not torch.compiler.is_compiling() and self._answers_as_torch():
             return self.closed().forward(  # past the hooks, which have been called
@@ -263,6 +264,10 @@ class OpenAttention(nn.MultiheadAttention):
                 )
             if mask.dtype == torch.bool:
                 mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(mask, -math.inf)
+            elif not mask.is_floating_point():
+                raise TypeError(
+                    f"{name} is {mask.dtype}; give a boolean one (True hides a key) or a float one, which is added"
+                )
             mask = mask.to(q.dtype).reshape(views[0])
             total = mask if total is None else total + mask
         return total if total is None or not appended else functional.pad(total, (0, appended))

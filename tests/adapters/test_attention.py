@@ -328,6 +328,9 @@ def test_masks_of_another_shape_are_refused(randomize):
         model(x, x, x, key_padding_mask=torch.zeros(LENGTH, N))
     with pytest.raises(ValueError, match="is_causal is a hint about attn_mask"):
         model(x, x, x, is_causal=True)
+    for name, mask in (("attn_mask", torch.ones(LENGTH, LENGTH)), ("key_padding_mask", torch.ones(N, LENGTH))):
+        with pytest.raises(TypeError, match=rf"{name} is torch\.int64; give a boolean one"):
+            model(x, x, x, **{name: mask.long()})
 
 
 def test_all_linear_leaves_it_out(randomize):
