@@ -11,7 +11,6 @@ from phicore.adapters.experts import LoRAExperts
 from phicore.adapters.layers import AdapterLayer, adapter_layers, merged_layers
 from phicore.adapters.lora import LowRankLayer
 from phicore.adapters.tied import same_table, shared_pair
-from phicore.adapters.token_rows import TrainedRows
 from phicore.adapters.trained import TrainedPart
 from phicore.adapters.wrapped import check_not_sharded
 from phicore.modules import Model, replace, unwrapped
@@ -104,10 +103,8 @@ def _outermost(model: nn.Module) -> dict[str, AdapterLayer]:
         outermost.setdefault(path, layer)
     if not outermost:
         raise ValueError("the model has no adapter to merge")
-    if any(layer.rows for _, layer in adapter_layers(model) if isinstance(layer, LowRankLayer | TrainedRows)):
-        raise ValueError(
-            "the rows of a batch have adapters of their own within mixed(), and no one weight; leave it first"
-        )
+    if any(getattr(layer, "rows", None) is not None for _, layer in adapter_layers(model)):
+        raise ValueError("within mixed() each row has a weight of its own; leave its `with` block before you merge")
     check_not_sharded(model)
     if "" in outermost:
         raise ValueError(

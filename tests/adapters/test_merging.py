@@ -244,7 +244,7 @@ def test_what_is_loaded_into_a_merged_model_leaves_the_adapted_layers_as_they_we
 def test_rows_with_adapters_of_their_own_are_not_merged(unchanged, randomize):
     model = adapted(nn.Sequential(nn.Linear(8, 8)), randomize, target_modules=["0"])
     adapted(model, randomize, "over it", target_modules=["0"])
-    with mixed(model, ["default", None]), unchanged(model), pytest.raises(ValueError, match="no one weight"):
+    with mixed(model, ["default", None]), unchanged(model), pytest.raises(ValueError, match="a weight of its own"):
         phicore.merge(model)
 
 
