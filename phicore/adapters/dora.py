@@ -70,6 +70,10 @@ class DoRALayer(LowRankLayer):
         """Sets m, [out]."""
         self.magnitude.copy_(magnitude)
 
+    def magnitude_over(self, norm: Tensor) -> Tensor:
+        """m, [out] in the dtype of ||V'||."""
+        return self.magnitude.to(norm.dtype)
+
     @torch.no_grad()
     def refresh_base_norm(self) -> None:
         """Sums ||W||^2 anew. Needed only after the base's weight was changed by hand; loading and casting do it, and so
@@ -101,13 +105,13 @@ class DoRALayer(LowRankLayer):
             return base
         direction = base + self.product()
         norm = torch.linalg.vector_norm(direction.detach(), dim=1)
-        return self.weighed(base, row_scale(self.magnitude.to(norm.dtype), norm).unsqueeze(1) * direction)
+        return self.weighed(base, row_scale(self.magnitude_over(norm), norm).unsqueeze(1) * direction)
 
     def scale(self, WA: Tensor) -> Tensor:
         """m / ||V'||, [out] in float32 or float64, with m differentiable; WA is W A^T [out, rank] as the base computed
         it."""
         norm, positive = self._norm(WA)
-        return row_scale(self.magnitude.to(norm.dtype), norm, positive)
+        return row_scale(self.magnitude_over(norm), norm, positive)
 
     def _direction(self) -> Tensor:
         return self.dense_base() + self.product()  # V', [out, in]
