@@ -6,7 +6,7 @@ multiplies x by its mask, too, which costs a CPU a conversion of every element; 
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from phicore.products import emulated, matmul
 from phicore.transforms import transformed
@@ -73,7 +73,6 @@ class _DroppedProjection(torch.autograd.Function):
         return nn.functional.linear(dropped, A) * factor(p)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         x, A, bits = ctx.saved_tensors
         mask = unpack(bits)
