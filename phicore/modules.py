@@ -44,7 +44,12 @@ def has_own_forward(layer: nn.Module) -> bool:
     """Whether a layer is an nn.Linear or a convolution by its class but computes otherwise, as routers of mixtures and
     convolutions with standardised weights do."""
     kind = type(layer)
-    own = any(isinstance(layer, plain) and kind.forward is not plain.forward for plain in PLAIN)
+    methods = ("forward", "_conv_forward")  # the latter is what a convolution's forward calls
+    own = any(
+        isinstance(layer, plain)
+        and any(getattr(kind, name, None) is not getattr(plain, name, None) for name in methods)
+        for plain in PLAIN
+    )
     return own and kind.__name__ not in PLAIN_BY_NAME
 
 

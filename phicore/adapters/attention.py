@@ -184,6 +184,7 @@ class OpenAttention(nn.MultiheadAttention):
 
         Raises:
             ValueError: is_causal without attn_mask, or a mask of another shape.
+            TypeError: a mask of integers.
         """
         if not torch.compiler.is_compiling() and self._answers_as_torch():
             return self.closed().forward(  # past the hooks, which have been called
@@ -209,7 +210,8 @@ class OpenAttention(nn.MultiheadAttention):
         q, k, v = (x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for x in (q, k, v))  # [N, H, L, D]
         if is_causal and attn_mask is None:
             raise ValueError("is_causal is a hint about attn_mask, and needs it: give the causal mask too")
-        hinted = is_causal and key_padding_mask is None and not need_weights and not appended
+        # As in torch, which then takes the hint for the mask, and hides keys appended above from the first S queries.
+        hinted = is_causal and key_padding_mask is None and not need_weights
         mask = None if hinted else self._mask(attn_mask, key_padding_mask, q, k.shape[2] - appended, appended)
         p = self.dropout if self.training else 0.0
         weights: Tensor | None = None
@@ -262,6 +264,10 @@ class OpenAttention(nn.MultiheadAttention):
                 )
             if mask.dtype == torch.bool:
                 mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(mask, -math.inf)
+            elif not mask.is_floating_point():
+                raise TypeError(
+                    f"{name} is {mask.dtype}; give a boolean one (True hides a key) or a float one, which is added"
+                )
             mask = mask.to(q.dtype).reshape(views[0])
             total = mask if total is None else total + mask
         return total if total is None or not appended else functional.pad(total, (0, appended))

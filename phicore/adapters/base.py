@@ -235,15 +235,40 @@ def with_parameter(base: Base, name: str, parameter: nn.Parameter) -> Base:
 
 def shallow_copy(base: Base) -> Base:
     """A module like base, hooks and all, that shares its tensors and modules until others are set."""
+    check_forward(base)
+    module = copy.copy(base)
+    for registry in ("_parameters", "_buffers", "_modules"):
+        module.__dict__[registry] = dict(base.__dict__[registry])
+    return module
+
+
+def check_forward(base: Base) -> None:
+    """Raises ValueError for a layer that a merged one cannot stand for, since its forward was replaced."""
     if "forward" in vars(base):
         raise ValueError(
             f"the forward of a {type(base).__name__} was replaced, as accelerate does to offload, and runs with the "
             f"weights that it had then, so nothing can be merged; load the model without that"
         )
-    module = copy.copy(base)
-    for registry in ("_parameters", "_buffers", "_modules"):
-        module.__dict__[registry] = dict(base.__dict__[registry])
-    return module
+
+
+def rounding_error(stored: Tensor, exact: Tensor) -> float:
+    """||stored - exact|| / ||exact||, the relative error of a merged weight; the numerator where exact is zero.
+
+    Raises:
+        ValueError: stored holds what is not finite.
+    """
+    norm = torch.linalg.vector_norm(exact)
+    error = torch.linalg.vector_norm(stored.to(exact.dtype) - exact)
+    error = error / norm if norm > 0 else error
+    if error.isfinite():
+        return float(error)
+    largest, dtype = float(exact.abs().max()), stored.dtype
+    if largest < float("inf"):
+        raise ValueError(
+            f"the merged weight reaches {largest:.3g}, and {dtype} ends at {torch.finfo(dtype).max:.3g}; cast the "
+            f"model to bfloat16 or float32, and merge then"
+        )
+    raise ValueError("the merged weight is not finite: the base or the adapter holds NaN or infinity")
 
 
 def compute_dtype(base: Base) -> torch.dtype:

@@ -159,7 +159,7 @@ class DoRAConvolution(DoRALayer, LowRankConvolution):
         if not self.enabled:
             return self.base(x)
         y = self.project(x)
-        return y if self.bias is None else y + self.per_channel(self.bias)
+        return y if self.bias is None else y + self.per_channel(self.bias.to(y.dtype))
 
     def project(self, x: Tensor) -> Tensor:
         return self.updated(self.project_base(x), x, self._update)

@@ -70,6 +70,10 @@ class DoRALayer(LowRankLayer):
         """Sets m, [out]."""
         self.magnitude.copy_(magnitude)
 
+    def magnitude_over(self, norm: Tensor) -> Tensor:
+        """m, [out] in the dtype of ||V'||."""
+        return self.magnitude.to(norm.dtype)
+
     @torch.no_grad()
     def refresh_base_norm(self) -> None:
         """Sums ||W||^2 anew. Needed only after the base's weight was changed by hand; loading and casting do it, and so
@@ -101,13 +105,13 @@ class DoRALayer(LowRankLayer):
             return base
         direction = base + self.product()
         norm = torch.linalg.vector_norm(direction.detach(), dim=1)
-        return self.weighed(base, row_scale(self.magnitude.to(norm.dtype), norm).unsqueeze(1) * direction)
+        return self.weighed(base, row_scale(self.magnitude_over(norm), norm).unsqueeze(1) * direction)
 
     def scale(self, WA: Tensor) -> Tensor:
         """m / ||V'||, [out] in float32 or float64, with m differentiable; WA is W A^T [out, rank] as the base computed
         it."""
         norm, positive = self._norm(WA)
-        return row_scale(self.magnitude.to(norm.dtype), norm, positive)
+        return row_scale(self.magnitude_over(norm), norm, positive)
 
     def _direction(self) -> Tensor:
         return self.dense_base() + self.product()  # V', [out, in]
@@ -138,11 +142,18 @@ class DoRALayer(LowRankLayer):
         return norm_squared.sqrt(), not (norm_squared == 0).any()  # a NaN is not zero, and stays one
 
     def _apply(self, fn: Any, recurse: bool = True) -> "DoRALayer":
-        dtype = self.dtype
+        dtype, norms = self.dtype, self.base_norm_squared
         super()._apply(fn, recurse)
-        if self.dtype != dtype:  # a cast rounds W, and must not round the sums
+        # A cast rounds W, and must not round the sums: it does where W has its dtype already, too.
+        if self.dtype != dtype or (norms is not None and self.base_norm_squared.dtype != norms.dtype):
             self.refresh_base_norm()
         return self
+
+
+def _shown(layer: nn.Module) -> bool:
+    """Whether hooks may hold a layer's product: its own, or those of a layer under it, whose product a disabled adapter
+    hands on."""
+    return base_layer.has_hooks(layer) or (isinstance(layer, LowRankLayer) and _shown(layer.base))
 
 
 def _refresh_after_load(layer: DoRALayer, _keys: Any) -> None:
@@ -220,7 +231,7 @@ class DoRALinear(DoRALayer, LowRankLinear):
         if self.fuses(x):
             v, wa = base_layer.low_rank(self.base, x, A, B, self.factor, with_rows=True)
             return v, wa.t()
-        own = not base_layer.has_hooks(self.base)  # the product is nobody else's
+        own = not _shown(self.base)  # the product is nobody else's
         rows = flat(x) if own else x  # flat, so that it can be added to in place
         z, wa = base_layer.project_with_rows(self.base, rows, A.detach().to(x.dtype))
         v = low_rank_update(z, rows, A, B, self.factor, self.active_dropout, in_place=own)

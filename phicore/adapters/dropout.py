@@ -6,9 +6,10 @@ multiplies x by its mask, too, which costs a CPU a conversion of every element; 
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from phicore.products import emulated, matmul
+from phicore.transforms import transformed
 
 LEVELS = 1 << 16  # random bits an element: 16, so that one 64-bit word serves four
 
@@ -55,7 +56,7 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # of an element's size
 def masked(x: Tensor, mask: Tensor) -> Tensor:
     """x where the mask, int16 of at least as many elements, is -1; elsewhere zero."""
     mask = mask[: x.numel()].view(x.shape)
-    if torch.is_grad_enabled():  # a backward pass that is itself differentiated
+    if torch.is_grad_enabled() or transformed():  # a backward pass that is itself differentiated, or under vmap
         return x * -mask
     return (x.view(_BITS[x.element_size()]) & mask).view(x.dtype)
 
@@ -72,7 +73,6 @@ class _DroppedProjection(torch.autograd.Function):
         return nn.functional.linear(dropped, A) * factor(p)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         x, A, bits = ctx.saved_tensors
         mask = unpack(bits)

@@ -32,9 +32,10 @@ def check_lookup(table: nn.Embedding) -> None:
 class LowRankEmbedding(LowRankLayer):
     """What LoRA and DoRA share over embeddings.
 
-    lora_A is [rank, num_embeddings], lora_B [embedding_dim, rank]. There is no dropout: a token is no float. The row
-    of padding_idx gets no gradient, as in the base; a scale that the base puts on its output (Gemma's embed_scale) is
-    put on the adapter's too.
+    lora_A is [rank, num_embeddings], lora_B [embedding_dim, rank]. There is no dropout: a token is no float. What the
+    base says of gradients of rows holds for A's columns: that of padding_idx gets none, and scale_grad_by_freq divides
+    them by how often a token occurs; they are dense all the same (sparse=True). A scale that the base puts on its
+    output (Gemma's embed_scale) is put on the adapter's too.
     """
 
     accepts = "nn.Embedding or another adapter of one"
@@ -56,7 +57,9 @@ class LowRankEmbedding(LowRankLayer):
 
     def low_rank_lookup(self, y: Tensor, tokens: Tensor) -> Tensor:
         """y + the base's output scale * scaling * (A^T)[tokens] B^T: [..., dim], int64 [...] -> [..., dim]."""
-        u = nn.functional.embedding(tokens, self.lora_A.t(), self.padding_idx)  # [..., rank]
+        by_freq = self.innermost.scale_grad_by_freq
+        # [..., rank]
+        u = nn.functional.embedding(tokens, self.lora_A.t(), self.padding_idx, scale_grad_by_freq=by_freq)
         factor = getattr(self.innermost, "embed_scale", None)
         if factor is not None:
             u = u * factor

@@ -198,9 +198,7 @@ class LoRAExperts(nn.Module):
         errors = [0.0]
         for name, exact in self.weights(exact=True).items():
             weight = exact.to(innermost.get_parameter(name).dtype)
-            norm = torch.linalg.vector_norm(exact)
-            error = torch.linalg.vector_norm(weight.to(exact.dtype) - exact)
-            errors.append(float(error / norm if norm > 0 else error))
+            errors.append(base_layer.rounding_error(weight, exact))
             setattr(module, name, nn.Parameter(weight, requires_grad=False))
         return module, max(errors)
 

@@ -217,7 +217,11 @@ class FusedDoRALinear(_TakesParts, DoRALinear, FusedLinear):
 
     @property
     def magnitude(self) -> Tensor:  # type: ignore[override]
-        norms = self.base_norm_squared.sqrt().split(list(self.sizes.values()))
+        return self.magnitude_over(self.base_norm_squared.sqrt())
+
+    def magnitude_over(self, norm: Tensor) -> Tensor:
+        """m, [out]: ||V'|| itself in rows without a pair, whose scale is 1 to the last bit then."""
+        norms = norm.split(list(self.sizes.values()))
         own = (self.parts[name].magnitude if name in self.parts else None for name in self.sizes)
         return torch.cat([n if m is None else m.to(n.dtype) for m, n in zip(own, norms, strict=True)])  # type: ignore
 

@@ -16,6 +16,7 @@ from phicore.adapters.starts import first_of_qr, start_pair, top_singular
 from phicore.adapters.step import low_rank_step
 from phicore.adapters.update import dense_product, low_rank_update
 from phicore.lazy import lazy_weight
+from phicore.nf4.convert import with_hooks_of
 from phicore.nf4.linear import NF4Linear, autocast
 
 
@@ -88,7 +89,7 @@ class LowRankLayer(nn.Module):
         if not self.fits(base):
             raise TypeError(f"{type(self).__name__} adapts {self.accepts}, got {type(base).__name__}")
         LoRAConfig(rank=rank, alpha=alpha, dropout=dropout, init=init)  # raises on what is out of range
-        self.base = base.requires_grad_(False)
+        self.base = base
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
         self.rslora, self.init = rslora, init
         self.scaling = scaling(rank, alpha, rslora)
@@ -105,6 +106,7 @@ class LowRankLayer(nn.Module):
         self.register_parameter("trained_bias", None)
         self.train(base.training)
         self._complete()
+        base.requires_grad_(False)  # at the end: one that is refused stays as it was
 
     def _complete(self) -> None:
         """What a kind of layer has beside its pair, and where the pair starts: the end of its construction. In place of
@@ -340,7 +342,7 @@ class LowRankLinear(LowRankLayer):
         layer.weight = nn.Parameter(weight, requires_grad=False)
         if self.bias is not None:
             layer.bias = nn.Parameter(self.bias.detach(), requires_grad=False)
-        return layer
+        return with_hooks_of(self.innermost, layer)
 
 
 class LoRALinear(LowRankLinear):

@@ -3,7 +3,7 @@
 from typing import TypeAlias, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from phicore.adapters import base as base_layer
 from phicore.adapters.attention import OpenAttention, allow_fused_paths, keep_off_fused_paths, projections
@@ -14,6 +14,7 @@ from phicore.adapters.tied import same_table, shared_pair
 from phicore.adapters.trained import TrainedPart
 from phicore.adapters.wrapped import check_not_sharded
 from phicore.modules import Model, replace, unwrapped
+from phicore.nf4.convert import with_hooks_of
 from phicore.nf4.linear import NF4Linear
 from phicore.nf4.pages import Freed
 from phicore.nf4.tensor import quantize
@@ -39,8 +40,9 @@ def merge(model: nn.Module, *, requantize: bool = False) -> dict[str, float]:
         The relative error of each merged weight against the exact sum, ||stored - exact|| / ||exact||, by name.
 
     Raises:
-        ValueError: the model has no adapter, is one, is sharded, or is merged already; a layer that cannot be merged
-            (one with a forward of its own, or that computes its weight). The model is then unchanged.
+        ValueError: the model has no adapter, is one, is sharded, is merged already or in `mixed`; a layer that cannot
+            be merged (one with a forward of its own, or that computes its weight, or whose merged weight is not finite
+            in its dtype). The model is then unchanged.
     """
     with unwrapped(model) as bare:
         return _merge(bare, requantize)
@@ -101,6 +103,8 @@ def _outermost(model: nn.Module) -> dict[str, AdapterLayer]:
         outermost.setdefault(path, layer)
     if not outermost:
         raise ValueError("the model has no adapter to merge")
+    if any(getattr(layer, "rows", None) is not None for _, layer in adapter_layers(model)):
+        raise ValueError("within mixed() each row has a weight of its own; leave its `with` block before you merge")
     check_not_sharded(model)
     if "" in outermost:
         raise ValueError(
@@ -151,32 +155,34 @@ def _merged_once(layer: LowRankLayer, made: Made) -> tuple[nn.Module, float] | N
 
 
 def _merged_layer(layer: LowRankLayer, requantize: bool) -> tuple[nn.Module, float]:
-    exact = layer.merged_weight()  # [out, in]
     innermost = layer.innermost
+    base_layer.check_forward(innermost)
+    exact = layer.merged_weight()  # [out, in]
     if requantize and isinstance(innermost, NF4Linear):
         code = quantize(exact, innermost.block_size, innermost.double_quant)
         coded = NF4Linear.from_nf4(code, layer.bias)
         coded.dtype = innermost.dtype
-        merged: nn.Module = coded
-        stored: Tensor = code.dequantize(exact.dtype)
+        merged: nn.Module = with_hooks_of(innermost, coded)
+        stored = code.dequantize(exact.dtype)
     else:
-        weight = exact.to(layer.dtype)
-        merged, stored = layer.plain(weight), weight.to(exact.dtype)
-    norm = torch.linalg.vector_norm(exact)
-    error = torch.linalg.vector_norm(stored - exact) / norm if norm > 0 else torch.linalg.vector_norm(stored)
-    return _with_bias(merged, layer).train(layer.training), float(error)
+        stored = exact.to(layer.dtype)
+        merged = layer.plain(stored)
+    error = base_layer.rounding_error(stored, exact)
+    return _with_bias(merged, layer).train(layer.training), error
 
 
 def _with_bias(merged: nn.Module, layer: LowRankLayer) -> nn.Module:
-    """A merged layer with the bias that its adapter trained, if it did."""
+    """A merged layer with a bias of its own, that which its adapter trained if it did: what is loaded into or trained
+    in a merged model is not the base's."""
     bias = getattr(layer, "bias", None)  # an embedding has none
-    if bias is not None and bias is not layer.innermost.bias:
+    if bias is not None and "bias" in merged._parameters:  # and computed by no parametrization
         merged.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
     return merged
 
 
 def unmerge(model: Model) -> Model:
-    """Puts the adapter layers back that `merge` took out. The base is restored bit for bit: it was never touched.
+    """Puts the adapter layers back that `merge` took out. The base is restored bit for bit: it was never touched. A
+    model that was moved or cast meanwhile gets them there and in that dtype.
 
     Raises:
         ValueError: the model is not merged.
@@ -184,9 +190,31 @@ def unmerge(model: Model) -> Model:
     if not any(merged_layers(model)):
         raise ValueError("the model is not merged")
     while found := list(merged_layers(model)):  # twice where the layers of an attention stand in one
-        for path, merged, layer in found:
+        casts = [_cast(merged, layer) for _, merged, layer in found]  # before any is cast: tied ones share a table
+        for (path, merged, layer), dtype in zip(found, casts, strict=True):
             merged.__dict__.pop("merged_from", None)
             where = next((t.device for t in [*merged.parameters(), *merged.buffers()]), None)
-            replace(model, path, layer.to(where).train(merged.training))
+            layer.to(where)
+            if dtype is not None:
+                layer.to(dtype)
+            replace(model, path, layer.train(merged.training))
     keep_off_fused_paths(model)
     return model
+
+
+def _cast(merged: nn.Module, layer: nn.Module) -> torch.dtype | None:
+    """The dtype to which a merged layer was cast since it was merged from another; None if it was not."""
+    dtype = _dtype(merged)
+    return None if dtype == _dtype(layer) else dtype
+
+
+def _dtype(layer: nn.Module) -> torch.dtype | None:
+    """What a layer, merged or adapted, is held in; None for one without floating-point numbers."""
+    if isinstance(layer, LowRankLayer | NF4Linear):
+        return layer.dtype
+    if isinstance(layer, OpenAttention):  # its projections may be cast already, and its other biases not
+        return None
+    base = (
+        layer.innermost if isinstance(layer, LoRAExperts) else layer.base if isinstance(layer, TrainedPart) else layer
+    )
+    return next((p.dtype for p in base.parameters() if p.is_floating_point()), None)

@@ -14,6 +14,7 @@ from torch.nn.functional import linear
 
 from phicore.adapters.dropout import draw, factor, masked, pack, unpack
 from phicore.nf4.ops import flat
+from phicore.transforms import transformed
 
 
 class Frozen(NamedTuple):
@@ -90,6 +91,7 @@ class _Step(torch.autograd.Function):
         return y, above  # flat: a view that is made in here could not be written to in place
 
     @staticmethod
+    @torch.autocast("cpu", enabled=False)  # which may be on here though it was off in the forward pass
     def backward(ctx, grad, _grad_above):
         needs = ctx.needs_input_grad
         if grad is None:
@@ -119,9 +121,9 @@ class _Step(torch.autograd.Function):
 
 
 def _add_product(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """y + a b, in y's memory where autograd does not look: [n, m], [n, k], [k, m]. As addmm and not addmm_, which
-    torch.utils.flop_counter does not count."""
-    return torch.addmm(y, a, b, out=None if torch.is_grad_enabled() else y)
+    """y + a b, in y's memory where neither autograd nor vmap looks: [n, m], [n, k], [k, m]. As addmm and not addmm_,
+    which torch.utils.flop_counter does not count."""
+    return torch.addmm(y, a, b, out=None if torch.is_grad_enabled() or transformed() else y)
 
 
 def _projected(x: Tensor, A: Tensor, mask: Tensor | None, dropout: float) -> Tensor:

@@ -121,10 +121,12 @@ class TiedDoRAEmbedding(DoRALayer, LowRankEmbedding):
     def _update(self, y: Tensor, tokens: Tensor) -> Tensor:
         v = self.low_rank_lookup(y, tokens)  # V'[t], times the scale that the base puts on its output
         norm = torch.linalg.vector_norm(v.detach(), dim=-1, dtype=base_layer.accumulate_dtype(v.dtype))  # [...]
-        m = functional.embedding(tokens, self.magnitude.unsqueeze(1), self.padding_idx).squeeze(-1).to(norm.dtype)
+        by_freq = self.innermost.scale_grad_by_freq
+        m = functional.embedding(tokens, self.magnitude[:, None], self.padding_idx, scale_grad_by_freq=by_freq)
+        m = m.squeeze(-1).to(norm.dtype)  # [..., 1] -> [...]
         factor = getattr(self.innermost, "embed_scale", None)
         scale = row_scale(m if factor is None else m * factor, norm)
-        return self.weighed(y, v * scale.to(v.dtype).unsqueeze(-1))
+        return self.weighed(y, (v * scale.unsqueeze(-1)).to(v.dtype))
 
 
 def tied_head(base: nn.Module, embedding: LowRankEmbedding, dropout: float) -> TiedHead:

@@ -34,7 +34,8 @@ class TrainedRows(TrainedPart):
         owner: whether the values were made here, so that a file holds them under this module's name.
 
     Raises:
-        ValueError: an index beyond the table, or an embedding with max_norm or a forward of its own.
+        ValueError: an index beyond the table, or an embedding with max_norm, scale_grad_by_freq or a forward of its
+            own.
     """
 
     what = "trained in some rows"
@@ -54,6 +55,11 @@ class TrainedRows(TrainedPart):
             raise ValueError(f"token index {max(token_indices)} is beyond the {table.shape[0]} rows of the table")
         if isinstance(base, nn.Embedding):
             check_lookup(base)
+            if base.scale_grad_by_freq:
+                raise ValueError(
+                    "an embedding with scale_grad_by_freq=True divides the gradient of a row by how often its token "
+                    "occurs, which rows that train alone do not; set it to False"
+                )
         self.register_buffer("token_indices", torch.tensor(token_indices, device=table.device))
         self.rows: Rows | None = None
         self.owner = trained is None
@@ -90,7 +96,8 @@ class TrainedRows(TrainedPart):
         bias: Tensor | None = self.base.bias  # type: ignore[assignment]
         chosen = None if bias is None else bias[self.token_indices]
         z = nn.functional.linear(x, self.trained.to(x.dtype), chosen)  # [..., k]
-        return y.index_copy_(-1, self.token_indices, z.to(y.dtype))  # the base's output is nobody else's
+        own = not base_layer.has_hooks(self.base)  # the base's output is nobody else's
+        return (y.index_copy_ if own else y.index_copy)(-1, self.token_indices, z.to(y.dtype))
 
     def merged(self, shared: dict[int, nn.Parameter]) -> nn.Module:
         key = id(self.base.weight)

@@ -28,7 +28,7 @@ from phicore.adapters.trained import TrainedPart
 from phicore.adapters.wrapped import check_not_flattened, check_not_sharded, check_not_wrapped
 from phicore.formats.peft_advice import advice, within_attention
 from phicore.formats.peft_config import adapter_config, differences, lora_config, tied_copies
-from phicore.formats.peft_conversion import MODEL_TYPE, misread, normed_otherwise
+from phicore.formats.peft_conversion import MODEL_TYPE, misread, normed_otherwise, padded_otherwise
 from phicore.formats.peft_fields import CONFIG, WEIGHTS, read_config, read_raw_config, warn_of_order
 from phicore.formats.peft_keys import (
     PREFIX,
@@ -83,7 +83,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str 
         config, parts = adapter_config(bare, name), split_parts(bare, name)
         model_type = str(getattr(getattr(bare, "config", None), "model_type", ""))
         adapted = (path for path, layer in adapter_layers(bare, name) if isinstance(layer, LowRankLayer))
-        lost = misread(model_type, adapted)
+        lost, padded = misread(model_type, adapted), padded_otherwise(bare, tensors)
     more = {PARTS: json.dumps(parts, sort_keys=True)} if parts else {}
     if lost:
         more[MODEL_TYPE] = model_type
@@ -105,14 +105,20 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str 
             f"transformers stacks, and drops their pairs; phicore reads them. For other readers, merge the adapter",
             stacklevel=2,
         )
-    _warn_of_norms(tensors, stacklevel=3)
+    _warn_of_convolutions(tensors, padded, stacklevel=3)
 
 
-def _warn_of_norms(tensors: dict[str, Tensor], stacklevel: int) -> None:
+def _warn_of_convolutions(tensors: dict[str, Tensor], padded: list[str], stacklevel: int) -> None:
     if layers := normed_otherwise(tensors):
         warnings.warn(
             f"in DoRA of convolutions with groups ({_shown(layers)}) PEFT divides by another norm: what it computes of "
             f"this adapter is not what phicore does; use it where it was trained, or train these layers without DoRA",
+            stacklevel=stacklevel,
+        )
+    if padded:
+        warnings.warn(
+            f"PEFT leaves the padding mode and the dilation of convolutions ({_shown(padded)}) out of A's: what it "
+            f"computes of this adapter is not what phicore does; use it where it was trained, or merge it",
             stacklevel=stacklevel,
         )
 
@@ -186,7 +192,7 @@ def _load(model: nn.Module, directory: Path, name: str) -> None:
     _check_keys(model, raw, expected, tensors, directory)
     check_parts(model, config, name, tensors, directory)
     _check_tied(model, config, name, tensors, directory)
-    _warn_of_norms(tensors, stacklevel=4)
+    _warn_of_convolutions(tensors, padded_otherwise(model, tensors), stacklevel=4)
     if config is not None:
         attach(model, config, name)
     with torch.no_grad():

@@ -7,12 +7,17 @@ PEFT does so to any target_modules (names, regular expressions, all-linear), so 
 
 Convolutions with groups: its DoRA divides by the norm of W + scaling * B A, where it multiplies B and A as if there
 were no groups, which is no weight of the layer (get_lora_weight of tuners/lora/dora.py in peft 0.21.2).
+
+Convolutions that pad otherwise than with zeros, or are dilated: its A is a convolution that does neither (update_layer
+of _ConvNd in tuners/lora/layer.py). Where that changes the output's length, as without padding="same", it raises.
 """
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from phicore.adapters.lora import LowRankLayer
 from phicore.formats.peft_keys import PREFIX
 
 MODEL_TYPE = "phicore.model_type"
@@ -44,10 +49,29 @@ def misread(model_type: str | None, layers: Iterable[str]) -> list[str]:
 
 def normed_otherwise(tensors: Mapping[str, Tensor]) -> list[str]:
     """The convolutions with groups that have DoRA, by name, among an adapter's tensors by PEFT's keys."""
-    layers = [key.removesuffix(".lora_A.weight") for key, A in tensors.items() if ".lora_A" in key and A.dim() > 2]
     return [
-        layer.removeprefix(PREFIX)
-        for layer in layers
-        if f"{layer}.lora_magnitude_vector" in tensors
-        and tensors[f"{layer}.lora_A.weight"].shape[0] != tensors[f"{layer}.lora_B.weight"].shape[1]
+        layer
+        for layer in _convolutions(tensors)
+        if f"{PREFIX}{layer}.lora_magnitude_vector" in tensors
+        and tensors[f"{PREFIX}{layer}.lora_A.weight"].shape[0] != tensors[f"{PREFIX}{layer}.lora_B.weight"].shape[1]
+    ]
+
+
+def padded_otherwise(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
+    """The convolutions whose padding mode or dilation PEFT leaves out, without an error, by name, among an adapter's
+    tensors by PEFT's keys; the model has the adapter, or is to get it."""
+    found = []
+    for path in _convolutions(tensors):
+        module = model.get_submodule(path)
+        layer: Any = module.innermost if isinstance(module, LowRankLayer) else module
+        dilated = layer.padding == "same" and max(layer.dilation) > 1
+        if any(layer._reversed_padding_repeated_twice) and (layer.padding_mode != "zeros" or dilated):
+            found.append(path)
+    return found
+
+
+def _convolutions(tensors: Mapping[str, Tensor]) -> list[str]:
+    end = ".lora_A.weight"
+    return [
+        key.removesuffix(end).removeprefix(PREFIX) for key, A in tensors.items() if key.endswith(end) and A.dim() > 2
     ]

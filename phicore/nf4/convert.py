@@ -115,8 +115,12 @@ HOOKS = [n for n in vars(nn.Module()) if n.startswith(("_forward", "_backward"))
 
 def coded(layer: nn.Linear, block_size: int = 64, double_quant: bool = True) -> NF4Linear:
     """An NF4Linear to stand in a layer's place, with its hooks."""
-    made = NF4Linear.from_linear(layer, block_size, double_quant)
-    made.__dict__.update({name: vars(layer)[name] for name in HOOKS})  # the dicts, which handles know
+    return with_hooks_of(layer, NF4Linear.from_linear(layer, block_size, double_quant))
+
+
+def with_hooks_of(layer: nn.Module, made: Model) -> Model:
+    """A module that is to stand in a layer's place, with its hooks: the dicts, which handles know."""
+    made.__dict__.update({name: vars(layer)[name] for name in HOOKS})
     return made
 
 

@@ -56,7 +56,8 @@ def reference_low_rank_dx(grad, left, right, packed, absmax, nested_absmax, offs
         blocks = row_blocks(packed, absmax, nested_absmax, offset, shape, block_size)
         return unflat(products.linear_dx(flat(grad), blocks, shape[1], flat(left), right), grad)
     weight = nf4_dequantize(packed, absmax, nested_absmax, offset, shape, block_size, grad.dtype)  # [out, in]
-    return _plus_product(grad @ weight, left, right)
+    with torch.autocast(grad.device.type, enabled=False):  # which may be on here though it was off in the forward pass
+        return _plus_product(grad @ weight, left, right)
 
 
 torch.library.impl("phicore::nf4_low_rank", "default", reference_low_rank)

@@ -124,10 +124,7 @@ def test_forward_and_gradients_equal_those_of_torch(
             weights["out_proj.weight" if name == "out_proj" else f"{name}_weight"] = weight
             leaves += own_leaves.values()
             live += [layer.get_parameter(n) for n in own_leaves]
-    if masked == "causal" and options["add_bias_kv"] and padding is None and not need_weights:
-        kwargs["is_causal"] = False  # torch forgets the appended key there
     expected, expected_weights = torch.func.functional_call(plain, weights, (query, key, value), kwargs)
-    kwargs["is_causal"] = masked == "causal"
     y, y_weights = attention(query, key, value, **kwargs)
     torch.testing.assert_close(y, expected)
     if need_weights:
@@ -331,6 +328,9 @@ def test_masks_of_another_shape_are_refused(randomize):
         model(x, x, x, key_padding_mask=torch.zeros(LENGTH, N))
     with pytest.raises(ValueError, match="is_causal is a hint about attn_mask"):
         model(x, x, x, is_causal=True)
+    for name, mask in (("attn_mask", torch.ones(LENGTH, LENGTH)), ("key_padding_mask", torch.ones(N, LENGTH))):
+        with pytest.raises(TypeError, match=rf"{name} is torch\.int64; give a boolean one"):
+            model(x, x, x, **{name: mask.long()})
 
 
 def test_all_linear_leaves_it_out(randomize):
@@ -361,3 +361,14 @@ def test_one_that_was_compiled_in_place_does_not_pass_adapters_by(randomize):
     plain = adapted(model_of(), randomize)
     adapted(model, randomize).load_state_dict(plain.state_dict())
     torch.testing.assert_close(model(x, x, x)[0], plain(x, x, x)[0])
+
+
+@pytest.mark.parametrize("option", ["add_bias_kv", "add_zero_attn"])
+def test_a_new_adapter_equals_its_base_where_torch_hides_an_appended_key(option):
+    """With the hint is_causal and no weights asked for, torch drops the mask, and its kernel hides that key too."""
+    model = model_of(**{option: True})
+    x, causal = torch.randn(4, 3, WIDTH, dtype=torch.float64), torch.ones(4, 4).triu(1).bool()
+    arguments = {"attn_mask": causal, "is_causal": True, "need_weights": False}
+    expected = model.attention(x, x, x, **arguments)[0]
+    phicore.attach(model, phicore.LoRAConfig(rank=2, target_modules=["attention"]))
+    torch.testing.assert_close(model.attention(x, x, x, **arguments)[0], expected)

@@ -156,6 +156,15 @@ def test_dtypes(kind, dtype, randomize, relative_error):
 
 
 @BOTH
+def test_autocast(kind, randomize, relative_error):
+    layer, x = randomize(kind(nn.Conv2d(8, 16, 3), rank=4, alpha=7.0), seed=3), torch.randn(2, 8, 6, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16  # as the base's
+    assert relative_error(y, layer(x)) < 2e-2
+
+
+@BOTH
 def test_one_graph(kind, randomize):
     layer = randomize(kind(nn.Conv2d(4, 6, 3).double(), rank=4, alpha=7.0), seed=3)
     x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
@@ -165,9 +174,12 @@ def test_one_graph(kind, randomize):
     assert layer.lora_B.grad is not None
 
 
-def test_what_is_refused():
-    with pytest.raises(ValueError, match="groups=2 needs a rank that this divides, got 3"):
-        LoRAConvolution(nn.Conv1d(4, 6, 3, groups=2), rank=3)
+def test_what_is_refused(unchanged):
+    base = nn.Conv1d(4, 6, 3, groups=2)
+    with unchanged(base), pytest.raises(ValueError, match="groups=2 needs a rank that this divides, got 3"):
+        LoRAConvolution(base, rank=3)
+    with unchanged(base), pytest.raises(ValueError, match='init "pissa" is for linear layers'):
+        LoRAConvolution(base, rank=2, init="pissa")
     with pytest.raises(TypeError, match=r"adapts nn\.Conv1d, .* or another adapter of one, got ConvTranspose1d"):
         DoRAConvolution(nn.ConvTranspose1d(4, 6, 3))
     model = nn.Sequential(nn.Conv1d(4, 6, 3, groups=2), nn.Linear(3, 3))
@@ -184,3 +196,18 @@ def test_a_base_with_hooks_is_called(kind, randomize, bias):
     layer.base.register_forward_hook(lambda *_: seen.append("hook"))
     torch.testing.assert_close(layer(x), expected)
     assert seen == ["hook"]
+
+
+def test_a_convolution_that_computes_otherwise_with_its_weight_takes_lora_and_keeps_it(randomize, unchanged):
+    class Doubled(nn.Conv1d):
+        def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return super()._conv_forward(x, 2 * weight, bias)
+
+    base, x = Doubled(3, 4, 2), torch.randn(2, 3, 5)
+    with unchanged(base), pytest.raises(ValueError, match="a Doubled has a forward of its own; DoRA computes with its"):
+        DoRAConvolution(base, rank=2)
+    layer = randomize(LoRAConvolution(base, rank=2))
+    torch.testing.assert_close(layer(x), base(x) + layer.low_rank(x))
+    model = nn.Sequential(layer)
+    with unchanged(model), pytest.raises(ValueError, match="a Doubled has a forward of its own, and what that does"):
+        phicore.merge(model)

@@ -67,6 +67,15 @@ def test_value_and_gradients_are_those_of_one_mask(shape, inner, rank, p, stride
         torch.testing.assert_close(g, e)
 
 
+def test_the_backward_pass_can_itself_be_differentiated():
+    def f(x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(0)
+        return dropped_projection(x, A, 0.5)
+
+    x, A = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 3, 5), (4, 5)))
+    assert torch.autograd.gradgradcheck(f, (x, A))
+
+
 def test_the_mean_is_that_of_no_dropout():
     x, A = torch.randn(1, 64, dtype=torch.float64), torch.randn(3, 64, dtype=torch.float64)
     mean = dropped_projection(x.expand(20_000, 64), A, 0.3).mean(0)

@@ -2,6 +2,7 @@
 
 import copy
 
+import peft
 import pytest
 import torch
 from hypothesis import given
@@ -67,6 +68,26 @@ def table_lookup(layer, leaves: list[Tensor], tokens: Tensor) -> Tensor:
     if len(leaves) == 3:
         V = V * leaves[2] / V.square().sum(0).sqrt().detach()
     return V[tokens]
+
+
+@pytest.mark.parametrize("options", [{}, {"scale_grad_by_freq": True}, {"padding_idx": 2}])
+@BOTH
+def test_gradients_are_those_of_peft(kind, randomize, options):
+    base = nn.Embedding(9, 4, **options).double()
+    layer = randomize(kind(copy.deepcopy(base), rank=3, alpha=7.0))
+    config = peft.LoraConfig(r=3, lora_alpha=7, target_modules=["0"], use_dora=kind is DoRAEmbedding)
+    other = peft.get_peft_model(nn.Sequential(base), config, autocast_adapter_dtype=False)
+    names = {"embedding_A": "lora_A", "embedding_B": "lora_B", "magnitude": "magnitude"}
+    theirs = {ours: p for name, p in other.named_parameters() for key, ours in names.items() if key in name}
+    assert len(theirs) == sum(p.requires_grad for p in layer.parameters())
+    with torch.no_grad():
+        for ours, p in theirs.items():
+            p.copy_(getattr(layer, ours))
+    tokens = torch.tensor([[3, 3, 2], [3, 7, 7]])
+    for module in (layer, other):
+        (module(tokens) * torch.arange(24).view(2, 3, 4)).sum().backward()
+    for ours, p in theirs.items():
+        torch.testing.assert_close(getattr(layer, ours).grad, p.grad, rtol=1e-6, atol=1e-6)
 
 
 def test_the_norm_is_a_constant_in_the_backward_pass(randomize, relative_error):

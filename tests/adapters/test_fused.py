@@ -12,6 +12,7 @@ from torch import nn
 
 import phicore
 from phicore.adapters import FusedDoRALinear, FusedLoRALinear, adapter_layers, lora_plus_groups
+from phicore.adapters import base as base_layer
 from phicore.adapters.fused import FusedLinear
 
 SIZES = {"q": 9, "k": 5, "v": 4}
@@ -155,6 +156,18 @@ def test_copies_and_states(randomize, dora):
     meta = meta.to_empty(device="cpu")
     meta.load_state_dict(other.state_dict())
     assert torch.equal(meta(x), other(x))
+
+
+@pytest.mark.parametrize("kind", ["linear", "nf4"])
+@DORA
+def test_merging_leaves_rows_without_a_pair_as_they_are(layer_of, randomize, kind, dora):
+    """To the last bit."""
+    base, _, _ = layer_of(kind, 18, IN, dtype=torch.float32)
+    before = base_layer.dense_weight(base, torch.float32).split(list(SIZES.values()))
+    model = nn.Sequential(fused(base, randomize, dora))
+    phicore.merge(model)
+    for name, rows, part in zip(SIZES, before, model[0].weight.split(list(SIZES.values())), strict=True):
+        assert torch.equal(part, rows) != (name in ("q", "v"))
 
 
 def test_lora_plus_finds_the_b_of_each_part(randomize):

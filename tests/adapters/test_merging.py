@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import phicore
-from phicore.adapters import adapter_layers
+from phicore.adapters import adapter_layers, mixed
 from phicore.adapters.merging import merge_for_good
 from tests.adapters import test_tied
 from tests.adapters.toys import CONFIG, DORA, NF4, Experts, adapted, build, trainable, x_for
@@ -101,11 +101,63 @@ def test_a_merged_weight_of_zero_has_a_finite_error():
     assert phicore.merge(model) == {"fc": 0.0}
 
 
+@pytest.mark.parametrize("merging", [phicore.merge, merge_for_good])
+@pytest.mark.parametrize(
+    ("value", "message"), [(300.0, r"reaches 4\.2e\+05, and torch.float16 ends at 6\.55e\+04"), (torch.nan, "NaN")]
+)
+@pytest.mark.parametrize("kind", ["linear", "experts"])
+def test_a_weight_that_overflows_or_is_not_finite_is_not_merged(unchanged, kind, value, message, merging):
+    layer, options = nn.Linear(8, 8), {"target_modules": ["fc"]}
+    if kind == "experts":
+        layer, options = Experts(), {"target_modules": [], "target_parameters": ["fc.up"]}
+    model = phicore.attach(nn.ModuleDict({"fc": layer}).half(), phicore.LoRAConfig(rank=2, alpha=14 / 3, **options))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(value if parameter.requires_grad else 0)
+    with unchanged(model), pytest.raises(ValueError, match=f"fc: the merged weight .*{message}"):
+        merging(model)
+
+
 def test_unmerge_follows_the_mode_of_the_merged_model(toy, randomize):
     model = adapted(toy(), randomize, dropout=0.5).train()
     phicore.merge(model)
     phicore.unmerge(model.eval())
     assert not any(module.training for module in model.modules())
+
+
+@DORA
+def test_unmerge_follows_a_cast_of_the_merged_model(randomize, dora):
+    """As if the model had been cast with its adapters in it."""
+    model = nn.ModuleDict({"fc": nn.Linear(64, 6), "coded": nn.Linear(64, 6, bias=False), "conv": nn.Conv1d(2, 3, 2)})
+    model.update({"attention": nn.MultiheadAttention(6, 2, kdim=4), "whole": nn.Linear(6, 6), "experts": Experts()})
+    model.update({"embed": nn.Embedding(9, 6), "rows": nn.Embedding(9, 6), "head": nn.Linear(6, 9)})
+    model["head"].weight = model["embed"].weight
+    phicore.quantize_(model, ["coded"])
+    options = {"modules_to_save": ["whole"], "trainable_token_indices": {"rows": [2]}}
+    options |= {"target_modules": ["fc", "coded", "conv", "attention", "embed"], "target_parameters": ["experts.up"]}
+    adapted(model, randomize, dora=dora, adapter_dtype=torch.float32, ensure_weight_tying=True, **options)
+    expected = copy.deepcopy(model).bfloat16()
+    for requantize in (False, True):
+        other = copy.deepcopy(model)
+        phicore.merge(other, requantize=requantize)
+        phicore.unmerge(other.bfloat16())
+        assert other.state_dict().keys() == expected.state_dict().keys()
+        for (key, value), e in zip(other.state_dict().items(), expected.state_dict().values(), strict=True):
+            assert torch.equal(value, e), key
+            assert value.dtype == e.dtype, key
+        x = torch.randn(3, 64, dtype=torch.bfloat16)
+        assert torch.equal(other["fc"](x) + other["coded"](x), expected["fc"](x) + expected["coded"](x))
+
+
+@DORA
+def test_unmerge_leaves_an_adapter_its_own_dtype(randomize, dora):
+    model = nn.ModuleDict({"fc": nn.Linear(8, 6), "experts": Experts(), "rows": nn.Embedding(9, 6)}).bfloat16()
+    options = {"target_parameters": ["experts.up"], "trainable_token_indices": {"rows": [2]}}
+    adapted(model, randomize, target_modules=["fc"], dora=dora, adapter_dtype=torch.float32, **options)
+    before = {key: value.dtype for key, value in model.state_dict().items()}
+    phicore.merge(model)
+    assert {key: value.dtype for key, value in phicore.unmerge(model).state_dict().items()} == before
+    assert set(before.values()) >= {torch.bfloat16, torch.float32}
 
 
 def test_a_merged_model_saves_and_copies_like_a_plain_one(toy, randomize):
@@ -158,18 +210,58 @@ def test_merging_for_good_holds_one_model(randomize, most_held, dora):
     assert most_held(lambda: build_and_merge(phicore.merge)) > 64 * layer  # so that unmerge can give the base back
 
 
+@pytest.mark.parametrize(("nf4", "requantize"), [(False, False), (True, False), (True, True)])
+def test_hooks_of_a_base_stay(randomize, nf4, requantize):
+    model, seen = nn.Sequential(nn.Linear(64, 8)), []
+    model[0].register_forward_hook(lambda *_: seen.append("forward"))
+    handle = model[0].register_full_backward_hook(lambda *_: seen.append("backward"))
+    adapted(phicore.quantize_(model, ["0"]) if nf4 else model, randomize, target_modules=["0"])
+    phicore.merge(model, requantize=requantize)
+    x = torch.randn(2, 64, requires_grad=True)
+    model(x).sum().backward()
+    assert seen == ["forward", "backward"]
+    handle.remove()
+    model(x).sum().backward()
+    assert seen == ["forward", "backward", "forward"]
+
+
+@pytest.mark.parametrize("requantize", [False, True])
+@pytest.mark.parametrize("bias", ["none", "lora_only"])
+@NF4
+def test_what_is_loaded_into_a_merged_model_leaves_the_adapted_layers_as_they_were(
+    randomize, unchanged, nf4, bias, requantize
+):
+    model = nn.Sequential(nn.Linear(64, 8), nn.MultiheadAttention(8, 2))
+    adapted(phicore.quantize_(model, ["0"]) if nf4 else model, randomize, target_modules=["0", "1"], bias=bias)
+    with unchanged(model[0]), unchanged(model[1].out_proj):
+        phicore.merge(model, requantize=requantize)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(1)
+        phicore.unmerge(model.requires_grad_(True))
+
+
+def test_rows_with_adapters_of_their_own_are_not_merged(unchanged, randomize):
+    model = adapted(nn.Sequential(nn.Linear(8, 8)), randomize, target_modules=["0"])
+    adapted(model, randomize, "over it", target_modules=["0"])
+    with mixed(model, ["default", None]), unchanged(model), pytest.raises(ValueError, match="a weight of its own"):
+        phicore.merge(model)
+
+
 def test_a_bare_adapter_layer_is_not_merged(unchanged):
     layer = phicore.LoRALinear(nn.Linear(4, 3), rank=2)
     with unchanged(layer), pytest.raises(ValueError, match=r"the model itself is a LoRALinear, .* another module"):
         phicore.merge(layer)
 
 
-@pytest.mark.parametrize("kind", ["linear", "experts", "bias"])
+@pytest.mark.parametrize("kind", ["linear", "nf4", "experts", "bias"])
 def test_a_layer_whose_forward_was_replaced_is_not_merged(unchanged, randomize, kind):
     """accelerate binds a layer's forward to that layer, and a merged copy would answer with the weights of before."""
     layer, options = nn.Linear(8, 8), {"target_modules": ["0"]}
     if kind == "experts":
         layer, options = Experts(), {"target_modules": [], "target_parameters": ["0.up"]}
+    if kind == "nf4":
+        layer = phicore.NF4Linear.from_linear(layer)
     if kind == "bias":
         options = {"target_modules": ["1"], "bias": "all"}
     layer.forward = layer.forward

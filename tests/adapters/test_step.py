@@ -68,6 +68,20 @@ def test_the_backward_pass_can_itself_be_differentiated(kind, dropout):
     assert torch.autograd.gradgradcheck(f, operands((4,), bias=True))
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("kind", ["dense", "nf4"])
+def test_a_backward_pass_within_autocast_alone(kind, dropout):
+    """As after a part of a model that has autocast off: the gradients are those of the forward pass, in its dtype."""
+    weight, _ = weight_of(kind, torch.float32)
+    inputs = operands((4,), bias=True, dtype=torch.float32)
+    y = step.low_rank_step(*inputs[:3], 0.7, weight, inputs[3], dropout)[0].sum()
+    expected = torch.autograd.grad(y, inputs, retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.autograd.grad(y, inputs)
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, e)
+
+
 def test_an_x_that_does_not_fit_is_named():
     with pytest.raises(ValueError, match=r"x of shape \[2, 9\] does not fit a layer of 10 input features"):
         phicore.LoRALinear(nn.Linear(IN, OUT), rank=2)(torch.ones(2, IN - 1))

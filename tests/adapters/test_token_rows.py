@@ -55,6 +55,21 @@ def test_outputs_and_gradients_equal_those_of_a_whole_table(shape, num, dim, dat
     torch.testing.assert_close(x_grad, torch.autograd.grad(functional.linear(x, table, head.bias).square().sum(), x))
 
 
+def test_hooks_of_a_head_see_its_own_logits():
+    head, seen, grads = nn.Linear(4, 9, bias=False), [], []
+    layer, x = TrainedRows(head, "default", [1, 5]), torch.randn(3, 4, requires_grad=True)
+    with torch.no_grad():
+        layer.trained.add_(1)
+    expected = layer(x)
+    head.register_forward_hook(lambda _module, _inputs, y: seen.append(y))
+    head.register_full_backward_hook(lambda _module, inputs, _outputs: grads.extend(inputs))
+    y = layer(x)
+    assert torch.equal(y, expected)
+    assert torch.equal(seen[0], x @ head.weight.t())
+    y.sum().backward()
+    assert len(grads) == 1
+
+
 def adapted(tiny, randomize, family: str = "tied llama", **options) -> nn.Module:
     config = {"rank": 4, "alpha": 7, "target_modules": ["q_proj"], "trainable_token_indices": [7, 3, 40]} | options
     return randomize(phicore.attach(tiny(family), phicore.LoRAConfig(**config)))
@@ -235,9 +250,11 @@ def test_a_list_needs_a_model_that_names_its_embedding(unchanged):
     assert isinstance(model["a"], TrainedRows)
 
 
-def test_max_norm_is_refused():
+def test_what_rows_alone_cannot_do_is_refused():
     with pytest.raises(ValueError, match=r"max_norm=1\.0 rewrites its own table"):
         TrainedRows(nn.Embedding(9, 4, max_norm=1.0), "default", [1])
+    with pytest.raises(ValueError, match="scale_grad_by_freq=True divides the gradient of a row"):
+        TrainedRows(nn.Embedding(9, 4, scale_grad_by_freq=True), "default", [1])
 
 
 def test_a_head_with_a_forward_of_its_own_is_refused(unchanged):

@@ -297,6 +297,35 @@ def test_dora_of_convolutions_with_groups_is_named(tmp_path, randomize, targets,
     assert torch.allclose(other(x), model(x), rtol=1e-3, atol=1e-5) != otherwise  # as long as it is so
 
 
+@pytest.mark.parametrize(
+    ("options", "otherwise"),
+    [
+        ({"padding_mode": "circular", "padding": 1}, True),
+        ({"padding_mode": "circular"}, False),
+        ({"padding": "same", "dilation": 2}, True),
+        ({"padding": "same"}, False),
+        ({"padding": 1, "stride": 2}, False),
+    ],
+)
+def test_convolutions_that_peft_pads_otherwise_are_named(tmp_path, randomize, options, otherwise):
+    def build() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Conv1d(4, 6, 3, **options), torch.nn.Conv1d(6, 4, 1, padding="same"))
+
+    x = torch.linspace(-1, 1, 64).view(2, 4, 8)
+    model = randomize(phicore.attach(build(), phicore.LoRAConfig(rank=2, target_modules=["0", "1"])))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        phicore.save_adapter(model, tmp_path)
+        phicore.load_adapter(build(), tmp_path)
+        phicore.load_adapter(copy.deepcopy(model), tmp_path)
+    assert [("convolutions (0) out of A's" in str(one.message), one.filename) for one in said] == [(True, __file__)] * (
+        3 * otherwise
+    )
+    other = peft.PeftModel.from_pretrained(build(), tmp_path)
+    assert torch.allclose(other(x), model(x), rtol=1e-3, atol=1e-5) != otherwise  # as long as it is so
+
+
 def test_the_models_that_peft_converts_are_those_of_peft_and_transformers():
     families = weight_conversion._MODEL_TO_CONVERSION_PATTERN  # with those of transformers
     names = weight_conversion._MOE_TARGET_MODULE_MAPPING

@@ -49,6 +49,16 @@ def test_dx_is_differentiable_too():
     assert torch.autograd.gradcheck(f, inputs)
 
 
+def test_a_backward_pass_within_autocast_alone():
+    _, parts, *inputs = case(torch.float32)
+    y = nf4_low_rank(*inputs[:3], 0.7, *parts, inputs[3], [OUT, IN], 64, False)[0]
+    expected = torch.autograd.grad(y.sum(), inputs, retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.autograd.grad(y.sum(), inputs)
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, e, rtol=0.02, atol=0.02)
+
+
 @pytest.mark.parametrize("with_rows", [False, True])
 def test_opcheck(with_rows):
     _, parts, x, A, B, b = case(torch.float32, bias=not with_rows, double_quant=with_rows)
