@@ -138,9 +138,10 @@ class DoRALayer(LowRankLayer):
         return norm_squared.sqrt(), not (norm_squared == 0).any()  # a NaN is not zero, and stays one
 
     def _apply(self, fn: Any, recurse: bool = True) -> "DoRALayer":
-        dtype = self.dtype
+        dtype, norms = self.dtype, self.base_norm_squared
         super()._apply(fn, recurse)
-        if self.dtype != dtype:  # a cast rounds W, and must not round the sums
+        # A cast rounds W, and must not round the sums: it does where W has its dtype already, too.
+        if self.dtype != dtype or (norms is not None and self.base_norm_squared.dtype != norms.dtype):
             self.refresh_base_norm()
         return self
 

@@ -261,13 +261,17 @@ def expected_base_norm(W: Tensor, dtype: torch.dtype) -> Tensor:
     return (W**2).sum(1).to(dtype)
 
 
+@pytest.mark.parametrize("times", [1, 2])
 @pytest.mark.parametrize("kind", ["linear", "nf4", "lora+nf4"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_base_norm_is_right_after_a_cast(layer_of, randomize, kind, dtype):
-    # .half() rounds the base's weight; the sums must be those of the rounded weight, and not be rounded themselves
+def test_base_norm_is_right_after_a_cast(layer_of, randomize, kind, dtype, times):
+    # .half() rounds the base's weight; the sums must be those of the rounded weight, and not be rounded themselves. The
+    # second one changes no weight: model.to(device, dtype), of a model that was loaded in it
     base, _, _ = layer_of(kind, OUT, IN, dtype=torch.float64 if dtype == torch.float32 else torch.float32)
     net = nn.Sequential(random_adapter(base, randomize))
-    layer = net.to(dtype)[0]
+    for _ in range(times):
+        net.to(dtype)
+    layer = net[0]
     sums = torch.float64 if dtype == torch.float64 else torch.float32
     weight = phicore.DoRALinear(layer.base).dense_base().double()
     assert layer.base_norm_squared.dtype == sums
