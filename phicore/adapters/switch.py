@@ -55,10 +55,16 @@ def activate(model: Model, adapters: str | Sequence[str] | Mapping[str, float]) 
         layer.enabled = layer.adapter_name in strengths
         if isinstance(layer, LowRankLayer | LoRAExperts):
             layer.strength = float(strengths.get(layer.adapter_name, 1.0))
-    for _, layer in layers:
-        if isinstance(layer, DoRALayer) and isinstance(layer.base, LowRankLayer):
-            layer.refresh_base_norm()  # of what the adapters under it now make of W
+    refresh_norms(model)
     return model
+
+
+def refresh_norms(model: nn.Module) -> None:
+    """Has each DoRA layer over another adapter sum the norms of what those under it now make of W: the innermost first,
+    whose own norms stand in the weights of some (FusedDoRALinear)."""
+    for _, layer in reversed(list(adapter_layers(model))):
+        if isinstance(layer, DoRALayer) and isinstance(layer.base, LowRankLayer):
+            layer.refresh_base_norm()
 
 
 @contextmanager

@@ -144,6 +144,28 @@ def test_dora_over_lora_follows_what_is_under_it(net, randomize):
     torch.testing.assert_close(model(IDS), both)
 
 
+@pytest.mark.parametrize("load", [False, True], ids=["activate", "load_adapter"])
+def test_dora_over_parts_of_a_fused_layer_follows_what_is_under_both(randomize, tmp_path, load):
+    """The rows of the parts that have no pair have the base's norms for magnitudes: a norm that another is made of."""
+    model = nn.ModuleDict({"attention": nn.Module()}).double()
+    model.attention.qkv_proj, model.attention.head_dim, model.attention.num_key_value_heads = nn.Linear(8, 16), 4, 1
+    of_q = {"dora": True, "target_modules": ["q_proj"], "fused_targets": "split"}
+    whole = {"target_modules": ["qkv_proj"]}
+    with_adapters(model.double(), randomize, a=whole, b=of_q, c=whole | DORA)
+    layer = activate(model, ["a", "b", "c"]).attention.qkv_proj
+    if load:
+        phicore.save_adapter(model, tmp_path, "a")
+        randomize(layer.base.base, seed=9)
+        phicore.load_adapter(activate(model, ["a", "b", "c"]), tmp_path, "a")
+    else:
+        activate(model, ["b", "c"])
+    x = torch.randn(3, 8, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), x @ layer.merged_weight().T + layer.bias)
+    norms = layer.base_norm_squared
+    layer.refresh_base_norm()
+    torch.testing.assert_close(norms, layer.base_norm_squared)
+
+
 @pytest.mark.parametrize(
     "kinds",
     [
