@@ -64,7 +64,8 @@ class LowRankLayer(nn.Module):
         enabled: when False the layer is its base.
         strength: factor of the low-rank product beside scaling.
         rows: the rows of a batch that the adapter answers for; None for all.
-        trained_bias: a bias that trains in place of the base's, which stays as it was; None for none.
+        trained_bias: a bias that trains in place of the base's, which stays as it was; None for none. In some rows of a
+            batch it stands only where `mixed` adds it.
     """
 
     accepts: str
@@ -170,15 +171,18 @@ class LowRankLayer(nn.Module):
     def bias(self) -> Tensor | None:
         """The bias that the layer adds now, [out] or None: its own trained one or the base's."""
         bias: Tensor | None = self.base.bias  # type: ignore[assignment]
-        if self.trained_bias is None or not self.enabled or bias is None:
-            return bias
-        return self.trained_bias.to(bias.dtype)
+        return bias if bias is None or not self.has_own_bias else cast(Tensor, self.trained_bias).to(bias.dtype)
+
+    @property
+    def has_own_bias(self) -> bool:
+        """Whether the layer adds its trained bias to all rows now."""
+        return self.trained_bias is not None and self.enabled and self.rows is None
 
     def through_base(self, x: Tensor) -> Tensor:
         """The base's output, with this layer's bias."""
         if base_layer.fuses_dense(self.base, x):
             return base_layer.dense_linear(self.base, x, self.bias)
-        if self.trained_bias is None or not self.enabled:
+        if not self.has_own_bias:
             return self.base(x)
         return functional_call(self.base, {_bias_key(self.base): cast(Tensor, self.bias)}, (x,))
 
@@ -248,7 +252,7 @@ def _bias_key(layer: nn.Module) -> str:
     """The name within a layer, adapted or not, of the bias that it adds."""
     if not isinstance(layer, LowRankLayer):
         return "bias"
-    return "trained_bias" if layer.trained_bias is not None and layer.enabled else "base." + _bias_key(layer.base)
+    return "trained_bias" if layer.has_own_bias else "base." + _bias_key(layer.base)
 
 
 class LowRankLinear(LowRankLayer):

@@ -39,8 +39,9 @@ def merge(model: nn.Module, *, requantize: bool = False) -> dict[str, float]:
         The relative error of each merged weight against the exact sum, ||stored - exact|| / ||exact||, by name.
 
     Raises:
-        ValueError: the model has no adapter, is one, is sharded, or is merged already; a layer that cannot be merged
-            (one with a forward of its own, or that computes its weight). The model is then unchanged.
+        ValueError: the model has no adapter, is one, is sharded, or is merged already; a call within mixed(); a layer
+            that cannot be merged (one with a forward of its own, or that computes its weight). The model is then
+            unchanged.
     """
     with unwrapped(model) as bare:
         return _merge(bare, requantize)
@@ -101,6 +102,8 @@ def _outermost(model: nn.Module) -> dict[str, AdapterLayer]:
         outermost.setdefault(path, layer)
     if not outermost:
         raise ValueError("the model has no adapter to merge")
+    if any(getattr(layer, "rows", None) is not None for _, layer in adapter_layers(model)):
+        raise ValueError("within mixed() each row has a weight of its own; leave its `with` block before you merge")
     check_not_sharded(model)
     if "" in outermost:
         raise ValueError(

@@ -241,6 +241,69 @@ def test_what_is_refused(net, randomize, unchanged):
         activate(model, "a")
 
 
+def test_names_of_rows_may_come_from_an_iterator(net, randomize):
+    model = with_adapters(net, randomize, a={}, b={})
+    names = ["a", "b", None, "b"]
+    with mixed(model, names):
+        expected = model(IDS)
+    with mixed(model, iter(names)):
+        assert torch.equal(model(IDS), expected)
+
+
+def test_a_mixed_batch_leaves_the_adapters_whole(net, randomize, tmp_path):
+    model = with_adapters(net, randomize, a=BIAS, b=BIAS)
+    phicore.save_adapter(model, tmp_path / "before", "a")
+    with mixed(model, ["a", "b", None, "a"]):
+        phicore.save_adapter(model, tmp_path / "within", "a")
+    files = [(tmp_path / when / "adapter_model.safetensors").read_bytes() for when in ("before", "within")]
+    assert files[0] == files[1]
+
+
+# ===== disabled and mixed, one in another and side by side =====
+
+
+def test_it_is_settled_within_mixed_and_disabled_who_answers(net, randomize):
+    """What is switched there would be lost behind them, or have the rows of one batch answered for another."""
+    plain = net(IDS)
+    model = with_adapters(net, randomize, a={}, b=BIAS)
+    before = model(IDS)
+    names = ["a", "b", None, "a"]
+    with mixed(model, names):
+        rows = model(IDS)
+        for action in (lambda: activate(model, "a"), lambda: mixed(model, ["a"] * 4).__enter__()):
+            with pytest.raises(ValueError, match=r"within mixed\(\) it is settled which adapters answer"):
+                action()
+        with pytest.raises(ValueError, match=r"within mixed\(\) each row has a weight of its own"):
+            phicore.merge(model)
+        with phicore.disabled(model):
+            torch.testing.assert_close(model(IDS), plain)
+        assert torch.equal(model(IDS), rows)
+    with phicore.disabled(model):
+        for action in (lambda: activate(model, "a"), lambda: mixed(model, names).__enter__()):
+            with pytest.raises(ValueError, match=r"within disabled\(\) it is settled which adapters answer"):
+                action()
+        torch.testing.assert_close(model(IDS), plain)
+    assert torch.equal(model(IDS), before)
+
+
+def test_disabled_may_end_in_any_order(net, randomize):
+    """As they do in threads, and in generators that take turns."""
+    base = net(IDS)
+    model = with_adapters(net, randomize, a={}, b={"target_modules": ["up"]})
+    activate(model, "b")
+    y = model(IDS)
+    first, second, third = (phicore.disabled(model) for _ in range(3))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    torch.testing.assert_close(model(IDS), base)
+    third.__enter__()
+    second.__exit__(None, None, None)
+    torch.testing.assert_close(model(IDS), base)
+    third.__exit__(None, None, None)
+    assert torch.equal(model(IDS), y)
+
+
 def test_another_adapter_is_loaded_without_compiling_again(net, randomize, tmp_path):
     torch._dynamo.reset()
     model = with_adapters(net, randomize, a={"target_modules": ["up", "down"]})
