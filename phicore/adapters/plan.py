@@ -72,7 +72,9 @@ def _trained_whole(config: LoRAConfig, every: dict[str, nn.Module]) -> dict[str,
             _check_trains_whole(entry, name, module)
         saved |= found
     check_not_in_peft(saved, every)
-    return _in_every_name(saved, every)
+    saved = _in_every_name(saved, every)
+    whole = tuple(f"{path}." for path in saved)
+    return {path: module for path, module in saved.items() if not path.startswith(whole)}  # what is in one trains there
 
 
 def _check_patterns(config: LoRAConfig, names: list[str]) -> None:
