@@ -134,7 +134,7 @@ class LowRankLayer(nn.Module):
         """Starts A and B as `init` says, so that the layer equals its base.
 
         Raises:
-            ValueError: an init that this kind of layer does not know.
+            ValueError: an init that this kind of layer does not know, or one that decomposes a weight with NaN or Inf.
         """
         if self.init not in ("kaiming", "gaussian"):
             raise ValueError(f'init "{self.init}" is for linear layers, not for {type(self.base).__name__}')
@@ -286,7 +286,10 @@ class LowRankLinear(LowRankLayer):
             nn.init.zeros_(self.lora_A)
             nn.init.zeros_(self.lora_B)
             return
-        B, A = (top_singular if self.init == "pissa" else first_of_qr)(self.dense_base(), self.rank)
+        W = self.dense_base()
+        if not W.isfinite().all():
+            raise ValueError(f'init "{self.init}" decomposes a weight, and this one holds NaN or Inf')
+        B, A = (top_singular if self.init == "pissa" else first_of_qr)(W, self.rank)
         for parameter, start, value in ((self.lora_A, self.start_A, A), (self.lora_B, self.start_B, B)):
             parameter.copy_(value / self.scaling**0.5)
             assert start is not None
