@@ -6,6 +6,7 @@ from torch import nn
 
 from phicore.adapters.config import LoRAConfig, pattern_value
 from phicore.adapters.experts import LoRAExperts, check_init, check_parameter
+from phicore.adapters.layers import adapter_layers
 from phicore.adapters.lora import LowRankLayer
 from phicore.adapters.trained import TrainedPart
 from phicore.modules import check_exclusion, matches, no_match
@@ -74,10 +75,15 @@ def plan_parameters(
             continue
         if not path:
             raise ValueError(f"{', '.join(names)} stands in the model itself; put the model into another module first")
-        inside = [target for target in targets if target == path or target.startswith(f"{path}.")]
-        if inside:
-            raise ValueError(f"target_parameters names {names[next(iter(names))]}, and target_modules {inside[0]}")
+        for what, others in (("target_modules", targets), ("modules_to_save", saved)):
+            if inside := [other for other in others if other == path or other.startswith(f"{path}.")]:
+                raise ValueError(f"target_parameters names {names[next(iter(names))]}, and {what} {inside[0]}")
         inner = module.innermost if isinstance(module, LoRAExperts) else module
+        if adapted := [name for name, layer in adapter_layers(inner) if layer is not inner]:
+            raise ValueError(
+                f"target_parameters names {names[next(iter(names))]}, and {path}.{adapted[0]}, in the same module, has "
+                f"an adapter already"
+            )
         for name, full in names.items():
             check_parameter(inner, name, full)
         found[path] = (

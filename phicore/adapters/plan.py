@@ -10,7 +10,14 @@ from phicore.adapters.config import LoRAConfig, pattern_value
 from phicore.adapters.experts import LoRAExperts
 from phicore.adapters.fused import part_paths, splits
 from phicore.adapters.layer_index import at_indices
-from phicore.adapters.layers import AdapterLayer, adaptable_kinds, adapter_layers, layer_class, linear_kinds
+from phicore.adapters.layers import (
+    AdapterLayer,
+    adaptable_kinds,
+    adapter_around,
+    adapter_layers,
+    layer_class,
+    linear_kinds,
+)
 from phicore.adapters.lora import LowRankLayer
 from phicore.adapters.parameters import named_stacks, plan_parameters
 from phicore.adapters.tied import add_tied
@@ -26,7 +33,7 @@ def plan(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, nn.Module], di
 
     Raises:
         ValueError: a target, an exclusion, a pattern or an entry of modules_to_save that matches nothing; an entry of
-            modules_to_save that has an adapter in it.
+            modules_to_save that has an adapter in it or stands in one.
     """
     every = dict(model.named_modules(remove_duplicate=False))
     saved = _trained_whole(config, every)
@@ -69,6 +76,10 @@ def _trained_whole(config: LoRAConfig, every: dict[str, nn.Module]) -> dict[str,
         for name, module in found.items():
             if any(isinstance(inner, AdapterLayer) for inner in module.modules()):
                 raise ValueError(f'modules_to_save entry "{entry}" matches {name}, which has an adapter in it already')
+            if around := adapter_around(name, every):
+                raise ValueError(
+                    f'modules_to_save entry "{entry}" matches {name}, which stands in {around}, where an adapter is'
+                )
             _check_trains_whole(entry, name, module)
         saved |= found
     check_not_in_peft(saved, every)

@@ -151,6 +151,17 @@ def test_what_has_an_adapter_in_it_is_not_saved_whole(toy, unchanged, entry):
         phicore.attach(model, config, "second")
 
 
+@pytest.mark.parametrize(
+    ("first", "entry"),
+    [({}, "base"), ({"modules_to_save": ["blocks.1"]}, "trained"), ({"modules_to_save": ["blocks.1"]}, "down_proj")],
+)
+def test_what_stands_in_an_adapted_layer_is_not_saved_whole(toy, unchanged, first, entry):
+    model = phicore.attach(toy(), phicore.LoRAConfig(**CONFIG, target_modules=["0.up_proj"], **first), "first")
+    config = phicore.LoRAConfig(target_modules=["head"], modules_to_save=[entry])
+    with unchanged(model), pytest.raises(ValueError, match=rf"matches .*{entry}, which stands in .*, where an adapter"):
+        phicore.attach(model, config, "second")
+
+
 def test_a_trained_copy_is_no_target(toy, unchanged):
     model = phicore.attach(toy(), phicore.LoRAConfig(modules_to_save=["head", "blocks.1"]), "first")
     for target, message in (("head", "matches head, which is a TrainedCopy"), ("1.up_proj", "no module matches")):
