@@ -123,6 +123,9 @@ def select(
         ValueError: a model that is such a module itself; a target or an exclusion that matches nothing, naming it and
             what is near; a target that means a part of a fused projection, unless it is mapped; a target that is of
             another kind, or no regular expression.
+
+    Warns:
+        UserWarning: layers that "all-linear" leaves out; layers of another kind beside those that a target means.
     """
     if isinstance(model, (*kinds, nn.MultiheadAttention)):
         raise ValueError(
@@ -138,8 +141,9 @@ def select(
         check_names("target_modules", target_modules, STRING_OR_NAMES)
     every = dict(model.named_modules(remove_duplicate=False))
     candidates = dict(leaves(model, kinds, closed))
+    meant = {} if target_modules == ALL_LINEAR else {n: m for n, m in every.items() if matches(n, target_modules)}
     for excluded in exclude_modules:
-        check_exclusion(excluded, every, [*candidates, *excludable])
+        check_exclusion(excluded, every, [*candidates, *excludable, *meant])
     fused: dict[str, list[str]] = {}  # a target that means a part of a fused layer -> the whole layers
     if target_modules == ALL_LINEAR:
         heads = output_heads(model)
@@ -212,6 +216,17 @@ def select(
             f"{type(model).__name__}; of the layers that can be chosen here ({accepted}) it has {there}"
         )
     check_not_in_peft(chosen, every)
+    whole = {n for n, m in candidates.items() if n in chosen or not isinstance(m, nn.MultiheadAttention)}
+    shut = whole | left_out | {name for name, module in every.items() if isinstance(module, closed)}
+    inside = tuple(f"{name}." for name in shut)
+    others = [n for n, m in meant.items() if m._parameters and n not in shut and not n.startswith(inside)]
+    if others:
+        shown = ", ".join(f"{name} ({type(every[name]).__name__})" for name in others[:5])
+        warnings.warn(
+            f"target_modules={target_modules!r} means layers that cannot be adapted or quantized, too, and they stay "
+            f"as they are: {shown}{f' and {len(others) - 5} more' if len(others) > 5 else ''}",
+            stacklevel=4,
+        )
     return chosen
 
 
