@@ -36,6 +36,12 @@ def matches(name: str, targets: str | Sequence[str]) -> bool:
     return any(name == target or name.endswith("." + target) for target in targets)
 
 
+def within(name: str, targets: Sequence[str]) -> bool:
+    """Whether a list means a module or one that it stands in."""
+    parts = name.split(".")
+    return any(matches(".".join(parts[: i + 1]), targets) for i in range(len(parts)))
+
+
 PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 PLAIN_BY_NAME = {"FalconLinear"}  # transformers' with a forward of their own that computes as nn.Linear's
 

@@ -20,7 +20,7 @@ from phicore.adapters.layers import (
 )
 from phicore.adapters.lora import LowRankLayer
 from phicore.adapters.parameters import named_stacks, plan_parameters
-from phicore.adapters.tied import add_tied
+from phicore.adapters.tied import add_tied, check_same_settings, owners_of_tied
 from phicore.adapters.token_rows import token_rows
 from phicore.adapters.trained import TrainedBias, TrainedPart, biases_beside
 from phicore.modules import check_not_in_peft, matches, no_match, select
@@ -56,6 +56,8 @@ def plan(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, nn.Module], di
     stacks = plan_parameters(model, config, targets, saved)
     parameters = [f"{path}.{parameter}" for path, (_, ranks, _) in stacks.items() for parameter in ranks]
     _check_patterns(config, [*(chosen | targets), *paths_of_parts, *parameters])
+    if config.ensure_weight_tying:
+        check_same_settings(owners_of_tied(model, targets), config)
     all_meta = all(parameter.is_meta for parameter in model.parameters())
     for name, module in (targets | saved).items():
         offloaded = not all_meta or "forward" in vars(module)  # by accelerate, which may offload a model whole
