@@ -71,6 +71,8 @@ def _is_name(name: object) -> bool:
 
 def check_expression(what: str, expression: str) -> None:
     """Raises ValueError unless expression is a regular expression."""
+    if not isinstance(expression, str):
+        raise ValueError(f"{what} must hold regular expressions, got {expression!r}")
     try:
         with warnings.catch_warnings():
             # Global flags behind a prefix are an error from Python 3.11 on; 3.10 warns and applies them to the prefix.
