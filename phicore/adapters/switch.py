@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Variable
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
@@ -83,7 +84,7 @@ def mixed(model: Model, names: Sequence[str | None]) -> Iterator[Model]:
         ValueError: a name that the model does not have; a merged model; an adapter that holds what would need a pass
             of its own (modules_to_save, target_parameters, and bias="all" of modules without a pair); a call within
             disabled() or mixed(); in the forward pass, a layer whose input has another number of rows.
-        RuntimeError: in backward() behind it, for a model of transformers whose gradient checkpointing is on.
+        RuntimeError: in backward() behind it, of a forward pass of the model, where that runs adapted layers again.
     """
     names = list(names)
     layers = _layers(model, [name for name in names if name is not None])
@@ -99,8 +100,7 @@ def mixed(model: Model, names: Sequence[str | None]) -> Iterator[Model]:
     outermost: dict[str, AdapterLayer] = {}
     left: list[bool] = []
     try:
-        if _recomputes(model):
-            hooks.append(model.register_forward_hook(_needs_backward_within(left)))
+        hooks.append(model.register_forward_hook(_needs_backward_within([layer for _, layer in layers], left)))
         for path, layer in layers:
             mine = [row for row, name in enumerate(names) if name == layer.adapter_name]
             layer.enabled = bool(mine)
@@ -162,26 +162,32 @@ def disabled(model: Model) -> Iterator[Model]:
                 _disabled.pop(layer, None)
 
 
-def _recomputes(model: nn.Module) -> bool:
-    """Whether a module with adapters in it runs again in the backward pass, as far as transformers' models say it."""
-    return any(
-        getattr(module, "gradient_checkpointing", False) and module.training and any(adapter_layers(module))
-        for module in model.modules()
-    )
-
-
-def _needs_backward_within(left: list[bool]) -> Callable[[nn.Module, Any, Any], None]:
-    """A forward hook that has backward() raise once `left` holds something."""
+def _needs_backward_within(layers: Sequence[nn.Module], left: list[bool]) -> Callable[[nn.Module, Any, Any], None]:
+    """A forward hook for a model that has backward(), once `left` holds something, raise where it runs one of these
+    layers again."""
 
     def check(_gradient: Tensor) -> None:
         if left:
-            raise RuntimeError(
-                "backward() of a forward pass in mixed() was called behind it, and gradient checkpointing runs layers "
-                "again, which no longer know their rows; call backward() within the `with` block"
-            )
+            backward = torch._C._current_graph_task_id()
+            hooks: list[RemovableHandle] = []
+
+            def done() -> None:
+                for hook in hooks:
+                    hook.remove()
+
+            def refuse(_layer: nn.Module, _inputs: Any) -> None:
+                done()
+                if torch._C._current_graph_task_id() == backward:  # and not behind one that failed
+                    raise RuntimeError(
+                        "backward() of a forward pass in mixed() was called behind it, and gradient checkpointing runs "
+                        "layers again, which no longer know their rows; call backward() within the `with` block"
+                    )
+
+            hooks += [layer.register_forward_pre_hook(refuse) for layer in layers]
+            Variable._execution_engine.queue_callback(done)
 
     def watch(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        for leaf in tree_leaves(output):
+        for leaf in () if torch.compiler.is_compiling() else tree_leaves(output):
             if isinstance(leaf, Tensor) and leaf.requires_grad:
                 leaf.register_hook(check)
 

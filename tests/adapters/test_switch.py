@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import phicore
 from phicore.adapters import activate, adapter_layers, mixed
@@ -257,6 +258,27 @@ def test_a_mixed_batch_leaves_the_adapters_whole(net, randomize, tmp_path):
         phicore.save_adapter(model, tmp_path / "within", "a")
     files = [(tmp_path / when / "adapter_model.safetensors").read_bytes() for when in ("before", "within")]
     assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_layers_that_run_again_behind_a_mixed_batch_are_refused(net, randomize, reentrant):
+    """By torch's own checkpoint, of which no model tells: reentrant, it would give other gradients without a word."""
+    model = with_adapters(net, randomize, a={}, b={"target_modules": ["embed", "up"]})
+    up = model.up
+    model.up = nn.Identity()
+    model.up.forward = lambda x: checkpoint(up, x, use_reentrant=reentrant)
+    model.up.layer = up
+    names = ["a", "b", None, "a"]
+    with mixed(model, names):
+        loss = model(IDS).square().sum()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"call backward\(\) within the `with` block"):
+            loss.backward(retain_graph=True)
+    model.zero_grad()
+    with mixed(model, names):
+        model(IDS).square().sum().backward()
+    assert up.lora_B.grad.any()
+    model(IDS).sum().backward()  # nothing of it is left
 
 
 # ===== disabled and mixed, one in another and side by side =====
