@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 ALL_LINEAR = "all-linear"
 STRING_OR_NAMES = "a string or a list of names"
@@ -325,8 +326,9 @@ def unwrapped(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def unwrap(module: nn.Module) -> nn.Module:
-    """What DistributedDataParallel, torch.compile and torch's checkpoint_wrapper hold; any other module itself."""
-    inner = "module" if isinstance(module, DistributedDataParallel) else None
+    """What DistributedDataParallel, DataParallel, AveragedModel, torch.compile and torch's checkpoint_wrapper hold; any
+    other module itself."""
+    inner = "module" if isinstance(module, DistributedDataParallel | nn.DataParallel | AveragedModel) else None
     for name in ("_orig_mod", "_checkpoint_wrapped_module"):
         inner = name if name in module._modules else inner
     return module if inner is None else unwrap(module.get_submodule(inner))
