@@ -23,16 +23,23 @@ def check_bounded(what: str, expression: str) -> int:
         expression: a valid regular expression.
 
     Returns:
-        The number of ways, not above 2^MOST.
+        The number of ways, below 2^(MOST + 1).
 
     Raises:
-        ValueError: there are more, a part is repeated that repeats or varies itself, or a group is referred back to.
+        ValueError: there are more, a part is repeated that repeats or varies itself, a group is referred back to, or
+            groups stand some hundred deep in each other.
     """
-    repeats, bits = _Scanner(what, expression).alternatives(outermost=True)
-    bits += _REPEATS[repeats] if repeats < len(_REPEATS) else MOST + 1
-    if bits > MOST:
+    try:
+        every, _ = _Scanner(what, expression).sequences()  # the outermost, which are tried one after another
+    except RecursionError:
+        raise _refusal(what, expression, "its groups stand too deep in each other") from None
+    ways = sum(
+        1 << min(bits + (_REPEATS[repeats] if repeats < len(_REPEATS) else MOST + 1), MOST + 1)
+        for repeats, bits in every
+    )
+    if ways >= 2 << MOST:
         raise _refusal(what, expression, "too many repeats and optional parts stand one after another")
-    return 1 << bits
+    return ways
 
 
 def _refusal(what: str, expression: str, why: str) -> ValueError:
@@ -49,8 +56,16 @@ class _Scanner:
     def __init__(self, what: str, expression: str) -> None:
         self.what, self.text, self.at = what, expression, 0
 
-    def alternatives(self, outermost: bool = False) -> tuple[int, int]:
+    def alternatives(self) -> tuple[int, int]:
         """Up to the end or a closing bracket: repeats without a small bound and bits of the worst alternative."""
+        every, starts = self.sequences()
+        # Alternatives that can begin alike may all have to be tried.
+        plain = Counter(start for start in starts if start)
+        alike = starts.count("") + max(plain.values(), default=0)
+        return max(repeats for repeats, _ in every), max(bits for _, bits in every) + max(alike - 1, 0).bit_length()
+
+    def sequences(self) -> tuple[list[tuple[int, int]], list[str]]:
+        """The same of each alternative, and how each begins."""
         every, starts = [(0, 0)], [self._start()]
         while self.at < len(self.text) and self.text[self.at] != ")":
             if self.text[self.at] == "|":
@@ -67,15 +82,13 @@ class _Scanner:
             elif high is not None:
                 repeats, bits = repeats * high, bits * high + (low != high)
             every[-1] = (every[-1][0] + repeats, every[-1][1] + bits)
-        # Alternatives that can begin alike may all have to be tried.
-        plain = Counter(start for start in starts if start)
-        alike = 1 if outermost else starts.count("") + max(plain.values(), default=0)
-        return max(repeats for repeats, _ in every), max(bits for _, bits in every) + max(alike - 1, 0).bit_length()
+        return every, starts
 
     def _start(self) -> str:
-        """The plain character that comes next, or nothing if it is no plain one."""
-        found = re.compile(r"\w|\\[^\w]").match(self.text, self.at)
-        return found[0] if found else ""
+        """The plain character that comes next, in lower case, since flags may say that case is nothing; or nothing if
+        it is no plain one, or may be left out."""
+        found = re.compile(r"([a-zA-Z0-9_]|\\\W)(?![*?{])").match(self.text, self.at)
+        return found[0].lower() if found else ""
 
     def _atom(self) -> tuple[int, int]:
         """One character, class or group; what of a group's inside counts."""

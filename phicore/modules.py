@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 ALL_LINEAR = "all-linear"
 STRING_OR_NAMES = "a string or a list of names"
@@ -34,6 +35,12 @@ def matches(name: str, targets: str | Sequence[str]) -> bool:
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
     return any(name == target or name.endswith("." + target) for target in targets)
+
+
+def within(name: str, targets: Sequence[str]) -> bool:
+    """Whether a list means a module or one that it stands in."""
+    parts = name.split(".")
+    return any(matches(".".join(parts[: i + 1]), targets) for i in range(len(parts)))
 
 
 PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -70,6 +77,8 @@ def _is_name(name: object) -> bool:
 
 def check_expression(what: str, expression: str) -> None:
     """Raises ValueError unless expression is a regular expression."""
+    if not isinstance(expression, str):
+        raise ValueError(f"{what} must hold regular expressions, got {expression!r}")
     try:
         with warnings.catch_warnings():
             # Global flags behind a prefix are an error from Python 3.11 on; 3.10 warns and applies them to the prefix.
@@ -128,6 +137,9 @@ def select(
         ValueError: a model that is such a module itself; a target or an exclusion that matches nothing, naming it and
             what is near; a target that means a part of a fused projection, unless it is mapped; a target that is of
             another kind, or no regular expression.
+
+    Warns:
+        UserWarning: layers that "all-linear" leaves out; layers of another kind beside those that a target means.
     """
     if isinstance(model, (*kinds, nn.MultiheadAttention)):
         raise ValueError(
@@ -143,8 +155,9 @@ def select(
         check_names("target_modules", target_modules, STRING_OR_NAMES)
     every = dict(model.named_modules(remove_duplicate=False))
     candidates = dict(leaves(model, kinds, closed))
+    meant = {} if target_modules == ALL_LINEAR else {n: m for n, m in every.items() if matches(n, target_modules)}
     for excluded in exclude_modules:
-        check_exclusion(excluded, every, [*candidates, *excludable])
+        check_exclusion(excluded, every, [*candidates, *excludable, *meant])
     fused: dict[str, list[str]] = {}  # a target that means a part of a fused layer -> the whole layers
     if target_modules == ALL_LINEAR:
         heads = output_heads(model)
@@ -217,6 +230,17 @@ def select(
             f"{type(model).__name__}; of the layers that can be chosen here ({accepted}) it has {there}"
         )
     check_not_in_peft(chosen, every)
+    whole = {n for n, m in candidates.items() if n in chosen or not isinstance(m, nn.MultiheadAttention)}
+    shut = whole | left_out | {name for name, module in every.items() if isinstance(module, closed)}
+    inside = tuple(f"{name}." for name in shut)
+    others = [n for n, m in meant.items() if m._parameters and n not in shut and not n.startswith(inside)]
+    if others:
+        shown = ", ".join(f"{name} ({type(every[name]).__name__})" for name in others[:5])
+        warnings.warn(
+            f"target_modules={target_modules!r} means layers that cannot be adapted or quantized, too, and they stay "
+            f"as they are: {shown}{f' and {len(others) - 5} more' if len(others) > 5 else ''}",
+            stacklevel=4,
+        )
     return chosen
 
 
@@ -307,8 +331,9 @@ def unwrapped(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def unwrap(module: nn.Module) -> nn.Module:
-    """What DistributedDataParallel, torch.compile and torch's checkpoint_wrapper hold; any other module itself."""
-    inner = "module" if isinstance(module, DistributedDataParallel) else None
+    """What DistributedDataParallel, DataParallel, AveragedModel, torch.compile and torch's checkpoint_wrapper hold; any
+    other module itself."""
+    inner = "module" if isinstance(module, DistributedDataParallel | nn.DataParallel | AveragedModel) else None
     for name in ("_orig_mod", "_checkpoint_wrapped_module"):
         inner = name if name in module._modules else inner
     return module if inner is None else unwrap(module.get_submodule(inner))

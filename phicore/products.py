@@ -139,9 +139,7 @@ def matmul(a: Tensor, b: Tensor, scale: float = 1.0, dtype: torch.dtype | None =
     if emulated(a) or emulated(b):
         flat = a.reshape(prod(a.shape[:-1]), a.shape[-1])
         return torch.ops.phicore.wide_addmm(None, flat, b, scale, dtype).view(*a.shape[:-1], b.shape[1])
-    both = torch.promote_types(
-        a.dtype, b.dtype
-    )  # float32 and 16 bits: vmap over the backward pass of emulated products
+    both = torch.promote_types(a.dtype, b.dtype)  # float32 and 16 bits: vmap over emulated products' backward pass
     product = a.to(both) @ b.to(both)
     return (product if scale == 1 else scale * product).to(dtype)
 

@@ -39,17 +39,24 @@ HOSTILE = [
     "a?" * 30 + "a" * 30,
     "(?:.|.|.|.|.|.|.|.)" * 10,
     "".join(f"(?:{c}|{c}|{c})" for c in "modellayersselfattn"),
+    # alternatives that begin alike though they do not look it
+    "(?:a?b|c?b|d?b|e?b|f?b|g?b|h?b|i?b)" * 20 + "x",
+    "(?:a{0}b|c{0}b)*x",
+    "(?i:(?:ab|AB)*)x",
+    "(?i)(?:sb|\u017fb)*x",  # the long s, which is an s where case is nothing
+    "|".join(f"a.*.*.*.*x{i}" for i in range(100)),
     r"(a+)\1",
     "(?P<a>a+)(?P=a)",
     "(a)?(?(1)b|c)",
     "(?x) a+ # (",
+    "(" * 400 + ")" * 400,
 ]
 
 
 @pytest.mark.parametrize("expression", OF_USE)
 def test_patterns_of_use_pass(expression):
     re.compile(expression)
-    assert check_bounded("", expression) <= 1 << MOST
+    assert check_bounded("", expression) < 2 << MOST
 
 
 @pytest.mark.parametrize("expression", HOSTILE)

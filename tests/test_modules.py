@@ -210,6 +210,27 @@ def test_replace_puts_a_module_at_any_depth(toy):
     assert torch.equal(model.embed.weight, toy().embed.weight)
 
 
+@pytest.mark.parametrize("targets", [["out_proj"], r"(.*\.)?out_proj"])
+def test_a_target_that_means_more_than_can_be_chosen_says_what_it_passes_over(targets, recwarn):
+    model = nn.ModuleDict({name: nn.ModuleDict() for name in ("plain", "pooled", "rows", "adapted")})
+    model.plain.out_proj, model.rows.out_proj = nn.Linear(4, 4), nn.ConvTranspose1d(4, 4, 2)
+    model.pooled["0"] = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2)})
+    model.adapted.out_proj = phicore.LoRALinear(nn.Linear(4, 4), rank=2)
+    kinds = (nn.Linear, phicore.LoRALinear)
+    with pytest.warns(UserWarning, match="means layers that cannot be adapted or quantized, too") as told:
+        chosen = select(model, targets, [], kinds)
+    assert list(chosen) == ["plain.out_proj", "adapted.out_proj"]
+    assert len(told) == 1
+    assert str(told[0].message).endswith(
+        "they stay as they are: pooled.0.attention.out_proj (NonDynamicallyQuantizableLinear), "
+        "rows.out_proj (ConvTranspose1d)"
+    )
+    select(model, ["out_proj"], ["pooled", "rows.out_proj"], kinds)
+    select(model, ["out_proj"], ["rows"], kinds, closed=(nn.MultiheadAttention,))
+    select(model, r"(plain|adapted)\.out_proj.*", [], kinds)  # the layer under an adapter too
+    assert len(recwarn) == 0
+
+
 def test_an_excluded_container_leaves_out_what_is_in_it(toy):
     whole = select(toy(), "all-linear", [], LINEAR)
     rest = select(toy(), "all-linear", ["blocks.0"], LINEAR)

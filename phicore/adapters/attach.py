@@ -45,18 +45,26 @@ def attach(model: Model, config: LoRAConfig, name: str = "default") -> Model:
     Raises:
         ValueError: a target that matches nothing (with near misses), an adapter of this name that is there already, a
             merged model, one that torch has wrapped for several ranks. The model is then unchanged.
-        TypeError: a target whose weights are not floating-point, a config that is no LoRAConfig; the model is then
-            unchanged.
+        TypeError: a target whose weights are not floating-point, a config that is no LoRAConfig, a name that is no
+            text; the model is then unchanged.
     """
     if not isinstance(config, LoRAConfig):
         raise TypeError(f"attach takes a LoRAConfig, got a {type(config).__name__}")
+    if not isinstance(name, str):
+        raise TypeError(f"the name of an adapter must be a text, got {name!r}")  # None means the base model in mixed
     if name in {layer.adapter_name for _, layer in adapter_layers(model)}:
         raise ValueError(f'the model has an adapter named "{name}" already; give another name')
     if any(merged_layers(model)):
         raise ValueError("the model's adapters are merged; unmerge it before attaching another")
     check_not_wrapped(model)
-    with unwrapped(model) as bare:
-        _attach(bare, config, name)
+    training = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        with unwrapped(model) as bare:
+            _attach(bare, config, name)
+    except BaseException:  # a layer freezes its base when it is made
+        for parameter in training:
+            parameter.requires_grad_(True)
+        raise
     return model
 
 
@@ -83,7 +91,10 @@ def _attach(model: nn.Module, config: LoRAConfig, name: str) -> None:
             for pattern, default in ((config.rank_pattern, config.rank), (config.alpha_pattern, config.alpha))
         )
         kind = TiedDoRAEmbedding if config.dora and path in tied.values() else layer_class(base, config.dora)
-        layer = _adapter(kind, base, rank, alpha, config, parts.get(path))
+        try:
+            layer = _adapter(kind, base, rank, alpha, config, parts.get(path))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
         if config.init == "loftq":
             exact = cast(LowRankLinear, layer).dense_base()
             cast(LowRankLinear, layer).correct(cast(nn.Linear, dense).weight.detach().to(exact.dtype) - exact)

@@ -1,8 +1,8 @@
 """LoRAConfig: which layers are adapted and how."""
 
 import functools
-import math
 import re
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, TypeVar, get_args
@@ -107,7 +107,7 @@ class LoRAConfig:
             ("alpha", self.alpha),
             *((f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern.items()),
         ]:
-            if not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+            if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha <= sys.float_info.max:
                 raise ValueError(f"{what} must be a number above 0, got {alpha!r}")
         for what, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
             for key in pattern:
@@ -139,8 +139,10 @@ class LoRAConfig:
         if dtype is not None and not trains:
             raise ValueError(f"adapter_dtype must be a floating-point torch.dtype of 16 bits or more, got {dtype!r}")
         tokens = self.trainable_token_indices
-        if isinstance(tokens, int) or tokens == {}:
+        if isinstance(tokens, int) or (isinstance(tokens, Mapping) and not tokens):
             raise ValueError(f"trainable_token_indices must be a list of whole numbers, got {tokens!r}")
+        if isinstance(tokens, Mapping):
+            check_names("what trainable_token_indices are given for", list(tokens))
         for what, indices in tokens.items() if isinstance(tokens, Mapping) else [("", tokens)]:
             if indices is not None:
                 _check_indices("trainable_token_indices" + (f"[{what!r}]" if what else ""), indices)

@@ -1,6 +1,6 @@
 """The adapter layers: which there are, which one goes over what kind of layer, and finding them in a model."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from torch import nn
 
@@ -60,6 +60,17 @@ def adapter_layers(
             path = parent
             parent, _, last = path.rpartition(".")
         yield path, module
+
+
+def adapter_around(path: str, every: Mapping[str, nn.Module]) -> str | None:
+    """The name of the outermost adapter layer that a module stands in, whatever it is there; None for one outside.
+
+    Args:
+        path: of the module.
+        every: all modules by name.
+    """
+    dots = [at for at, character in enumerate(path) if character == "."]
+    return next((path[:at] for at in dots if isinstance(every[path[:at]], AdapterLayer)), None)
 
 
 def merged_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, AdapterLayer | OpenAttention]]:

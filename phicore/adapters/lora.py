@@ -65,7 +65,8 @@ class LowRankLayer(nn.Module):
         enabled: when False the layer is its base.
         strength: factor of the low-rank product beside scaling.
         rows: the rows of a batch that the adapter answers for; None for all.
-        trained_bias: a bias that trains in place of the base's, which stays as it was; None for none.
+        trained_bias: a bias that trains in place of the base's, which stays as it was; None for none. In some rows of a
+            batch it stands only where `mixed` adds it.
     """
 
     accepts: str
@@ -135,7 +136,7 @@ class LowRankLayer(nn.Module):
         """Starts A and B as `init` says, so that the layer equals its base.
 
         Raises:
-            ValueError: an init that this kind of layer does not know.
+            ValueError: an init that this kind of layer does not know, or one that decomposes a weight with NaN or Inf.
         """
         if self.init not in ("kaiming", "gaussian"):
             raise ValueError(f'init "{self.init}" is for linear layers, not for {type(self.base).__name__}')
@@ -172,15 +173,18 @@ class LowRankLayer(nn.Module):
     def bias(self) -> Tensor | None:
         """The bias that the layer adds now, [out] or None: its own trained one or the base's."""
         bias: Tensor | None = self.base.bias  # type: ignore[assignment]
-        if self.trained_bias is None or not self.enabled or bias is None:
-            return bias
-        return self.trained_bias.to(bias.dtype)
+        return bias if bias is None or not self.has_own_bias else cast(Tensor, self.trained_bias).to(bias.dtype)
+
+    @property
+    def has_own_bias(self) -> bool:
+        """Whether the layer adds its trained bias to all rows now."""
+        return self.trained_bias is not None and self.enabled and self.rows is None
 
     def through_base(self, x: Tensor) -> Tensor:
         """The base's output, with this layer's bias."""
         if base_layer.fuses_dense(self.base, x):
             return base_layer.dense_linear(self.base, x, self.bias)
-        if self.trained_bias is None or not self.enabled:
+        if not self.has_own_bias:
             return self.base(x)
         return functional_call(self.base, {_bias_key(self.base): cast(Tensor, self.bias)}, (x,))
 
@@ -250,7 +254,7 @@ def _bias_key(layer: nn.Module) -> str:
     """The name within a layer, adapted or not, of the bias that it adds."""
     if not isinstance(layer, LowRankLayer):
         return "bias"
-    return "trained_bias" if layer.trained_bias is not None and layer.enabled else "base." + _bias_key(layer.base)
+    return "trained_bias" if layer.has_own_bias else "base." + _bias_key(layer.base)
 
 
 class LowRankLinear(LowRankLayer):
@@ -284,7 +288,10 @@ class LowRankLinear(LowRankLayer):
             nn.init.zeros_(self.lora_A)
             nn.init.zeros_(self.lora_B)
             return
-        B, A = (top_singular if self.init == "pissa" else first_of_qr)(self.dense_base(), self.rank)
+        W = self.dense_base()
+        if not W.isfinite().all():
+            raise ValueError(f'init "{self.init}" decomposes a weight, and this one holds NaN or Inf')
+        B, A = (top_singular if self.init == "pissa" else first_of_qr)(W, self.rank)
         for parameter, start, value in ((self.lora_A, self.start_A, A), (self.lora_B, self.start_B, B)):
             parameter.copy_(value / self.scaling**0.5)
             assert start is not None

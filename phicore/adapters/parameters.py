@@ -1,14 +1,15 @@
 """Which parameters of a model `LoRAConfig.target_parameters` means."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 from torch import nn
 
 from phicore.adapters.config import LoRAConfig, pattern_value
 from phicore.adapters.experts import LoRAExperts, check_init, check_parameter
+from phicore.adapters.layers import adapter_layers
 from phicore.adapters.lora import LowRankLayer
 from phicore.adapters.trained import TrainedPart
-from phicore.modules import check_exclusion, matches, no_match
+from phicore.modules import check_exclusion, matches, no_match, within
 
 
 def named_stacks(model: nn.Module, closed: tuple[type[nn.Module], ...]) -> Iterator[tuple[str, nn.Module, list[str]]]:
@@ -70,14 +71,19 @@ def plan_parameters(
     for path, module, own in stacks:
         names = {name: f"{path}.{name}" if path else name for name in own}
         names = {n: full for n, full in names.items() if matches(full, config.target_parameters)}
-        if not names or path in saved or path.startswith(whole) or _excluded(path, config.exclude_modules):
+        if not names or path in saved or path.startswith(whole) or within(path, config.exclude_modules):
             continue
         if not path:
             raise ValueError(f"{', '.join(names)} stands in the model itself; put the model into another module first")
-        inside = [target for target in targets if target == path or target.startswith(f"{path}.")]
-        if inside:
-            raise ValueError(f"target_parameters names {names[next(iter(names))]}, and target_modules {inside[0]}")
+        for what, others in (("target_modules", targets), ("modules_to_save", saved)):
+            if inside := [other for other in others if other == path or other.startswith(f"{path}.")]:
+                raise ValueError(f"target_parameters names {names[next(iter(names))]}, and {what} {inside[0]}")
         inner = module.innermost if isinstance(module, LoRAExperts) else module
+        if adapted := [name for name, layer in adapter_layers(inner) if layer is not inner]:
+            raise ValueError(
+                f"target_parameters names {names[next(iter(names))]}, and {path}.{adapted[0]}, in the same module, has "
+                f"an adapter already"
+            )
         for name, full in names.items():
             check_parameter(inner, name, full)
         found[path] = (
@@ -88,8 +94,3 @@ def plan_parameters(
     if not found:
         raise ValueError(f"nothing is left of target_parameters={list(config.target_parameters)!r} to adapt")
     return found
-
-
-def _excluded(path: str, excluded: Sequence[str]) -> bool:
-    parts = path.split(".")
-    return any(matches(".".join(parts[: i + 1]), excluded) for i in range(len(parts)))

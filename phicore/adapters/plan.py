@@ -10,10 +10,17 @@ from phicore.adapters.config import LoRAConfig, pattern_value
 from phicore.adapters.experts import LoRAExperts
 from phicore.adapters.fused import part_paths, splits
 from phicore.adapters.layer_index import at_indices
-from phicore.adapters.layers import AdapterLayer, adaptable_kinds, adapter_layers, layer_class, linear_kinds
+from phicore.adapters.layers import (
+    AdapterLayer,
+    adaptable_kinds,
+    adapter_around,
+    adapter_layers,
+    layer_class,
+    linear_kinds,
+)
 from phicore.adapters.lora import LowRankLayer
 from phicore.adapters.parameters import named_stacks, plan_parameters
-from phicore.adapters.tied import add_tied
+from phicore.adapters.tied import add_tied, check_same_settings, owners_of_tied
 from phicore.adapters.token_rows import token_rows
 from phicore.adapters.trained import TrainedBias, TrainedPart, biases_beside
 from phicore.modules import check_not_in_peft, matches, no_match, select
@@ -26,7 +33,7 @@ def plan(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, nn.Module], di
 
     Raises:
         ValueError: a target, an exclusion, a pattern or an entry of modules_to_save that matches nothing; an entry of
-            modules_to_save that has an adapter in it.
+            modules_to_save that has an adapter in it or stands in one.
     """
     every = dict(model.named_modules(remove_duplicate=False))
     saved = _trained_whole(config, every)
@@ -49,6 +56,8 @@ def plan(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, nn.Module], di
     stacks = plan_parameters(model, config, targets, saved)
     parameters = [f"{path}.{parameter}" for path, (_, ranks, _) in stacks.items() for parameter in ranks]
     _check_patterns(config, [*(chosen | targets), *paths_of_parts, *parameters])
+    if config.ensure_weight_tying:
+        check_same_settings(owners_of_tied(model, targets), config)
     all_meta = all(parameter.is_meta for parameter in model.parameters())
     for name, module in (targets | saved).items():
         offloaded = not all_meta or "forward" in vars(module)  # by accelerate, which may offload a model whole
@@ -69,10 +78,16 @@ def _trained_whole(config: LoRAConfig, every: dict[str, nn.Module]) -> dict[str,
         for name, module in found.items():
             if any(isinstance(inner, AdapterLayer) for inner in module.modules()):
                 raise ValueError(f'modules_to_save entry "{entry}" matches {name}, which has an adapter in it already')
+            if around := adapter_around(name, every):
+                raise ValueError(
+                    f'modules_to_save entry "{entry}" matches {name}, which stands in {around}, where an adapter is'
+                )
             _check_trains_whole(entry, name, module)
         saved |= found
     check_not_in_peft(saved, every)
-    return _in_every_name(saved, every)
+    saved = _in_every_name(saved, every)
+    whole = tuple(f"{path}." for path in saved)
+    return {path: module for path, module in saved.items() if not path.startswith(whole)}  # what is in one trains there
 
 
 def _check_patterns(config: LoRAConfig, names: list[str]) -> None:

@@ -4,9 +4,11 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Variable
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
@@ -37,7 +39,7 @@ def activate(model: Model, adapters: str | Sequence[str] | Mapping[str, float]) 
     Raises:
         ValueError: a name that the model does not have, a merged model, a strength that is no finite number, or one
             other than 1 for an adapter that holds more than low-rank pairs (modules_to_save, trained biases or
-            tokens). The model is then unchanged.
+            tokens); a call within disabled() or mixed(), behind which it would be lost. The model is then unchanged.
     """
     named = [adapters] if isinstance(adapters, str) else adapters
     strengths = dict(named) if isinstance(named, Mapping) else dict.fromkeys(named, 1.0)
@@ -55,10 +57,16 @@ def activate(model: Model, adapters: str | Sequence[str] | Mapping[str, float]) 
         layer.enabled = layer.adapter_name in strengths
         if isinstance(layer, LowRankLayer | LoRAExperts):
             layer.strength = float(strengths.get(layer.adapter_name, 1.0))
-    for _, layer in layers:
-        if isinstance(layer, DoRALayer) and isinstance(layer.base, LowRankLayer):
-            layer.refresh_base_norm()  # of what the adapters under it now make of W
+    refresh_norms(model)
     return model
+
+
+def refresh_norms(model: nn.Module) -> None:
+    """Has each DoRA layer over another adapter sum the norms of what those under it now make of W: the innermost first,
+    whose own norms stand in the weights of some (FusedDoRALinear)."""
+    for _, layer in reversed(list(adapter_layers(model))):
+        if isinstance(layer, DoRALayer) and isinstance(layer.base, LowRankLayer):
+            layer.refresh_base_norm()
 
 
 @contextmanager
@@ -74,10 +82,11 @@ def mixed(model: Model, names: Sequence[str | None]) -> Iterator[Model]:
 
     Raises:
         ValueError: a name that the model does not have; a merged model; an adapter that holds what would need a pass
-            of its own (modules_to_save, target_parameters, and bias="all" of modules without a pair); in the forward
-            pass, a layer whose input has another number of rows.
-        RuntimeError: in backward() behind it, for a model of transformers whose gradient checkpointing is on.
+            of its own (modules_to_save, target_parameters, and bias="all" of modules without a pair); a call within
+            disabled() or mixed(); in the forward pass, a layer whose input has another number of rows.
+        RuntimeError: in backward() behind it, of a forward pass of the model, where that runs adapted layers again.
     """
+    names = list(names)
     layers = _layers(model, [name for name in names if name is not None])
     for path, layer in layers:
         if layer.adapter_name in names and (what := _needs_a_pass(layer)):
@@ -87,13 +96,11 @@ def mixed(model: Model, names: Sequence[str | None]) -> Iterator[Model]:
             )
     before = [(layer, layer.enabled) for _, layer in layers]
     norms: list[tuple[DoRALayer, Tensor]] = []
-    biases: list[tuple[LowRankLayer, nn.Parameter]] = []
     hooks: list[RemovableHandle] = []
     outermost: dict[str, AdapterLayer] = {}
     left: list[bool] = []
     try:
-        if _recomputes(model):
-            hooks.append(model.register_forward_hook(_needs_backward_within(left)))
+        hooks.append(model.register_forward_hook(_needs_backward_within([layer for _, layer in layers], left)))
         for path, layer in layers:
             mine = [row for row, name in enumerate(names) if name == layer.adapter_name]
             layer.enabled = bool(mine)
@@ -102,10 +109,8 @@ def mixed(model: Model, names: Sequence[str | None]) -> Iterator[Model]:
                 continue
             if isinstance(layer, LowRankLayer):
                 layer.rows = Rows(torch.tensor(mine, device=layer.lora_A.device), len(names))
-                if layer.trained_bias is not None:
-                    biases.append((layer, layer.trained_bias))
-                    hooks.append(outer.register_forward_hook(_adds_bias(layer, layer.rows)))
-                    layer.trained_bias = None  # all rows get the base's; the hook adds the difference to those of mine
+                if layer.trained_bias is not None:  # all rows get the base's, and by the hook the difference
+                    hooks.append(outer.register_forward_hook(_adds_bias(layer, layer.trained_bias, layer.rows)))
             elif isinstance(layer, TrainedRows):
                 layer.rows = Rows(torch.tensor(mine, device=layer.trained.device), len(names))
         for _, layer in layers:
@@ -117,8 +122,6 @@ def mixed(model: Model, names: Sequence[str | None]) -> Iterator[Model]:
         left.append(True)
         for hook in hooks:
             hook.remove()
-        for biased, bias in biases:
-            biased.trained_bias = bias
         for dora, norm in norms:
             dora.base_norm_squared = norm
         for layer, enabled in before:
@@ -127,9 +130,16 @@ def mixed(model: Model, names: Sequence[str | None]) -> Iterator[Model]:
                 layer.rows = None
 
 
+_disabled: WeakKeyDictionary[AdapterLayer, list[int]] = WeakKeyDictionary()
+"""Layers that are passed by -> whether they were enabled before, and how many disabled() they are in."""
+
+
 @contextmanager
 def disabled(model: Model) -> Iterator[Model]:
     """Within it, the base model alone answers: adapters are passed by.
+
+    It is the model that changes, for all threads. Several at once (one in another, in threads, in generators that take
+    turns) may end in any order: with the last one the adapters are back as they were before the first.
 
     Raises:
         ValueError: the model has no adapter, or is merged.
@@ -138,51 +148,62 @@ def disabled(model: Model) -> Iterator[Model]:
     merged = any(merged_layers(model))
     if not layers or merged:
         raise ValueError("the model has no adapter that could be disabled" + (" (it is merged)" if merged else ""))
-    before = [layer.enabled for layer in layers]
+    entries = [(layer, _disabled.setdefault(layer, [layer.enabled, 0])) for layer in layers]
+    for layer, entry in entries:
+        entry[1] += 1
+        layer.enabled = False
     try:
-        for layer in layers:
-            layer.enabled = False
         yield model
     finally:
-        for layer, enabled in zip(layers, before, strict=True):
-            layer.enabled = enabled
+        for layer, entry in entries:
+            entry[1] -= 1
+            if entry[1] == 0:
+                layer.enabled = bool(entry[0])
+                _disabled.pop(layer, None)
 
 
-def _recomputes(model: nn.Module) -> bool:
-    """Whether a module with adapters in it runs again in the backward pass, as far as transformers' models say it."""
-    return any(
-        getattr(module, "gradient_checkpointing", False) and module.training and any(adapter_layers(module))
-        for module in model.modules()
-    )
-
-
-def _needs_backward_within(left: list[bool]) -> Callable[[nn.Module, Any, Any], None]:
-    """A forward hook that has backward() raise once `left` holds something."""
+def _needs_backward_within(layers: Sequence[nn.Module], left: list[bool]) -> Callable[[nn.Module, Any, Any], None]:
+    """A forward hook for a model that has backward(), once `left` holds something, raise where it runs one of these
+    layers again."""
 
     def check(_gradient: Tensor) -> None:
         if left:
-            raise RuntimeError(
-                "backward() of a forward pass in mixed() was called behind it, and gradient checkpointing runs layers "
-                "again, which no longer know their rows; call backward() within the `with` block"
-            )
+            backward = torch._C._current_graph_task_id()
+            hooks: list[RemovableHandle] = []
+
+            def done() -> None:
+                for hook in hooks:
+                    hook.remove()
+
+            def refuse(_layer: nn.Module, _inputs: Any) -> None:
+                done()
+                if torch._C._current_graph_task_id() == backward:  # and not behind one that failed
+                    raise RuntimeError(
+                        "backward() of a forward pass in mixed() was called behind it, and gradient checkpointing runs "
+                        "layers again, which no longer know their rows; call backward() within the `with` block"
+                    )
+
+            hooks += [layer.register_forward_pre_hook(refuse) for layer in layers]
+            Variable._execution_engine.queue_callback(done)
 
     def watch(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        for leaf in tree_leaves(output):
+        for leaf in () if torch.compiler.is_compiling() else tree_leaves(output):
             if isinstance(leaf, Tensor) and leaf.requires_grad:
                 leaf.register_hook(check)
 
     return watch
 
 
-def _adds_bias(layer: LowRankLayer, rows: Rows) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+def _adds_bias(layer: LowRankLayer, trained: Tensor, rows: Rows) -> Callable[[nn.Module, Any, Tensor], Tensor]:
     """A forward hook for the outermost adapter of a layer: the trained bias in place of the frozen one in some rows.
 
     Where the adapters stand in each other, one at most answers for a row, and no bias is scaled, so that adding the
     difference behind all of them is the same.
     """
-    trained: Tensor = layer.trained_bias  # type: ignore[assignment]
 
     def add(_layer: nn.Module, _inputs: Any, y: Tensor) -> Tensor:
+        if not layer.enabled:  # by disabled(), within mixed()
+            return y
         difference = (trained - layer.innermost.bias.to(trained.dtype)).to(y.dtype)  # [out]
         if isinstance(layer, LowRankConvolution):
             difference = layer.per_channel(difference)
@@ -209,6 +230,12 @@ def _layers(model: nn.Module, names: list[str]) -> list[tuple[str, AdapterLayer]
     if any(merged_layers(model)):
         raise ValueError("the model's adapters are merged; unmerge it first")
     layers = list(adapter_layers(model))
+    for within, found in (
+        ("disabled", any(layer in _disabled for _, layer in layers)),
+        ("mixed", any(getattr(layer, "rows", None) is not None for _, layer in layers)),
+    ):
+        if found:
+            raise ValueError(f"within {within}() it is settled which adapters answer; leave its `with` block first")
     known = sorted({layer.adapter_name for _, layer in layers})
     unknown = [name for name in names if name not in known]
     if unknown:

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from phicore.adapters import base as base_layer
+from phicore.adapters.config import LoRAConfig, pattern_value
 from phicore.adapters.dora import DoRALayer, DoRALinear
 from phicore.adapters.dora_norm import row_scale
 from phicore.adapters.embedding import LowRankEmbedding
 from phicore.adapters.lora import LoRALinear, LowRankLayer, LowRankLinear, Options
-from phicore.modules import matches
+from phicore.modules import within
 
 
 class TiedHead(LowRankLinear):
@@ -177,6 +178,26 @@ def owners_of_tied(model: nn.Module, targets: Mapping[str, nn.Module]) -> dict[s
     return owners
 
 
+def check_same_settings(owners: Mapping[str, str], config: LoRAConfig) -> None:
+    """Raises ValueError for a pattern that gives a layer that takes another's pair a rank or an alpha that is not its.
+
+    Args:
+        owners: of `owners_of_tied`.
+        config: holds the patterns.
+    """
+    for what, pattern, default in (
+        ("rank_pattern", config.rank_pattern, config.rank),
+        ("alpha_pattern", config.alpha_pattern, config.alpha),
+    ):
+        for path, owner in owners.items():
+            here = pattern_value(pattern, owner, default)
+            if (own := pattern_value(pattern, path, here)) != here:
+                raise ValueError(
+                    f"ensure_weight_tying: {path} takes the pair of {owner}, and {what} says {own} of it, where that "
+                    f"has {here}; say the same of both, or of {owner} alone"
+                )
+
+
 def add_tied(
     model: nn.Module, targets: Mapping[str, nn.Module], excluded: Collection[str], saved: Mapping[str, nn.Module]
 ) -> dict[str, nn.Module]:
@@ -185,7 +206,7 @@ def add_tied(
     Args:
         model: the model, not changed yet.
         targets: the layers that target_modules means.
-        excluded: names and suffixes of exclude_modules.
+        excluded: names and suffixes of exclude_modules, of containers too.
         saved: modules that are trained whole.
 
     Raises:
@@ -200,11 +221,13 @@ def add_tied(
             + (f"tied are {', '.join(there)}" if there else f"{type(model).__name__} ties none")
         )
     places = {path: module for table in meant for path, module in tables[table].items()}
+    whole = tuple(f"{path}." for path in saved)
     for path in places:
-        if path in saved or matches(path, list(excluded)):
+        trained_whole = path in saved or path.startswith(whole)
+        if trained_whole or within(path, list(excluded)):
             raise ValueError(
                 f"ensure_weight_tying: {path} is tied to a target, but is "
-                f"{'trained whole (modules_to_save)' if path in saved else 'excluded'}"
+                f"{'trained whole (modules_to_save)' if trained_whole else 'excluded'}"
             )
     together = dict(targets) | places
     order = {path: place for place, (path, _) in enumerate(model.named_modules(remove_duplicate=False))}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from phicore.adapters import base as base_layer
 from phicore.adapters.embedding import LowRankEmbedding, check_lookup
+from phicore.adapters.layers import adapter_around
 from phicore.adapters.lora import LowRankLayer, Rows, updated_rows
 from phicore.adapters.trained import TrainedPart
 from phicore.modules import has_own_forward, matches, no_match
@@ -150,11 +151,10 @@ def token_rows(
     places = {path: made[module] for path, module in every.items() if module in made}
     whole = tuple(f"{path}." for path in taken)
     for path in places:
-        parent = every[path.rpartition(".")[0]]
-        if path in taken or path.startswith(whole) or isinstance(parent, LowRankLayer | TrainedPart):
+        if path in taken or path.startswith(whole) or adapter_around(path, every):
             raise ValueError(
                 f"trainable_token_indices means rows of {path}, which is adapted, trained whole or trained in its "
-                f"bias; leave it out of the one or the other"
+                f"bias, or stands in a module that is; leave it out of the one or the other"
             )
     return dict(places)
 

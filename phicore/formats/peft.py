@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from phicore import atomic
 from phicore.adapters.attach import attach
 from phicore.adapters.config import LoRAConfig
-from phicore.adapters.dora import DoRALayer
 from phicore.adapters.experts import LoRAExperts
 from phicore.adapters.layers import adapter_layers, merged_layers
 from phicore.adapters.lora import LowRankLayer
 from phicore.adapters.plan import plan
+from phicore.adapters.switch import refresh_norms
 from phicore.adapters.tied import owners_of_tied, shared_pair
 from phicore.adapters.trained import TrainedPart
 from phicore.adapters.wrapped import check_not_flattened, check_not_sharded, check_not_wrapped
@@ -211,9 +211,7 @@ def _load(model: nn.Module, directory: Path, name: str) -> None:
         for path in others:
             copied: Any = model.get_submodule(path)
             copied.trained.weight = owner.trained.weight
-    for _, layer in adapter_layers(model):
-        if isinstance(layer, DoRALayer) and isinstance(layer.base, LowRankLayer):
-            layer.refresh_base_norm()  # the adapter under it may be the one that was loaded
+    refresh_norms(model)  # of DoRA over the adapter that was loaded
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -43,7 +43,11 @@ HEADS = {
 
 
 def adapter_config(model: nn.Module, name: str = "default") -> dict[str, Any]:
-    """adapter_config.json for an attached adapter: the fields that readers need and those that differ from default."""
+    """adapter_config.json for an attached adapter: the fields that readers need and those that differ from default.
+
+    Raises:
+        ValueError: layers put in place by hand, some with DoRA or rsLoRA and some without.
+    """
     layers = [(path, layer) for path, layer in adapter_layers(model, name) if isinstance(layer, LowRankLayer)]
     settings = [
         (path, doubled_rank(layer, rank), doubled_alpha(layer, alpha), layer)
@@ -56,6 +60,10 @@ def adapter_config(model: nn.Module, name: str = "default") -> dict[str, Any]:
     rank, alpha = ranks.most_common(1)[0][0], alphas.most_common(1)[0][0]
     endings = _endings(path for path, _, _, _ in settings)
     first = layers[0][1] if layers else None
+    use_dora, use_rslora = (
+        _of_all(name, what, {path: value(layer) for path, _, _, layer in settings})
+        for what, value in (("DoRA", _has_dora), ("rsLoRA", lambda layer: layer.rslora))
+    )
     linear = [layer.innermost for _, layer in layers if isinstance(layer, LowRankLinear)]
     base_config = getattr(model, "config", None)
     config = {
@@ -66,8 +74,8 @@ def adapter_config(model: nn.Module, name: str = "default") -> dict[str, Any]:
         "lora_alpha": _integer_if_whole(alpha),
         "lora_dropout": first.dropout if first else 0.0,
         **_shortest_targets(model, sorted({_target(model, path) for path, _ in layers})),
-        "use_dora": isinstance(settings[0][3], DoRALayer | DoRAExperts),
-        "use_rslora": settings[0][3].rslora,
+        "use_dora": use_dora,
+        "use_rslora": use_rslora,
         "rank_pattern": {_pattern(path, endings): r for path, r, _, _ in settings if r != rank},
         "alpha_pattern": {_pattern(path, endings): _integer_if_whole(a) for path, _, a, _ in settings if a != alpha},
         "modules_to_save": sorted(saved) or None,
@@ -81,6 +89,21 @@ def adapter_config(model: nn.Module, name: str = "default") -> dict[str, Any]:
     if parameters:
         config["target_parameters"] = _shortest_parameters(model, parameters)
     return config
+
+
+def _has_dora(layer: Any) -> bool:
+    return isinstance(layer, DoRALayer | DoRAExperts)
+
+
+def _of_all(name: str, what: str, values: dict[str, bool]) -> bool:
+    """What is so of each layer, by its name, of an adapter."""
+    if len(set(values.values())) > 1:
+        one, other = (next(path for path, value in values.items() if value is which) for which in (True, False))
+        raise ValueError(
+            f'{one} of the adapter "{name}" has {what} and {other} has not, and PEFT\'s format says it once for all '
+            f"layers of an adapter; give them names of their own (their adapter_name), and save each adapter"
+        )
+    return next(iter(values.values()))
 
 
 def _ties(model: nn.Module, name: str) -> bool:
@@ -320,7 +343,7 @@ def differences(model: nn.Module, raw: dict[str, Any], parts: Parts, name: str) 
                 pattern_value(raw.get("alpha_pattern") or {}, path, raw.get("lora_alpha", DEFAULT_ALPHA)),
                 alpha,
             ),
-            ("use_dora", bool(raw.get("use_dora")), isinstance(layer, DoRALayer | DoRAExperts)),
+            ("use_dora", bool(raw.get("use_dora")), _has_dora(layer)),
             ("use_rslora", bool(raw.get("use_rslora")), layer.rslora),
             ("parts", parts.get(own_path, parts_of(layer)), parts_of(layer) or filled_up(own_path, layer, parts)),
         ):

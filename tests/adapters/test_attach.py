@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import phicore
-from phicore.adapters import FusedDoRALinear, adapter_layers
+from phicore.adapters import FusedDoRALinear, LoRALinear, adapter_layers
 from tests.adapters.toys import CONFIG, DORA, NF4, adapted, build, trainable, x_for
 
 # ===== attach =====
@@ -291,6 +292,28 @@ def test_actions_out_of_turn_are_refused(toy, unchanged, state, action, message)
     model = broken(toy, state)
     with unchanged(model), pytest.raises(ValueError, match=message):
         action(model)
+
+
+@pytest.mark.parametrize("name", [None, 3, ("a",)])
+def test_a_name_that_is_no_text_is_refused(toy, unchanged, tmp_path, name):
+    """None would be the base model for `mixed`."""
+    phicore.save_adapter(phicore.attach(toy(), phicore.LoRAConfig(**CONFIG)), tmp_path)
+    model = toy()
+    for action in (
+        lambda: phicore.attach(model, phicore.LoRAConfig(**CONFIG), name),
+        lambda: phicore.load_adapter(model, tmp_path, name),
+    ):
+        with unchanged(model), pytest.raises(TypeError, match="the name of an adapter must be a text, got "):
+            action()
+
+
+def test_an_error_half_way_leaves_what_trains_as_it_was(toy, unchanged, monkeypatch):
+    """Of memory, say: a layer freezes its base when it is made."""
+    model = toy()
+    model.norm.requires_grad_(False)
+    monkeypatch.setattr(LoRALinear, "reset_parameters", mock.Mock(side_effect=[None, None, MemoryError]))
+    with unchanged(model), pytest.raises(MemoryError):
+        phicore.attach(model, phicore.LoRAConfig(**CONFIG))
 
 
 # ===== whole models =====

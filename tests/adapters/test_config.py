@@ -3,6 +3,7 @@
 import dataclasses
 import re
 
+import numpy
 import pytest
 import torch
 
@@ -19,6 +20,8 @@ from phicore.adapters.config import pattern_value, scaling
         ({"rank_pattern": {"q": 0}}, r"rank_pattern\['q'\] must be a whole number above 0, got 0"),
         ({"alpha": -1}, "alpha must be a number above 0, got -1"),
         ({"alpha": float("nan")}, "alpha must be a number above 0, got nan"),
+        ({"alpha": 10**400}, "alpha must be a number above 0, got 1000"),
+        ({"alpha_pattern": {"q": True}}, r"alpha_pattern\['q'\] must be a number above 0, got True"),
         ({"alpha_pattern": {"q": 0.0}}, r"alpha_pattern\['q'\] must be a number above 0, got 0.0"),
         ({"dropout": 1}, "dropout must be at least 0 and below 1, got 1"),
         ({"dropout": float("nan")}, "dropout must be at least 0 and below 1, got nan"),
@@ -88,6 +91,10 @@ def test_a_pattern_that_cannot_stand_behind_a_prefix_is_named(field):
         ({"target_parameters": 3}, "target_parameters must be a list of names, got 3"),
         ({"rank_pattern": None}, "rank_pattern must be a dict of regular expressions, got None"),
         ({"alpha_pattern": [3]}, r"alpha_pattern must be a dict of regular expressions, got \[3\]"),
+        ({"rank_pattern": {3: 2}}, "rank_pattern must hold regular expressions, got 3"),
+        ({"layers_to_transform": 0, "layers_pattern": [3]}, "layers_pattern must hold regular expressions, got 3"),
+        ({"trainable_token_indices": {3: [1]}}, r"what trainable_token_indices are given for must be .*, got \[3\]"),
+        ({"trainable_token_indices": numpy.array([1, 2])}, "trainable_token_indices must be .* is none; got array"),
         ({"trainable_token_indices": 1.5}, "trainable_token_indices must be whole numbers from 0, got 1.5"),
         ({"trainable_token_indices": {}}, "trainable_token_indices must be a list of whole numbers, got {}"),
         ({"layers_to_transform": iter([1])}, "layers_to_transform must be whole numbers from 0, got <list_iterator"),

@@ -319,6 +319,41 @@ def test_what_cannot_be_adapted_is_named(unchanged, options, message):
         phicore.attach(model, phicore.LoRAConfig(**config))
 
 
+class Mixture(Experts):
+    """With layers of its own beside its experts, as a shared expert is one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared, self.embed = nn.Linear(IN, IN), nn.Embedding(7, IN)
+
+
+OF_EXPERTS = {"target_parameters": TARGETS, "target_modules": []}
+OF_SHARED = {"target_modules": ["shared"]}
+SAVED = {"target_modules": ["router"], "modules_to_save": ["shared"]}
+ROWS = {"target_modules": ["router"], "trainable_token_indices": {"embed": [1, 3]}}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        (OF_SHARED, OF_EXPERTS, r"experts\.up, and experts\.shared, in the same module, has an adapter already"),
+        (SAVED, OF_EXPERTS, r"experts\.up, and experts\.shared, in the same module, has an adapter already"),
+        (ROWS, OF_EXPERTS, r"experts\.up, and experts\.embed, in the same module, has an adapter already"),
+        (OF_EXPERTS, OF_SHARED, "matches experts.base.shared, which is a Linear and cannot be adapted"),
+        (OF_EXPERTS, SAVED, "matches experts.base.shared, which stands in experts, where an adapter is"),
+        (OF_EXPERTS, ROWS, "rows of experts.base.embed, which is adapted, .* or stands in a module that is"),
+        (None, OF_EXPERTS | SAVED, r"experts\.up, and modules_to_save experts\.shared"),
+    ],
+)
+def test_what_stands_in_a_module_of_adapted_parameters_is_refused(unchanged, first, second, message):
+    """The one adapter would not be called, or be saved by a name that the model does not have."""
+    model = nn.ModuleDict({"router": nn.Linear(IN, IN), "experts": Mixture()})
+    if first is not None:
+        phicore.attach(model, phicore.LoRAConfig(rank=2, **first), "first")
+    with unchanged(model), pytest.raises(ValueError, match=message):
+        phicore.attach(model, phicore.LoRAConfig(rank=2, **second), "second")
+
+
 def test_integer_parameters_and_single_names(unchanged):
     model = model_of()
     with unchanged(model), pytest.raises(TypeError, match=r"experts\.codes has torch\.int8 weights"):

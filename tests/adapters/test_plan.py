@@ -9,6 +9,7 @@ from torch import nn
 import phicore
 from phicore.adapters import adapter_layers
 from phicore.adapters.lora import LowRankLinear
+from phicore.adapters.trained import TrainedCopy
 from tests.adapters.toys import CONFIG
 
 # ===== targets, exclusions, patterns =====
@@ -124,6 +125,18 @@ def test_what_is_saved_whole_is_not_adapted_inside(toy):
     assert model.blocks[0].trained.up_proj.weight.requires_grad
 
 
+@pytest.mark.parametrize("entries", [["blocks.0", "0.up_proj"], ["0.up_proj", "blocks.0"]])
+def test_what_stands_in_a_module_that_is_saved_whole_is_saved_with_it(toy, tmp_path, entries):
+    config = phicore.LoRAConfig(**CONFIG, target_modules=["1.up_proj"], modules_to_save=entries)
+    model = phicore.attach(toy(), config)
+    assert [path for path, layer in adapter_layers(model) if isinstance(layer, TrainedCopy)] == ["blocks.0"]
+    model(torch.randn(2, 10, dtype=model.norm.weight.dtype)).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+    phicore.save_adapter(model, tmp_path)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert settings["modules_to_save"] == ["blocks.0"]
+
+
 def test_only_saved_whole_leaves_nothing_to_adapt(toy, unchanged):
     model = toy()
     with unchanged(model), pytest.raises(ValueError, match="modules_to_save"):
@@ -135,6 +148,17 @@ def test_what_has_an_adapter_in_it_is_not_saved_whole(toy, unchanged, entry):
     model = phicore.attach(toy(), phicore.LoRAConfig(modules_to_save=["head"]), "first")
     config = phicore.LoRAConfig(target_modules=["0.up_proj"], modules_to_save=[entry])
     with unchanged(model), pytest.raises(ValueError, match=f'modules_to_save entry "{entry}" matches .* adapter in it'):
+        phicore.attach(model, config, "second")
+
+
+@pytest.mark.parametrize(
+    ("first", "entry"),
+    [({}, "base"), ({"modules_to_save": ["blocks.1"]}, "trained"), ({"modules_to_save": ["blocks.1"]}, "down_proj")],
+)
+def test_what_stands_in_an_adapted_layer_is_not_saved_whole(toy, unchanged, first, entry):
+    model = phicore.attach(toy(), phicore.LoRAConfig(**CONFIG, target_modules=["0.up_proj"], **first), "first")
+    config = phicore.LoRAConfig(target_modules=["head"], modules_to_save=[entry])
+    with unchanged(model), pytest.raises(ValueError, match=rf"matches .*{entry}, which stands in .*, where an adapter"):
         phicore.attach(model, config, "second")
 
 

@@ -48,6 +48,16 @@ def test_olora_is_the_first_of_the_qr_decomposition(make):
     torch.testing.assert_close(gram, torch.eye(RANK, dtype=torch.float64))
 
 
+@SHIFTED
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_named(toy, unchanged, init, value):
+    model = toy()
+    with torch.no_grad():
+        model.blocks[1].up_proj.weight[2, 3] = value
+    with unchanged(model), pytest.raises(ValueError, match=rf'blocks\.1\.up_proj: init "{init}" .* holds NaN or Inf'):
+        phicore.attach(model, phicore.LoRAConfig(rank=RANK, init=init))
+
+
 @BOTH
 @SHIFTED
 def test_the_layer_starts_at_its_base_which_stays_as_it_is(make, init):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import phicore
 from phicore.adapters import activate, adapter_layers, mixed
@@ -144,6 +145,28 @@ def test_dora_over_lora_follows_what_is_under_it(net, randomize):
     torch.testing.assert_close(model(IDS), both)
 
 
+@pytest.mark.parametrize("load", [False, True], ids=["activate", "load_adapter"])
+def test_dora_over_parts_of_a_fused_layer_follows_what_is_under_both(randomize, tmp_path, load):
+    """The rows of the parts that have no pair have the base's norms for magnitudes: a norm that another is made of."""
+    model = nn.ModuleDict({"attention": nn.Module()}).double()
+    model.attention.qkv_proj, model.attention.head_dim, model.attention.num_key_value_heads = nn.Linear(8, 16), 4, 1
+    of_q = {"dora": True, "target_modules": ["q_proj"], "fused_targets": "split"}
+    whole = {"target_modules": ["qkv_proj"]}
+    with_adapters(model.double(), randomize, a=whole, b=of_q, c=whole | DORA)
+    layer = activate(model, ["a", "b", "c"]).attention.qkv_proj
+    if load:
+        phicore.save_adapter(model, tmp_path, "a")
+        randomize(layer.base.base, seed=9)
+        phicore.load_adapter(activate(model, ["a", "b", "c"]), tmp_path, "a")
+    else:
+        activate(model, ["b", "c"])
+    x = torch.randn(3, 8, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), x @ layer.merged_weight().T + layer.bias)
+    norms = layer.base_norm_squared
+    layer.refresh_base_norm()
+    torch.testing.assert_close(norms, layer.base_norm_squared)
+
+
 @pytest.mark.parametrize(
     "kinds",
     [
@@ -217,6 +240,90 @@ def test_what_is_refused(net, randomize, unchanged):
     phicore.merge(model)
     with pytest.raises(ValueError, match="unmerge it first"):
         activate(model, "a")
+
+
+def test_names_of_rows_may_come_from_an_iterator(net, randomize):
+    model = with_adapters(net, randomize, a={}, b={})
+    names = ["a", "b", None, "b"]
+    with mixed(model, names):
+        expected = model(IDS)
+    with mixed(model, iter(names)):
+        assert torch.equal(model(IDS), expected)
+
+
+def test_a_mixed_batch_leaves_the_adapters_whole(net, randomize, tmp_path):
+    model = with_adapters(net, randomize, a=BIAS, b=BIAS)
+    phicore.save_adapter(model, tmp_path / "before", "a")
+    with mixed(model, ["a", "b", None, "a"]):
+        phicore.save_adapter(model, tmp_path / "within", "a")
+    files = [(tmp_path / when / "adapter_model.safetensors").read_bytes() for when in ("before", "within")]
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_layers_that_run_again_behind_a_mixed_batch_are_refused(net, randomize, reentrant):
+    """By torch's own checkpoint, of which no model tells: reentrant, it would give other gradients without a word."""
+    model = with_adapters(net, randomize, a={}, b={"target_modules": ["embed", "up"]})
+    up = model.up
+    model.up = nn.Identity()
+    model.up.forward = lambda x: checkpoint(up, x, use_reentrant=reentrant)
+    model.up.layer = up
+    names = ["a", "b", None, "a"]
+    with mixed(model, names):
+        loss = model(IDS).square().sum()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"call backward\(\) within the `with` block"):
+            loss.backward(retain_graph=True)
+    model.zero_grad()
+    with mixed(model, names):
+        model(IDS).square().sum().backward()
+    assert up.lora_B.grad.any()
+    model(IDS).sum().backward()  # nothing of it is left
+
+
+# ===== disabled and mixed, one in another and side by side =====
+
+
+def test_it_is_settled_within_mixed_and_disabled_who_answers(net, randomize):
+    """What is switched there would be lost behind them, or have the rows of one batch answered for another."""
+    plain = net(IDS)
+    model = with_adapters(net, randomize, a={}, b=BIAS)
+    before = model(IDS)
+    names = ["a", "b", None, "a"]
+    with mixed(model, names):
+        rows = model(IDS)
+        for action in (lambda: activate(model, "a"), lambda: mixed(model, ["a"] * 4).__enter__()):
+            with pytest.raises(ValueError, match=r"within mixed\(\) it is settled which adapters answer"):
+                action()
+        with pytest.raises(ValueError, match=r"within mixed\(\) each row has a weight of its own"):
+            phicore.merge(model)
+        with phicore.disabled(model):
+            torch.testing.assert_close(model(IDS), plain)
+        assert torch.equal(model(IDS), rows)
+    with phicore.disabled(model):
+        for action in (lambda: activate(model, "a"), lambda: mixed(model, names).__enter__()):
+            with pytest.raises(ValueError, match=r"within disabled\(\) it is settled which adapters answer"):
+                action()
+        torch.testing.assert_close(model(IDS), plain)
+    assert torch.equal(model(IDS), before)
+
+
+def test_disabled_may_end_in_any_order(net, randomize):
+    """As they do in threads, and in generators that take turns."""
+    base = net(IDS)
+    model = with_adapters(net, randomize, a={}, b={"target_modules": ["up"]})
+    activate(model, "b")
+    y = model(IDS)
+    first, second, third = (phicore.disabled(model) for _ in range(3))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    torch.testing.assert_close(model(IDS), base)
+    third.__enter__()
+    second.__exit__(None, None, None)
+    torch.testing.assert_close(model(IDS), base)
+    third.__exit__(None, None, None)
+    assert torch.equal(model(IDS), y)
 
 
 def test_another_adapter_is_loaded_without_compiling_again(net, randomize, tmp_path):

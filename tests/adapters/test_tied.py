@@ -265,6 +265,11 @@ def test_dora_of_rows_that_are_zero_padded_and_scaled(randomize):
         ({"target_modules": ["fc"]}, "no embedding and no head that are tied; tied are embed, head"),
         ({"exclude_modules": ["head"]}, "head is tied to a target, but is excluded"),
         ({"modules_to_save": ["head"]}, r"head is tied to a target, but is trained whole"),
+        (
+            {"rank_pattern": {"head": 4}},
+            "head takes the pair of embed, and rank_pattern says 4 of it, where that has 3",
+        ),
+        ({"alpha_pattern": {"head": 5.0, "embed": 6.0}}, "alpha_pattern says 5.0 of it, where that has 6.0"),
     ],
 )
 def test_what_is_refused(unchanged, options, message):
@@ -278,3 +283,19 @@ def test_a_model_that_ties_nothing_is_named(toy, unchanged):
     model = toy()
     with unchanged(model), pytest.raises(ValueError, match="no head that are tied; Toy ties none"):
         phicore.attach(model, phicore.LoRAConfig(ensure_weight_tying=True))
+
+
+@pytest.mark.parametrize(("option", "said"), [("exclude_modules", "excluded"), ("modules_to_save", "trained whole")])
+def test_what_is_tied_in_a_container_that_is_left_out_is_refused(unchanged, option, said):
+    model = nn.ModuleDict({"body": nn.ModuleDict({"embed": nn.Embedding(7, 4)}), "head": nn.Linear(4, 7, bias=False)})
+    model.head.weight = model.body.embed.weight
+    config = {"rank": 3, "target_modules": ["head"], "ensure_weight_tying": True, option: ["body"]}
+    with unchanged(model), pytest.raises(ValueError, match=rf"body\.embed is tied to a target, but is {said}"):
+        phicore.attach(model, phicore.LoRAConfig(**config))
+
+
+def test_a_pattern_may_say_the_same_of_all_that_is_tied():
+    config = {"rank": 3, "target_modules": ["embed"], "ensure_weight_tying": True}
+    for pattern in ({"head": 3}, {"head": 4, "embed": 4}, {"embed|head": 4}):
+        model = phicore.attach(build(), phicore.LoRAConfig(**config, rank_pattern=pattern))
+        assert model.head.rank == model.embed.rank == pattern.get("head", 4)

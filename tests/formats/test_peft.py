@@ -18,6 +18,7 @@ import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 import phicore
 from phicore.adapters import adapter_layers
@@ -334,6 +335,21 @@ def test_saving_again_replaces_both_files_and_leaves_others(tmp_path, toy, rando
 
 
 # ===== adapters by name, shared and odd modules =====
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, AveragedModel, lambda m: nn.DataParallel(torch.compile(m))])
+def test_what_torch_wraps_a_model_in_stands_in_no_name(tmp_path, toy, randomize, wrap):
+    model = randomize(phicore.attach(toy(), phicore.LoRAConfig(rank=3, alpha=7)))
+    x = torch.randn(4, 10, dtype=torch.float64)
+    expected = model(x)
+    phicore.save_adapter(wrap(model), tmp_path)
+    torch.testing.assert_close(phicore.load_adapter(toy(), tmp_path)(x), expected)
+    wrapped = wrap(toy())
+    assert phicore.attach(wrapped, phicore.LoRAConfig(rank=3, alpha=7)) is wrapped
+    phicore.load_adapter(wrapped, tmp_path)
+    phicore.save_adapter(wrapped, tmp_path / "again")
+    for file in (WEIGHTS, CONFIG):
+        assert (tmp_path / "again" / file).read_bytes() == (tmp_path / file).read_bytes()
 
 
 @pytest.mark.parametrize("dora", [False, True])

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import phicore
-from phicore.adapters import adapter_layers
+from phicore.adapters import DoRALinear, LoRALinear, adapter_layers
 from phicore.formats.peft import CONFIG, PREFIX, WEIGHTS
 from phicore.formats.peft_parts import with_metadata
 from tests.formats.peft_files import edit, edit_tensors
@@ -387,3 +388,22 @@ def test_an_adapter_without_values_is_not_written(toy, tmp_path):
     with pytest.raises(ValueError, match=r"\.lora_A\.weight is on meta, without values.*load the model whole"):
         phicore.save_adapter(model, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize(
+    ("kinds", "what"),
+    [
+        ({"up": LoRALinear, "down": DoRALinear}, "down of .* has DoRA and up has not"),
+        ({"up": partial(LoRALinear, rslora=True), "down": LoRALinear}, "up of .* has rsLoRA and down has not"),
+    ],
+)
+def test_unlike_layers_put_in_place_by_hand_are_not_one_adapter(tmp_path, kinds, what):
+    """A file says it once for all of them: half of the model would be read as something else."""
+    model = nn.ModuleDict({name: kind(nn.Linear(8, 8), rank=2) for name, kind in kinds.items()})
+    with pytest.raises(ValueError, match=what):
+        phicore.save_adapter(model, tmp_path)
+    assert not any(tmp_path.iterdir())
+    model.up.adapter_name = "other"
+    for name in ("default", "other"):
+        phicore.save_adapter(model, tmp_path / name, name)
+        phicore.load_adapter(model, tmp_path / name, name)
