@@ -8,7 +8,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +146,7 @@ class Trainer:
         self.train_data, self.eval_data = train_data, eval_data
         self.loss_fn = loss_fn or causal_lm_loss
         self.collate_fn = collate_fn or make_batch
-        self.output = Path(config.output)
+        self.output = Path(config.output).absolute()  # wherever the process goes
         self.checkpoints = self.output / "checkpoints"
         self.step = 0  # optimizer steps done
         self.tokens = 0
@@ -515,7 +515,7 @@ class Trainer:
 
     def _find(self) -> tuple[Path | None, dict[str, Any] | None]:
         """The checkpoint to go on from and its state, or room for a new run."""
-        newest = prepare_output(self.config)
+        newest = prepare_output(replace(self.config, output=str(self.output)))
         if newest is None:
             return None, None
         state = checkpoint.read_state(newest)
