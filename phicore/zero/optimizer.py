@@ -252,6 +252,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if grads := self._gradients():
             torch._foreach_mul_(grads, factor)
 
+    def has_gradients(self) -> bool:
+        """Whether `finish_reduction` found a gradient of any parameter, on any rank."""
+        return any(slot.used for bucket in self._reducer.buckets for slot in bucket.slots)
+
     def own_gradients_were_finite(self) -> bool:
         """Whether what this rank gave since the last `zero_grad` to the reductions that are finished was finite. It
         answers which rank a NaN came from; alone there is nothing to tell apart, and it is True."""
