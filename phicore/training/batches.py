@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import IterableDataset, default_collate
 
 from phicore.training.data import collate
@@ -62,6 +63,8 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch with its tensors, at any depth, on a device."""
     if isinstance(batch, Tensor):
         return batch.to(device)
+    if isinstance(batch, PackedSequence):  # one part of it stays on the CPU
+        return batch.to(device)  # type: ignore[arg-type]
     if isinstance(batch, Mapping):
         return {key: to_device(value, device) for key, value in batch.items()}
     if isinstance(batch, list | tuple):

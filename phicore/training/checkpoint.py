@@ -31,11 +31,17 @@ from phicore.training.shards import Part, digest, file_name, write_shard
 FORMAT = 2
 LATEST = "latest"
 STATE = "state.json"
+NAME = r"step-\d{8,}"
 
 
 def directory_name(step: int) -> str:
     """Of the checkpoint of a step."""
     return f"step-{step:08d}"
+
+
+def _checkpoints(directory: Path) -> list[Path]:
+    """Those there, oldest first; not what else stands beside them, such as a copy of one under another name."""
+    return sorted(path for path in directory.glob("step-*") if re.fullmatch(NAME, path.name))
 
 
 def save_checkpoint(
@@ -104,7 +110,7 @@ def _publish(stack: ExitStack, new: Path, state: Mapping[str, Any], keep: int) -
     stack.close()
     atomic.write_text(directory / LATEST, name + "\n")
     # Not beyond this one: after going back to an earlier checkpoint there are later ones, which will be written again.
-    old = sorted(path for path in directory.glob("step-*") if path.name <= name)[:-keep]
+    old = [path for path in _checkpoints(directory) if path.name <= name][:-keep]
     # The others are left of writes that were killed.
     for path in (*old, *directory.glob(".step-*"), *directory.glob(f".{LATEST}.*")):
         try:
@@ -129,9 +135,9 @@ def latest_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
     """
     directory = Path(directory)
     if not (directory / LATEST).exists():
-        return max((path for path in directory.glob("step-*") if (path / STATE).is_file()), default=None)
+        return max((path for path in _checkpoints(directory) if (path / STATE).is_file()), default=None)
     name = (directory / LATEST).read_text(errors="replace").strip()
-    if not re.fullmatch(r"step-\d{8,}", name):
+    if not re.fullmatch(NAME, name):
         raise ValueError(f"{directory / LATEST} is damaged: it holds {name!r}, not the name of a checkpoint")
     # A kill while the same step is saved again can leave it where `atomic.new_directory` put it aside.
     for path in (directory / name, *directory.glob(f".{name}.old.*/{name}")):
@@ -144,7 +150,7 @@ def latest_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
 
 def _others(directory: Path, name: str) -> str:
     """What to do where a checkpoint is gone."""
-    there = sorted(path.name for path in directory.glob("step-*") if path.name != name and (path / STATE).is_file())
+    there = [path.name for path in _checkpoints(directory) if path.name != name and (path / STATE).is_file()]
     if there:
         return (
             f"write another's name into {directory / LATEST}: there {'are' if there[1:] else 'is'} {', '.join(there)}"

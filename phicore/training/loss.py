@@ -1,6 +1,7 @@
 """The loss of a causal language model, as a sum and a count: whoever sums over batches and ranks divides once."""
 
 import inspect
+import math
 import weakref
 from collections.abc import Callable, Mapping
 from numbers import Real
@@ -207,20 +208,24 @@ def output_head(model: nn.Module) -> nn.Linear | None:
     return head
 
 
-def sum_and_count(returned: Any) -> tuple[Tensor, Tensor | float]:
+def sum_and_count(returned: Any) -> tuple[Tensor, float]:
     """What a loss function returned, if it is what the loop needs of one.
 
     Raises:
         TypeError: it is something else, such as the mean loss alone, or that and the model's output.
+        ValueError: the count is negative or not finite.
     """
-    loss, n = returned if isinstance(returned, tuple) and len(returned) == 2 else (None, None)
+    pair: tuple[Any, Any] = returned if isinstance(returned, tuple) and len(returned) == 2 else (None, None)
+    loss, n = pair
     if not (_is_scalar(loss) and (_is_scalar(n) or isinstance(n, Real))):
         told = f"tuple of {', '.join(map(kind_of, returned))}" if isinstance(returned, tuple) else kind_of(returned)
         raise TypeError(
             f"loss_fn returned a {told}; it must return two values: the loss summed over the batch, a tensor of "
             f"one element, and the number of tokens (or items) that it sums over. Of a mean over n: return loss * n, n"
         )
-    return returned
+    if not 0 <= (count := float(n)) < math.inf:
+        raise ValueError(f"loss_fn counted {count} tokens (or items); a count is finite and at least 0")
+    return loss, count
 
 
 def _is_scalar(value: Any) -> bool:

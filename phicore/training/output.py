@@ -131,7 +131,8 @@ def prepare_output(config: TrainConfig) -> Path | None:
     if config.overwrite and checkpoints.exists():
         # First the name: a kill in between must not leave it without its checkpoint.
         (checkpoints / LATEST).unlink(missing_ok=True)
-        shutil.rmtree(checkpoints)
+        for path in checkpoints.iterdir():  # not itself, which may be a link to another disk
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     newest = latest_checkpoint(checkpoints)
     if newest is not None and not config.resume:
         raise FileExistsError(f"{output} holds a run ({newest.name}); set resume, overwrite, or another output")

@@ -8,7 +8,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +115,8 @@ class Trainer:
     Raises:
         TypeError: data that does not give its examples by index (an IterableDataset, a generator).
         ValueError: no parameter requires a gradient, or there is no data (for eval_every, no eval_data), or
-            group_by_length is set and the examples have no input_ids; the environment's variables are incomplete; ranks
-            were given different settings, models or frozen weights.
+            group_by_length is set and the examples have no input_ids; identity has a setting's name; the environment's
+            variables are incomplete; ranks were given different settings, models or frozen weights.
         LostRankError: another rank was lost meanwhile, naming it.
 
     Example:
@@ -146,7 +146,7 @@ class Trainer:
         self.train_data, self.eval_data = train_data, eval_data
         self.loss_fn = loss_fn or causal_lm_loss
         self.collate_fn = collate_fn or make_batch
-        self.output = Path(config.output)
+        self.output = Path(config.output).absolute()  # wherever the process goes
         self.checkpoints = self.output / "checkpoints"
         self.step = 0  # optimizer steps done
         self.tokens = 0
@@ -193,7 +193,14 @@ class Trainer:
         if config.eval_every and (self.eval_data is None or not len(self.eval_data)):
             raise ValueError(f"eval_every is {config.eval_every}, but there is no eval_data to evaluate on")
         lengths = lengths_of(self.train_data) if config.group_by_length else None
-        return json.loads(json.dumps(dict(identity or {}))), parameters, lengths
+        given = json.loads(json.dumps(dict(identity or {})))
+        own = json.loads(json.dumps({**fixed_settings(config), "examples": len(self.train_data)}))
+        if hidden := [key for key in own.keys() & given.keys() if given[key] != own[key]]:
+            raise ValueError(
+                f"identity has {hidden[0]}={given[hidden[0]]!r}, which is also the name of a setting that is compared "
+                f"when the run is resumed ({own[hidden[0]]!r}); give it another name"
+            )
+        return given, parameters, lengths
 
     def _check_parameters(self) -> None:
         known = set(self.parameters.values())
@@ -245,7 +252,7 @@ class Trainer:
             TypeError: the loss function returns no sum and count, or the model no logits, see `causal_lm_loss`.
             ValueError: resuming with other settings (each change is listed) or over another base; a step without a
                 labelled token; examples that cannot be made a batch, or have no labels; a parameter that requires a
-                gradient only since the Trainer was made.
+                gradient only since the Trainer was made; a loss from which no gradient comes, or a count that is none.
             FloatingPointError: a loss or gradient norm that is not finite, naming the step and the rank where it arose;
                 the step is not taken, on any rank.
             LostRankError: another rank ended, failed or did not answer within the time-out, naming it and its step.
@@ -334,9 +341,14 @@ class Trainer:
             with nullcontext() if reduce_each or number == len(parts) else self.optimizer.no_sync():
                 loss, n = sum_and_count(self.loss_fn(self.model, batch))
                 loss.backward()
-            loss_sum, count = loss_sum + float(loss.detach()), count + float(n)
-            tokens += count_tokens(batch, float(n))
+            loss_sum, count = loss_sum + float(loss.detach()), count + n
+            tokens += count_tokens(batch, n)
         self.optimizer.finish_reduction()
+        if not self.step and not self.optimizer.has_gradients():  # later a step may pass over all that trains
+            raise ValueError(
+                "step 1: no parameter that trains got a gradient; compute the loss from what the model returns, "
+                "with no detach(), item() or new tensor in between"
+            )
         # ===== Phase 2: from sums to the mean over all tokens of the step =====
         memory = peak_memory_bytes(self.device)
         own = [loss_sum, count, tokens, waited, self.stop_requested, memory, self._writer.failed]
@@ -438,7 +450,7 @@ class Trainer:
                     continue
                 batch = to_device(self.collate_fn([data[i] for i in part]), self.device)
                 loss, n = sum_and_count(self.loss_fn(self.model, batch))
-                loss_sum, count = loss_sum + float(loss), count + float(n)
+                loss_sum, count = loss_sum + float(loss), count + n
         loss_sum, count = sum_over_ranks([loss_sum, count], self.device)
         return masked_mean(loss_sum, count, "evaluation")
 
@@ -471,7 +483,8 @@ class Trainer:
         shard, buffers = self.optimizer.state_dict(), self.buffers.find()
         parts = {**trained_parts(shard, self.parameters), **random_parts(rank())}
         if rank() == 0:
-            parts |= {f"buffer/{name}": Part(buffer) for name, buffer in buffers.items()}
+            # Copies: a file holds no two views of one memory.
+            parts |= {f"buffer/{name}": Part(buffer.clone()) for name, buffer in buffers.items()}
         state = {
             "step": self.step,
             "tokens": self.tokens,
@@ -516,7 +529,7 @@ class Trainer:
 
     def _find(self) -> tuple[Path | None, dict[str, Any] | None]:
         """The checkpoint to go on from and its state, or room for a new run."""
-        newest = prepare_output(self.config)
+        newest = prepare_output(replace(self.config, output=str(self.output)))
         if newest is None:
             return None, None
         state = checkpoint.read_state(newest)

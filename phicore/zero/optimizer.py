@@ -70,9 +70,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
     Raises:
         TypeError: parameters without names; an optimizer_class that is not one.
         ValueError: another stage or reduction; bucket_bytes that are no whole number above 0; no parameters, or one
-            that is given twice; a dtype other than float32, float64, bfloat16, float16; an optimizer that is not
-            element-wise; ranks that were given different parameters or settings. What is wrong on one rank is raised
-            on every rank.
+            that is given twice; a dtype other than float32, float64, bfloat16, float16; an optimizer that, with the
+            settings of some group, is not element-wise, or whose state is neither an entry for each element nor a
+            number; ranks that were given different parameters or settings. What is wrong on one rank is raised on
+            every rank.
 
     Example:
         >>> model = torch.nn.Linear(4, 2)
@@ -99,7 +100,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.rank = dist.get_rank(process_group) if distributed else 0
         if self.world_size < 1:
             raise ValueError("this rank is not in process_group; only ranks that are can make a ZeroOptimizer over it")
-        self._class = optimizer_class
+        self._class, self._options = optimizer_class, options
         self._names: list[list[str]] = []  # of each group, as given
         self._shapes: dict[str, torch.Size] = {}
         self._frozen: dict[str, tuple[int, Tensor]] = {}  # group and parameter
@@ -112,7 +113,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         own = {"stage": stage, "reduction": reduction, "bucket_bytes": bucket_bytes}
         groups = self._agree_on_groups(read, {**own, **options})
         self._device = _device_of(groups)
-        check_elementwise(optimizer_class, options, self._device)
+        check_elementwise(optimizer_class, options, [state.settings(group) for group in groups], self._device)
         scale = 1.0 / self.world_size if reduction == "mean" else 1.0
         scratch = Scratch(BUCKETS_KEPT * bucket_bytes)
         self._blame = Blame()
@@ -134,6 +135,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """
         if self._ready:
             (param_group,) = self._agree_on_groups(lambda: named_groups([as_group(param_group)], self._shapes), {})
+            check_elementwise(self._class, self._options, [state.settings(param_group)], self._device)
         named = param_group["params"]
         trained = [(name, p) for name, p in named if p.requires_grad]
         frozen = [(name, p) for name, p in named if not p.requires_grad]
@@ -249,6 +251,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._reducer.scaled = True  # also where this rank owns nothing that has a gradient: all ranks must know
         if grads := self._gradients():
             torch._foreach_mul_(grads, factor)
+
+    def has_gradients(self) -> bool:
+        """Whether `finish_reduction` found a gradient of any parameter, on any rank."""
+        return any(slot.used for bucket in self._reducer.buckets for slot in bucket.slots)
 
     def own_gradients_were_finite(self) -> bool:
         """Whether what this rank gave since the last `zero_grad` to the reductions that are finished was finite. It

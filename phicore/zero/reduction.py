@@ -106,7 +106,7 @@ class GradientReducer:
     def on_gradient(self, bucket: Bucket, slot: Slot) -> None:
         """Takes a gradient that the backward pass has just put in place."""
         slot.used = self.changed = True
-        if self.scaled and self.stage == 1 and not self.alone:
+        if self.scaled and self.stage == 1 and not self._stays(bucket):
             raise RuntimeError(
                 f"{slot.name} gets another gradient after gradients were clipped or scaled, which stage 1 would undo; "
                 f"clip once, before step, or use stage 2"
@@ -172,7 +172,9 @@ class GradientReducer:
 
     def _start_next(self) -> None:
         self._next += 1
-        self._start(self.buckets[self._next - 1])
+        bucket = self.buckets[self._next - 1]
+        if not (self.scaled and self.stage == 1 and bucket.grad is not None):  # p.grad is not scaled
+            self._start(bucket)
 
     @torch.no_grad()
     def reduce_now(self, buckets: Sequence[Bucket]) -> None:

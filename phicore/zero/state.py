@@ -87,7 +87,8 @@ def read_shards(
 
 
 def read_full(state: Mapping[str, Any], shapes: Mapping[str, torch.Size], groups: Sequence[Sequence[str]]) -> Source:
-    """A source from a torch.optim state dict: parameters by "param_names" where it has them, else by position.
+    """A source from a torch.optim state dict: parameters by "params" where these are names (as those of
+    torch.distributed.checkpoint's get_optimizer_state_dict), by "param_names" where it has them, else by position.
 
     Raises:
         ValueError: groups, names or shapes differ.
@@ -100,7 +101,8 @@ def read_full(state: Mapping[str, Any], shapes: Mapping[str, torch.Size], groups
         )
     source = Source(groups=[settings(group) for group in state["param_groups"]])
     for group, names in zip(state["param_groups"], groups, strict=True):
-        own = group.get("param_names") or names
+        named = all(isinstance(parameter, str) for parameter in group["params"])
+        own = group["params"] if named else group.get("param_names") or names
         _check_names({name: shapes.get(name, torch.Size()) for name in own}, {name: shapes[name] for name in names})
         for index, name in zip(group["params"], own, strict=True):
             kept = state["state"].get(index, {})

@@ -121,6 +121,19 @@ def test_going_back_to_an_earlier_one_never_loses_the_newest(tmp_path: Path, kee
     assert names(tmp_path) == ["latest", *(f"step-{step:08d}" for step in (7, 8)[-keep:])]
 
 
+def test_a_copy_beside_them_is_no_checkpoint_of_the_run(tmp_path: Path) -> None:
+    """It is neither removed nor counted nor gone on from."""
+    save(tmp_path, 1)
+    shutil.copytree(tmp_path / "step-00000001", tmp_path / "step-00000001-best")
+    for step in (2, 3):
+        save(tmp_path, step)
+    assert names(tmp_path) == ["latest", "step-00000001-best", "step-00000002", "step-00000003"]
+    (tmp_path / "latest").unlink()
+    for step in (2, 3):
+        shutil.rmtree(tmp_path / f"step-{step:08d}")
+    assert checkpoint.latest_checkpoint(tmp_path) is None
+
+
 def test_other_files_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / ".hidden").mkdir()

@@ -142,6 +142,32 @@ def test_without_latest_the_newest_whole_checkpoint_counts(tmp_path: Path) -> No
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
+def test_checkpoints_that_are_a_link_to_another_disk_are_overwritten_there(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/checkpoints").symlink_to(tmp_path / "disk")
+    small_trainer(tmp_path / "run").fit()
+    (tmp_path / "run/checkpoints/elsewhere").symlink_to(tmp_path)
+    small_trainer(tmp_path / "run", overwrite=True, steps=3).fit()
+    assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == ["latest", "step-00000003"]
+    assert (tmp_path / "run/checkpoints").is_symlink()
+
+
+def test_a_run_stays_in_its_output_wherever_the_process_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_trainer(tmp_path / "whole").fit()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(tmp_path)
+    trainer = small_trainer("run", save_every=1)
+    inner = trainer.loss_fn
+    trainer.loss_fn = lambda *given: (monkeypatch.chdir(elsewhere) if trainer.step == 2 else None, inner(*given))[1]
+    trainer.fit()
+    assert list(elsewhere.iterdir()) == []
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    with pytest.raises(FileExistsError, match="holds a run"):
+        small_trainer(tmp_path / "run").fit()
+
+
 def test_an_output_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"cannot write into .*/file/run \(.*\); give an output that this process may"):

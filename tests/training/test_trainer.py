@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from phicore.training import TrainConfig, Trainer
+from phicore.training.batches import to_device
 from phicore.training.data import collate
 from phicore.training.loss import causal_lm_loss
 from tests.training.regression import Batch, regression, regression_data, squares, visits, weights, weights_of
@@ -423,6 +424,38 @@ def test_a_loss_function_that_returns_no_sum_and_count_is_told(
         trainer.evaluate() if evaluate else trainer.fit()
 
 
+@pytest.mark.parametrize("count", [-1, math.nan, math.inf, torch.tensor(-2)])
+@pytest.mark.parametrize("evaluate", [False, True])
+def test_a_count_that_is_none_is_told(tmp_path: Path, count: Any, evaluate: bool) -> None:
+    """A negative one would turn the gradient around."""
+    trainer = regression(tmp_path, eval_data=regression_data())
+    trainer.loss_fn = lambda *given: (squares(*given)[0], count)
+    before = weights(trainer)
+    with pytest.raises(ValueError, match=r"loss_fn counted .* tokens .or items.; a count is finite and at least 0"):
+        trainer.evaluate() if evaluate else trainer.fit()
+    assert_same_tensors(weights(trainer), before)
+
+
+def test_a_loss_that_does_not_come_from_the_model_is_told(tmp_path: Path) -> None:
+    """It would train nothing, with a loss and a norm of zero in the log."""
+
+    def loss_fn(model: nn.Module, batch: Any) -> tuple[Tensor, int]:
+        loss, n = squares(model, batch)
+        return torch.tensor(float(loss.detach()), requires_grad=True), int(n)
+
+    trainer = regression(tmp_path)
+    trainer.loss_fn = loss_fn
+    with pytest.raises(ValueError, match="step 1: no parameter that trains got a gradient; compute the loss from"):
+        trainer.fit()
+
+
+def test_an_identity_does_not_hide_a_setting(tmp_path: Path) -> None:
+    config = TrainConfig(output=str(tmp_path), **SETTINGS)
+    with pytest.raises(ValueError, match=r"identity has learning_rate=7, which is also the name of a setting.*0\.05"):
+        Trainer(small_model(), config, examples(), identity={"learning_rate": 7})
+    Trainer(small_model(), config, examples(), identity={"learning_rate": 0.05})  # as all arguments of a script
+
+
 def test_an_error_of_the_users_code_leaves_the_model_as_it_was(tmp_path: Path, tiny: Build) -> None:
     model = tiny("llama").eval()
     config = TrainConfig(output=str(tmp_path), gradient_checkpointing=True, **SETTINGS)
@@ -467,6 +500,38 @@ def test_a_batch_may_be_a_namedtuple(tmp_path: Path) -> None:
     data = [Pair(torch.randn(3), torch.randn(2)) for _ in range(4)]
     trainer = Trainer(nn.Linear(3, 2), TrainConfig(output=str(tmp_path), steps=2, batch_size=2), data, loss_fn=loss)
     assert trainer.fit().steps == 2
+
+
+def test_a_batch_may_be_a_packed_sequence(tmp_path: Path) -> None:
+    """One of its parts stays on the CPU, whatever the device."""
+    packed = nn.utils.rnn.pack_sequence([torch.ones(3, 2), torch.ones(1, 2)])
+    assert to_device([packed], torch.device("meta"))[0].data.is_meta
+    (same,) = to_device([packed], torch.device("cpu"))
+    assert torch.equal(same.data, packed.data)
+    assert torch.equal(same.batch_sizes, packed.batch_sizes)
+
+
+def test_buffers_that_share_memory_are_saved_and_loaded(tmp_path: Path) -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 2).double()
+            self.register_buffer("seen", torch.zeros(4))
+            self.register_buffer("recent", self.seen[1:3])
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen += 1
+            return self.linear(x)
+
+    def trainer(**settings: Any) -> Trainer:
+        config = TrainConfig(output=str(tmp_path), steps=3, batch_size=2, **settings)
+        return Trainer(Counting(), config, regression_data(), loss_fn=squares)
+
+    trainer().fit()
+    again = trainer(resume=True)
+    again.fit()
+    assert torch.equal(again.model.seen, torch.full((4,), 3.0))
+    assert torch.equal(again.model.recent, torch.full((2,), 3.0))
 
 
 def test_group_by_length_puts_examples_of_like_length_into_a_step(tmp_path: Path) -> None:

@@ -90,6 +90,47 @@ def test_a_pass_after_scaling_adds_to_what_was_scaled_or_is_an_error(ranks):
     assert all("clip once, before step, or use stage 2" in text for text in ranks(2)(scaled_between, 1))
 
 
+def test_a_pass_after_scaling_alone_with_16_bit_parameters():
+    """Gradients of these are reduced alone, too."""
+    found = {}
+    for stage in (1, 2):
+        named = {"a": nn.Parameter(torch.ones(4, dtype=torch.bfloat16))}
+        optimizer = sgd(named, stage)
+        named["a"].sum().backward()
+        optimizer.scale_gradients_(0.5)
+        try:
+            named["a"].sum().backward()
+            optimizer.step()
+            found[stage] = values(named)
+        except RuntimeError as error:
+            found[stage] = str(error)
+    assert found[2] == [-0.5]
+    assert "clip once, before step, or use stage 2" in found[1]
+
+
+def scaled_and_reduced_again(stage: int, again: str, dtype: torch.dtype) -> list[float]:
+    named = {name: nn.Parameter(p.detach().to(dtype)) for name, p in parameters((4,), (3,)).items()}
+    optimizer = sgd({"a": named["a"]}, stage)
+    (named["a"].sum() + named["b"].sum()).backward()
+    optimizer.scale_gradients_(0.5)
+    if again == "no_sync":
+        with optimizer.no_sync():
+            pass
+    else:
+        optimizer.add_param_group({"params": [("b", named["b"])]})
+    optimizer.step()
+    return values(named)
+
+
+@STAGES
+@pytest.mark.parametrize("again", ["no_sync", "group"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_round_without_a_pass_leaves_what_was_scaled(ranks, stage, again, dtype):
+    expected = [0.5, 1.0 if again == "no_sync" else 0.0]
+    assert ranks(2)(scaled_and_reduced_again, stage, again, dtype) == [expected] * 2
+    assert scaled_and_reduced_again(stage, again, dtype) == expected
+
+
 # ===== gradients that come and go =====
 
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 import phicore
 from phicore.zero.state import FORMAT, cut, joined, read_shards
@@ -157,6 +158,20 @@ def through_plain(kind: str) -> float:
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_a_plain_optimizer_takes_over_and_gives_back(ranks, kind):
     assert max(ranks(3)(through_plain, kind)) < 1e-6
+
+
+def test_a_state_by_name_is_read_by_name_in_any_order():
+    """As torch.distributed.checkpoint gives it, of an optimizer that has the parameters in another order."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))  # of equal shapes: only names tell them apart
+    reference = torch.optim.AdamW(list(model.parameters())[::-1])
+    model(torch.randn(2, 4)).square().sum().backward()
+    reference.step()
+    by_name = get_optimizer_state_dict(model, reference)
+    again = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    optimizer = zero(again)
+    optimizer.load_state_dict(by_name)
+    expected = {f"{name}/{key}": t for name, values in by_name["state"].items() for key, t in values.items()}
+    assert farthest(flat(optimizer.full_state_dict()), expected) == 0
 
 
 def test_lora_state_has_the_adapters_size():
