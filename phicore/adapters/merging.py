@@ -42,7 +42,7 @@ def merge(model: nn.Module, *, requantize: bool = False) -> dict[str, float]:
     Raises:
         ValueError: the model has no adapter, is one, is sharded, is merged already or in `mixed`; a layer that cannot
             be merged (one with a forward of its own, or that computes its weight, or whose merged weight is not finite
-            in its dtype). The model is then unchanged.
+            in its dtype, or an adapter with hooks over a layer with hooks). The model is then unchanged.
     """
     with unwrapped(model) as bare:
         return _merge(bare, requantize)
@@ -120,12 +120,32 @@ def _made(
     """The layer that takes an adapter layer's place, and its relative error."""
     try:
         if isinstance(layer, TrainedPart):
-            return layer.merged(shared), 0.0
-        if isinstance(layer, LoRAExperts):
-            return layer.merged()
-        return _merged_once(layer, made) or _merged_layer(layer, requantize)
+            made_of = layer.merged(shared), 0.0
+        elif isinstance(layer, LoRAExperts):
+            made_of = layer.merged()
+        else:
+            made_of = _merged_once(layer, made) or _merged_layer(layer, requantize)
+        _keep_hooks(layer, made_of[0])
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    return made_of
+
+
+def _keep_hooks(layer: AdapterLayer, merged: nn.Module) -> None:
+    """Gives a merged layer, which has the hooks of the base, those of the adapter layer that it stands for.
+
+    Raises:
+        ValueError: both have some.
+    """
+    base_layer.check_forward(layer)
+    if not base_layer.has_hooks(layer):
+        return
+    if base_layer.has_hooks(merged):
+        raise ValueError(
+            f"the {type(layer).__name__} and the layer under it both have hooks, which one layer cannot tell apart; "
+            f"remove those of the one"
+        )
+    with_hooks_of(layer, merged)
 
 
 def _bytes(merged: nn.Module) -> int:

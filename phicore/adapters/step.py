@@ -91,33 +91,37 @@ class _Step(torch.autograd.Function):
         return y, above  # flat: a view that is made in here could not be written to in place
 
     @staticmethod
-    @torch.autocast("cpu", enabled=False)  # which may be on here though it was off in the forward pass
     def backward(ctx, grad, _grad_above):
-        needs = ctx.needs_input_grad
         if grad is None:
-            return (None,) * len(needs)
-        x, A, B, u, bits, *parts = ctx.saved_tensors
-        g, rows, a, b = grad, flat(x), A.to(x.dtype), B.to(x.dtype)
-        mask = None if bits is None else unpack(bits)
-        if torch.is_grad_enabled():  # the backward pass is itself differentiated, and u depends on x and A
-            u = _projected(rows, a, mask, ctx.dropout)
-        dx = dA = dB = dbias = None
-        if needs[0] or needs[1]:
-            # For float32 a library is slow where B's rows are narrow; a copy has them long.
-            du = g @ (b if b.dtype.itemsize < 4 else b.t().contiguous().t())  # [tokens, out] @ [out, rank]
-            du = du * (ctx.scale * (factor(ctx.dropout) if ctx.dropout else 1))
-        if needs[1]:
-            dA = (du.t() @ (rows if mask is None else masked(rows, mask))).to(A.dtype)
-        if needs[2]:
-            dB = ctx.scale * (u.t() @ g)  # [rank, tokens] @ [tokens, out]
-            dB = dB.t().to(B.dtype, memory_format=torch.contiguous_format)
-        if needs[0]:
-            dx = du @ a
-            dx = dx if mask is None else masked(dx, mask)
-            dx = _add_product(dx, g, ctx.dense(*parts, dtype=x.dtype)).view(x.shape)
-        if needs[4]:
-            dbias = g.sum(0).to(ctx.bias_dtype)
-        return dx, dA, dB, None, dbias, *(None,) * (len(needs) - 5)
+            return (None,) * len(ctx.needs_input_grad)
+        with torch.autocast("cpu", enabled=False):  # which may be on here though it was off in the forward pass
+            return _gradients(ctx, grad)
+
+
+def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    """Of the inputs of _Step.forward, of g [tokens, out] for y."""
+    x, A, B, u, bits, *parts = ctx.saved_tensors
+    needs, rows, a, b = ctx.needs_input_grad, flat(x), A.to(x.dtype), B.to(x.dtype)
+    mask = None if bits is None else unpack(bits)
+    if torch.is_grad_enabled():  # the backward pass is itself differentiated, and u depends on x and A
+        u = _projected(rows, a, mask, ctx.dropout)
+    dx = dA = dB = dbias = None
+    if needs[0] or needs[1]:
+        # For float32 a library is slow where B's rows are narrow; a copy has them long.
+        du = g @ (b if b.dtype.itemsize < 4 else b.t().contiguous().t())  # [tokens, out] @ [out, rank]
+        du = du * (ctx.scale * (factor(ctx.dropout) if ctx.dropout else 1))
+    if needs[1]:
+        dA = (du.t() @ (rows if mask is None else masked(rows, mask))).to(A.dtype)
+    if needs[2]:
+        dB = ctx.scale * (u.t() @ g)  # [rank, tokens] @ [tokens, out]
+        dB = dB.t().to(B.dtype, memory_format=torch.contiguous_format)
+    if needs[0]:
+        dx = du @ a
+        dx = dx if mask is None else masked(dx, mask)
+        dx = _add_product(dx, g, ctx.dense(*parts, dtype=x.dtype)).view(x.shape)
+    if needs[4]:
+        dbias = g.sum(0).to(ctx.bias_dtype)
+    return dx, dA, dB, None, dbias, *(None,) * (len(needs) - 5)
 
 
 def _add_product(y: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -241,6 +241,36 @@ def test_what_is_loaded_into_a_merged_model_leaves_the_adapted_layers_as_they_we
         phicore.unmerge(model.requires_grad_(True))
 
 
+def test_hooks_of_an_adapter_stay(randomize, unchanged):
+    model = nn.ModuleDict({"fc": nn.Linear(8, 8), "experts": Experts(), "whole": nn.Linear(8, 8)})
+    options = {"target_parameters": ["experts.up"], "modules_to_save": ["whole"]}
+    adapted(model, randomize, target_modules=["fc"], **options)
+    x = torch.randn(2, 8)
+    handles = [layer.register_forward_hook(lambda _module, _inputs, y: y + 1) for layer in model.values()]
+    before = [layer(x) for layer in model.values()]
+    phicore.merge(model)
+    for layer, y, handle in zip(model.values(), before, handles, strict=True):
+        torch.testing.assert_close(layer(x), y)
+        handle.remove()
+        torch.testing.assert_close(layer(x), y - 1)
+    phicore.unmerge(model)
+    assert not any(layer._forward_hooks for layer in model.values())
+    model["fc"].base.register_forward_hook(lambda *_: None)
+    model["fc"].register_forward_hook(lambda *_: None)
+    with unchanged(model), pytest.raises(ValueError, match="fc: the LoRALinear and the layer under it both have hooks"):
+        phicore.merge(model)
+
+
+@pytest.mark.parametrize("kind", ["linear", "experts", "whole"])
+def test_an_adapter_whose_forward_was_replaced_is_not_merged(randomize, unchanged, kind):
+    model = nn.ModuleDict({"linear": nn.Linear(8, 8), "experts": Experts(), "whole": nn.Linear(8, 8)})
+    options = {"target_parameters": ["experts.up"], "modules_to_save": ["whole"]}
+    adapted(model, randomize, target_modules=["linear"], **options)
+    model[kind].forward = model[kind].forward
+    with unchanged(model), pytest.raises(ValueError, match=rf"^{kind}: the forward of a .* was replaced"):
+        phicore.merge(model)
+
+
 def test_rows_with_adapters_of_their_own_are_not_merged(unchanged, randomize):
     model = adapted(nn.Sequential(nn.Linear(8, 8)), randomize, target_modules=["0"])
     adapted(model, randomize, "over it", target_modules=["0"])
