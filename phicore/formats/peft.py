@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from phicore import atomic
-from phicore.adapters.attach import attach
+from phicore.adapters.attach import UNTIED, attach
 from phicore.adapters.config import LoRAConfig
 from phicore.adapters.experts import LoRAExperts
 from phicore.adapters.layers import adapter_layers, merged_layers
@@ -188,7 +188,9 @@ def _load(model: nn.Module, directory: Path, name: str) -> None:
     _check_tied(model, config, name, tensors, directory)
     _warn_of_norms(tensors, stacklevel=4)
     if config is not None:
-        attach(model, config, name)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=f".* {UNTIED}")
+            attach(model, config, name)
     with torch.no_grad():
         for path, layer in adapter_layers(model, name):
             if isinstance(layer, TrainedPart):
