@@ -91,7 +91,8 @@ class TrainedRows(TrainedPart):
         bias: Tensor | None = self.base.bias  # type: ignore[assignment]
         chosen = None if bias is None else bias[self.token_indices]
         z = nn.functional.linear(x, self.trained.to(x.dtype), chosen)  # [..., k]
-        return y.index_copy_(-1, self.token_indices, z.to(y.dtype))  # the base's output is nobody else's
+        y = y.clone() if base_layer.has_hooks(self.base) else y  # else the base's output is nobody else's
+        return y.index_copy_(-1, self.token_indices, z.to(y.dtype))
 
     def merged(self, shared: dict[int, nn.Parameter]) -> nn.Module:
         key = id(self.base.weight)
