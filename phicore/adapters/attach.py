@@ -15,6 +15,7 @@ from phicore.adapters.layers import adapter_layers, layer_class, merged_layers
 from phicore.adapters.lora import LowRankLayer, LowRankLinear
 from phicore.adapters.parameters import plan_parameters
 from phicore.adapters.plan import parts_beside, plan
+from phicore.adapters.switch import check_settled_by_none
 from phicore.adapters.tied import TiedDoRAEmbedding, keep_ties, owners_of_tied, tied_embedding, tied_head, untied
 from phicore.adapters.trained import TrainedCopy, has_bias, new_bias, trains_bias
 from phicore.adapters.wrapped import check_not_wrapped
@@ -48,7 +49,8 @@ def attach(model: Model, config: LoRAConfig, name: str = "default") -> Model:
 
     Raises:
         ValueError: a target that matches nothing (with near misses), an adapter of this name that is there already, a
-            merged model, one that torch has wrapped for several ranks. The model is then unchanged.
+            merged model, one that torch has wrapped for several ranks; a call within disabled() or mixed(). The model
+            is then unchanged.
         TypeError: a target whose weights are not floating-point, a config that is no LoRAConfig, a name that is no
             text; the model is then unchanged.
 
@@ -64,6 +66,7 @@ def attach(model: Model, config: LoRAConfig, name: str = "default") -> Model:
     if any(merged_layers(model)):
         raise ValueError("the model's adapters are merged; unmerge it before attaching another")
     check_not_wrapped(model)
+    check_settled_by_none(model)
     training = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         with unwrapped(model) as bare:

@@ -22,7 +22,7 @@ from phicore.adapters.experts import LoRAExperts
 from phicore.adapters.layers import adapter_layers, merged_layers
 from phicore.adapters.lora import LowRankLayer
 from phicore.adapters.plan import plan
-from phicore.adapters.switch import refresh_norms
+from phicore.adapters.switch import check_settled_by_none, refresh_norms
 from phicore.adapters.tied import owners_of_tied, shared_pair
 from phicore.adapters.trained import TrainedPart
 from phicore.adapters.wrapped import check_not_flattened, check_not_sharded, check_not_wrapped
@@ -168,6 +168,7 @@ def _load(model: nn.Module, directory: Path, name: str) -> None:
     present = name in {layer.adapter_name for _, layer in adapter_layers(model)}
     if any(merged_layers(model)):
         raise ValueError("the model's adapters are merged; unmerge it before loading one")
+    check_settled_by_none(model)
     if present:
         check_not_sharded(model)
         expected = adapter_tensors(model, name)
