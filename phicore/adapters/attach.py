@@ -1,5 +1,6 @@
 """Putting adapters into a model."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -14,7 +15,8 @@ from phicore.adapters.layers import adapter_layers, layer_class, merged_layers
 from phicore.adapters.lora import LowRankLayer, LowRankLinear
 from phicore.adapters.parameters import plan_parameters
 from phicore.adapters.plan import parts_beside, plan
-from phicore.adapters.tied import TiedDoRAEmbedding, keep_ties, owners_of_tied, tied_embedding, tied_head
+from phicore.adapters.switch import check_settled_by_none
+from phicore.adapters.tied import TiedDoRAEmbedding, keep_ties, owners_of_tied, tied_embedding, tied_head, untied
 from phicore.adapters.trained import TrainedCopy, has_bias, new_bias, trains_bias
 from phicore.adapters.wrapped import check_not_wrapped
 from phicore.modules import Model, replace, unwrapped
@@ -23,6 +25,9 @@ from phicore.nf4.pages import Freed
 
 finishers: list[Callable[[nn.Module], None]] = []
 """Called with each model that attach has changed, as those of quantize_."""
+
+UNTIED = "have one weight"
+"""By which `load_adapter` tells attach's warning of ties: it gives none, since a file says what was trained."""
 
 
 def attach(model: Model, config: LoRAConfig, name: str = "default") -> Model:
@@ -44,9 +49,13 @@ def attach(model: Model, config: LoRAConfig, name: str = "default") -> Model:
 
     Raises:
         ValueError: a target that matches nothing (with near misses), an adapter of this name that is there already, a
-            merged model, one that torch has wrapped for several ranks. The model is then unchanged.
+            merged model, one that torch has wrapped for several ranks; a call within disabled() or mixed(). The model
+            is then unchanged.
         TypeError: a target whose weights are not floating-point, a config that is no LoRAConfig, a name that is no
             text; the model is then unchanged.
+
+    Warns:
+        UserWarning: a layer that is adapted or trained without those that its weight is tied to.
     """
     if not isinstance(config, LoRAConfig):
         raise TypeError(f"attach takes a LoRAConfig, got a {type(config).__name__}")
@@ -57,19 +66,29 @@ def attach(model: Model, config: LoRAConfig, name: str = "default") -> Model:
     if any(merged_layers(model)):
         raise ValueError("the model's adapters are merged; unmerge it before attaching another")
     check_not_wrapped(model)
+    check_settled_by_none(model)
     training = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         with unwrapped(model) as bare:
-            _attach(bare, config, name)
+            apart = _attach(bare, config, name)
     except BaseException:  # a layer freezes its base when it is made
         for parameter in training:
             parameter.requires_grad_(True)
         raise
+    for together, alone in apart:
+        warnings.warn(
+            f"{', '.join(together)} {UNTIED}, and {', '.join(alone)} will not any more: adapted or trained alone, and "
+            f"what reads the weight elsewhere does not follow. ensure_weight_tying=True adapts all of them by one pair "
+            f"(target_modules), and trainable_token_indices trains rows in all of them",
+            stacklevel=2,
+        )
     return model
 
 
-def _attach(model: nn.Module, config: LoRAConfig, name: str) -> None:
+def _attach(model: nn.Module, config: LoRAConfig, name: str) -> list[tuple[list[str], list[str]]]:
+    """Does what `attach` says; gives the names of layers that are tied and of those among them that are so no more."""
     targets, saved = plan(model, config)
+    apart = [] if config.ensure_weight_tying else untied(model, targets, saved)
     parts = splits(model, config, targets)
     stacks = plan_parameters(model, config, targets, saved)
     beside = parts_beside(model, config, name, targets, saved, stacks)
@@ -131,6 +150,7 @@ def _attach(model: nn.Module, config: LoRAConfig, name: str) -> None:
     keep_ties(model)
     for finish in finishers:
         finish(model)
+    return apart
 
 
 def _opened(model: nn.Module, targets: dict[str, nn.Module]) -> tuple[dict[str, nn.Module], dict[str, OpenAttention]]:

@@ -91,7 +91,7 @@ class LoRAConfig:
 
     ensure_weight_tying: bool = False
     """If target_modules mean an embedding, or a head tied to it, adapt the two by one pair (and with dora one
-    magnitude a token); else each name is adapted alone, which unties them."""
+    magnitude a token); else each name is adapted alone, which unties them, with a warning."""
 
     adapter_dtype: torch.dtype | None = None
     """Dtype of the adapter's weights in memory and on disk; None takes the base layer's."""

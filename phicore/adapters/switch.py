@@ -69,6 +69,18 @@ def refresh_norms(model: nn.Module) -> None:
             layer.refresh_base_norm()
 
 
+def check_settled_by_none(model: nn.Module) -> None:
+    """Raises ValueError within disabled() and mixed(): what is switched, attached or loaded there would be lost behind
+    it, or hold norms of weights that are others then."""
+    layers = [layer for _, layer in adapter_layers(model)]
+    for within, found in (
+        ("disabled", any(layer in _disabled for layer in layers)),
+        ("mixed", any(getattr(layer, "rows", None) is not None for layer in layers)),
+    ):
+        if found:
+            raise ValueError(f"within {within}() it is settled which adapters answer; leave its `with` block first")
+
+
 @contextmanager
 def mixed(model: Model, names: Sequence[str | None]) -> Iterator[Model]:
     """Within it, each row of a batch is answered by an adapter of its own: one pass through the base for all rows.
@@ -229,13 +241,8 @@ def _beside(layer: AdapterLayer) -> str:
 def _layers(model: nn.Module, names: list[str]) -> list[tuple[str, AdapterLayer]]:
     if any(merged_layers(model)):
         raise ValueError("the model's adapters are merged; unmerge it first")
+    check_settled_by_none(model)
     layers = list(adapter_layers(model))
-    for within, found in (
-        ("disabled", any(layer in _disabled for _, layer in layers)),
-        ("mixed", any(getattr(layer, "rows", None) is not None for _, layer in layers)),
-    ):
-        if found:
-            raise ValueError(f"within {within}() it is settled which adapters answer; leave its `with` block first")
     known = sorted({layer.adapter_name for _, layer in layers})
     unknown = [name for name in names if name not in known]
     if unknown:

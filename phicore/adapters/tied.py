@@ -249,6 +249,18 @@ def tied_tables(model: nn.Module) -> dict[int, dict[str, nn.Module]]:
     }
 
 
+def untied(model: nn.Module, targets: Collection[str], saved: Collection[str]) -> list[tuple[list[str], list[str]]]:
+    """For each table that layers of a model share, their names and those of the layers that would each have a weight of
+    their own, being adapted (targets) or trained whole (saved, or in one of them); without tables of which none would.
+    """
+    whole = tuple(f"{path}." for path in saved)
+    found = []
+    for places in tied_tables(model).values():
+        if alone := [path for path in places if path in targets or path in saved or path.startswith(whole)]:
+            found.append((list(places), alone))
+    return found
+
+
 def keep_ties(model: nn.Module) -> None:
     """Has load_state_dict(assign=True) of a model, which gives each place a parameter of its own, tie again what was
     one: else a head and its embedding would train apart."""

@@ -16,13 +16,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from phicore import atomic
-from phicore.adapters.attach import attach
+from phicore.adapters.attach import UNTIED, attach
 from phicore.adapters.config import LoRAConfig
 from phicore.adapters.experts import LoRAExperts
 from phicore.adapters.layers import adapter_layers, merged_layers
 from phicore.adapters.lora import LowRankLayer
 from phicore.adapters.plan import plan
-from phicore.adapters.switch import refresh_norms
+from phicore.adapters.switch import check_settled_by_none, refresh_norms
 from phicore.adapters.tied import owners_of_tied, shared_pair
 from phicore.adapters.trained import TrainedPart
 from phicore.adapters.wrapped import check_not_flattened, check_not_sharded, check_not_wrapped
@@ -174,6 +174,7 @@ def _load(model: nn.Module, directory: Path, name: str) -> None:
     present = name in {layer.adapter_name for _, layer in adapter_layers(model)}
     if any(merged_layers(model)):
         raise ValueError("the model's adapters are merged; unmerge it before loading one")
+    check_settled_by_none(model)
     if present:
         check_not_sharded(model)
         expected = adapter_tensors(model, name)
@@ -194,7 +195,9 @@ def _load(model: nn.Module, directory: Path, name: str) -> None:
     _check_tied(model, config, name, tensors, directory)
     _warn_of_convolutions(tensors, padded_otherwise(model, tensors), stacklevel=4)
     if config is not None:
-        attach(model, config, name)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=f".* {UNTIED}")
+            attach(model, config, name)
     with torch.no_grad():
         for path, layer in adapter_layers(model, name):
             if isinstance(layer, TrainedPart):

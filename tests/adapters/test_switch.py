@@ -284,15 +284,24 @@ def test_layers_that_run_again_behind_a_mixed_batch_are_refused(net, randomize, 
 # ===== disabled and mixed, one in another and side by side =====
 
 
-def test_it_is_settled_within_mixed_and_disabled_who_answers(net, randomize):
-    """What is switched there would be lost behind them, or have the rows of one batch answered for another."""
+def test_it_is_settled_within_mixed_and_disabled_who_answers(net, randomize, tmp_path):
+    """What is done there would be lost behind them, have the rows of one batch answered for another, or be made of a
+    base that is another then: norms of DoRA."""
     plain = net(IDS)
     model = with_adapters(net, randomize, a={}, b=BIAS)
+    phicore.save_adapter(model, tmp_path, "a")
     before = model(IDS)
     names = ["a", "b", None, "a"]
+    actions = (
+        lambda: activate(model, "a"),
+        lambda: mixed(model, names).__enter__(),
+        lambda: phicore.attach(model, phicore.LoRAConfig(rank=2, dora=True), "c"),
+        lambda: phicore.load_adapter(model, tmp_path, "a"),
+        lambda: phicore.load_adapter(model, tmp_path, "c"),
+    )
     with mixed(model, names):
         rows = model(IDS)
-        for action in (lambda: activate(model, "a"), lambda: mixed(model, ["a"] * 4).__enter__()):
+        for action in actions:
             with pytest.raises(ValueError, match=r"within mixed\(\) it is settled which adapters answer"):
                 action()
         with pytest.raises(ValueError, match=r"within mixed\(\) each row has a weight of its own"):
@@ -301,7 +310,7 @@ def test_it_is_settled_within_mixed_and_disabled_who_answers(net, randomize):
             torch.testing.assert_close(model(IDS), plain)
         assert torch.equal(model(IDS), rows)
     with phicore.disabled(model):
-        for action in (lambda: activate(model, "a"), lambda: mixed(model, names).__enter__()):
+        for action in actions:
             with pytest.raises(ValueError, match=r"within disabled\(\) it is settled which adapters answer"):
                 action()
         torch.testing.assert_close(model(IDS), plain)

@@ -299,3 +299,29 @@ def test_a_pattern_may_say_the_same_of_all_that_is_tied():
     for pattern in ({"head": 3}, {"head": 4, "embed": 4}, {"embed|head": 4}):
         model = phicore.attach(build(), phicore.LoRAConfig(**config, rank_pattern=pattern))
         assert model.head.rank == model.embed.rank == pattern.get("head", 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "alone"),
+    [
+        ({"target_modules": ["embed"]}, "embed"),
+        ({"target_modules": ["fc", "head"]}, "head"),
+        ({"target_modules": ["embed", "head"]}, "head, embed"),
+        ({"target_modules": ["fc"], "modules_to_save": ["head"]}, "head"),
+        ({"target_modules": ["fc"], "ensure_weight_tying": False, "trainable_token_indices": [2]}, None),
+        ({"target_modules": ["embed"], "ensure_weight_tying": True}, None),
+        ({"target_modules": "all-linear"}, None),
+    ],
+)
+def test_what_is_tied_no_more_is_said_once_where_it_is_chosen(tmp_path, recwarn, options, alone):
+    """As T5's shared, which nothing calls: an adapter of it alone has no effect."""
+    model = phicore.attach(build(), phicore.LoRAConfig(rank=3, **options))
+    told = [warning for warning in recwarn if "have one weight" in str(warning.message)]
+    assert [str(warning.message).partition(" will not")[0] for warning in told] == (
+        [] if alone is None else [f"head, embed have one weight, and {alone}"]
+    )
+    assert all(warning.filename == __file__ for warning in told)
+    phicore.save_adapter(model, tmp_path)
+    recwarn.clear()
+    phicore.load_adapter(build(), tmp_path)  # which is what was trained
+    assert not [warning for warning in recwarn if "have one weight" in str(warning.message)]

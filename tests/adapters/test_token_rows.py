@@ -106,6 +106,19 @@ def test_a_new_adapter_equals_its_base_and_disabled_is_it_bit_for_bit(tiny, rand
     assert torch.equal(logits(activate(model, [])), logits(base))
 
 
+def test_a_hook_of_the_head_keeps_what_it_saw():
+    """The base's logits: the rows of these tokens are not written into them."""
+    head, x = nn.Linear(6, 9), torch.randn(3, 6)
+    expected, seen = head(x), []
+    layer = TrainedRows(head, "default", [2, 5])
+    head.register_forward_hook(lambda _module, _inputs, y: seen.append(y))
+    with torch.no_grad():
+        layer.trained.add_(1)
+    y = layer(x)
+    torch.testing.assert_close(seen[0], expected)
+    assert not torch.equal(y[:, [2, 5]], expected[:, [2, 5]])
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_merge_and_unmerge(tiny, randomize, tied):
     model = adapted(tiny, randomize, "tied llama" if tied else "llama")
