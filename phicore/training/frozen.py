@@ -10,13 +10,16 @@ one pair of values in many; this finds mistakes, not attacks.
 """
 
 import functools
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from phicore.modules import unwrapped
-from phicore.training.buffers import TrainedBuffers
 from phicore.training.distributed import together
+
+if TYPE_CHECKING:
+    from phicore.training.buffers import TrainedBuffers
 
 CHUNK = 2**18  # 8-byte words: 2 MiB stay in a core's cache
 MULTIPLIER = 6364136223846793005  # of Knuth's linear congruential generator, modulo 2^64
@@ -58,9 +61,9 @@ def lasting_tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters()) | {name: b for name, b in model.named_buffers() if name in persistent}
 
 
-def frozen_tensors(model: nn.Module, shared: set[str]) -> dict[str, Tensor]:
-    """Those of them that do not train, without those named `shared`."""
-    return {name: t for name, t in lasting_tensors(model).items() if not t.requires_grad and name not in shared}
+def frozen_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Those of them that do not train."""
+    return {name: t for name, t in lasting_tensors(model).items() if not t.requires_grad}
 
 
 def describe_frozen(tensors: dict[str, Tensor]) -> dict[str, str]:
@@ -84,7 +87,7 @@ def first_difference(by_rank: list[dict[str, str]]) -> str | None:
     return None
 
 
-def check_same_frozen(model: nn.Module, trained: TrainedBuffers) -> None:
+def check_same_frozen(model: nn.Module, trained: "TrainedBuffers") -> None:
     """Compares what no rank will give another; every rank must call it.
 
     Args:
@@ -97,7 +100,8 @@ def check_same_frozen(model: nn.Module, trained: TrainedBuffers) -> None:
 
     def described() -> dict[str, str]:
         with unwrapped(model) as bare:
-            return describe_frozen(frozen_tensors(bare, set(trained.find())))
+            shared = trained.find()
+            return describe_frozen({name: t for name, t in frozen_tensors(bare).items() if name not in shared})
 
     by_rank = together(described)
 
