@@ -29,6 +29,8 @@ def checksum(tensor: Tensor) -> int:
     """64 bits of a tensor's dtype-independent bytes, the same on any device; 0 for one without memory."""
     if tensor.is_meta or not tensor.numel():
         return 0
+    if tensor.layout != torch.strided:
+        return functools.reduce(lambda h, part: (h * MULTIPLIER + checksum(part)) % 2**64, _parts(tensor.detach()), 0)
     data = tensor.detach().contiguous().view(-1).view(torch.uint8)
     whole = data.numel() // 8 * 8
     if data.data_ptr() % 8:  # a slice that begins within a word cannot be seen as words
@@ -40,6 +42,16 @@ def checksum(tensor: Tensor) -> int:
     for byte in rest.to(torch.int64):
         total = total * MULTIPLIER + byte
     return int(total) % 2**64
+
+
+def _parts(sparse: Tensor) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
+    """What a sparse tensor keeps: where its elements are, and which they are."""
+    if sparse.layout == torch.sparse_coo:
+        sparse = sparse.coalesce()
+        return sparse.indices(), sparse.values()
+    if sparse.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return sparse.crow_indices(), sparse.col_indices(), sparse.values()
+    return sparse.ccol_indices(), sparse.row_indices(), sparse.values()
 
 
 @functools.cache

@@ -53,6 +53,21 @@ def test_every_byte_and_its_place_count(n: int, dtype: torch.dtype, offset: int,
         frozen._multipliers.cache_clear()
 
 
+@pytest.mark.filterwarnings("ignore:Sparse")  # beta, says torch
+@pytest.mark.parametrize("layout", ["coo", "csr", "csc", "bsr", "bsc"])
+def test_sparse_tensors_are_told_apart_by_elements_and_places(layout: str) -> None:
+    """As graph networks keep their neighbours, in buffers."""
+
+    def sparse(value: float = 2.0, place: int = 1) -> Tensor:
+        dense = torch.eye(4)
+        dense[0, place] = value
+        options = {"blocksize": (2, 2)} if layout.startswith("b") else {}
+        return dense.to_sparse() if layout == "coo" else getattr(dense, f"to_sparse_{layout}")(**options)
+
+    assert checksum(sparse()) == checksum(sparse())
+    assert len({checksum(sparse()), checksum(sparse(value=3.0)), checksum(sparse(place=3))}) == 3
+
+
 def test_layout_in_memory_does_not_count() -> None:
     tensor = torch.randn(3, 5)
     assert checksum(tensor.t().contiguous().t()) == checksum(tensor)
