@@ -12,6 +12,7 @@ one pair of values in many; this finds mistakes, not attacks.
 
 import functools
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -19,19 +20,20 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from phicore.modules import unwrapped
 from phicore.nf4 import NF4Linear
-from phicore.training.buffers import TrainedBuffers
 from phicore.training.distributed import together
+
+if TYPE_CHECKING:
+    from phicore.training.buffers import TrainedBuffers
 
 CHUNK = 2**18  # 8-byte words: 2 MiB stay in a core's cache
 MULTIPLIER = 6364136223846793005  # of Knuth's linear congruential generator, modulo 2^64
 
 
 def checksum(tensor: Tensor) -> int:
-    """64 bits of a tensor's dtype-independent bytes, the same on any device; 0 for one without memory, or sparse."""
-    if is_traceable_wrapper_subclass(tensor):  # of other libraries' coded weights: the tensors that it is made of
-        parts, _ = tensor.__tensor_flatten__()
-        return sum(checksum(getattr(tensor, name)) * MULTIPLIER**i for i, name in enumerate(sorted(parts))) % 2**64
-    if tensor.is_meta or not tensor.numel() or tensor.layout != torch.strided:
+    """64 bits of a tensor's dtype-independent bytes, the same on any device; 0 for one without memory."""
+    if (parts := _parts(tensor)) is not None:
+        return functools.reduce(lambda h, part: (h * MULTIPLIER + checksum(part)) % 2**64, parts, 0)
+    if tensor.is_meta or not tensor.numel():
         return 0
     data = tensor.detach().contiguous().view(-1).view(torch.uint8)
     whole = data.numel() // 8 * 8
@@ -44,6 +46,23 @@ def checksum(tensor: Tensor) -> int:
     for byte in rest.to(torch.int64):
         total = total * MULTIPLIER + byte
     return int(total) % 2**64
+
+
+def _parts(tensor: Tensor) -> tuple[Tensor, ...] | None:
+    """The plain tensors that one of a class or a layout of its own is made of: another library's coded weight, or where
+    a sparse tensor's elements are, and which. None for a plain one."""
+    if is_traceable_wrapper_subclass(tensor):
+        names, _ = tensor.__tensor_flatten__()
+        return tuple(getattr(tensor, name) for name in sorted(names))
+    if tensor.layout == torch.strided:
+        return None
+    sparse = tensor.detach()
+    if sparse.layout == torch.sparse_coo:
+        sparse = sparse.coalesce()
+        return sparse.indices(), sparse.values()
+    if sparse.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return sparse.crow_indices(), sparse.col_indices(), sparse.values()
+    return sparse.ccol_indices(), sparse.row_indices(), sparse.values()
 
 
 @functools.cache
@@ -65,9 +84,9 @@ def lasting_tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters()) | {name: b for name, b in model.named_buffers() if name in persistent}
 
 
-def frozen_tensors(model: nn.Module, shared: set[str]) -> dict[str, Tensor]:
-    """Those of them that do not train, without those named `shared`."""
-    return {name: t for name, t in lasting_tensors(model).items() if not t.requires_grad and name not in shared}
+def frozen_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Those of them that do not train."""
+    return {name: t for name, t in lasting_tensors(model).items() if not t.requires_grad}
 
 
 def describe_frozen(tensors: dict[str, Tensor]) -> dict[str, str]:
@@ -91,7 +110,7 @@ def first_difference(by_rank: list[dict[str, str]]) -> str | None:
     return None
 
 
-def check_same_frozen(model: nn.Module, trained: TrainedBuffers) -> dict[str, str]:
+def check_same_frozen(model: nn.Module, trained: "TrainedBuffers") -> dict[str, str]:
     """Compares what no rank will give another; every rank must call it.
 
     Args:
@@ -107,7 +126,8 @@ def check_same_frozen(model: nn.Module, trained: TrainedBuffers) -> dict[str, st
 
     def described() -> dict[str, str]:
         with unwrapped(model) as bare:
-            return describe_frozen(frozen_tensors(bare, set(trained.find())))
+            shared = trained.find()
+            return describe_frozen({name: t for name, t in frozen_tensors(bare).items() if name not in shared})
 
     by_rank = together(described)
 

@@ -37,7 +37,7 @@ def load_checkpoint(
     state: State,
     optimizer: ZeroOptimizer,
     parameters: Mapping[str, Tensor],
-    buffers: Mapping[str, Tensor],
+    frozen: Mapping[str, Tensor],
     seed: int,
 ) -> None:
     """Sets the weights, the optimizer's state and the random states to a checkpoint's; every rank must call it.
@@ -50,13 +50,13 @@ def load_checkpoint(
         state: its `read_state`.
         optimizer: over the parameters.
         parameters: those that train, by name.
-        buffers: all that the model has, by name.
+        frozen: what else the model has, by name.
         seed: of the run.
 
     Raises:
         ValueError: a file is damaged, or the model is another. Nothing has been loaded then.
     """
-    places = {**buffers, **parameters}
+    places = {**frozen, **parameters}
     everywhere(lambda: _check_fits(checkpoint, state, describe(places), parameters))
     together(lambda: check_files(checkpoint, state, rank(), world_size()))
     shards = optimizer_shards(checkpoint, state, optimizer.state_dict())
@@ -74,7 +74,10 @@ def load_checkpoint(
 
 
 def _check_fits(checkpoint: Path, state: State, found: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> None:
-    saved = state["tensors"]
+    trained = {name for group in state["param_groups"] for name in group["params"]}
+    other = trained ^ parameters.keys()  # trained then or now, and beside it, if at all, there or here
+    saved = {name: kind for name, kind in state["tensors"].items() if name in trained or name not in other}
+    found = {name: kind for name, kind in found.items() if name in parameters or name not in other}
     wrong = [name for name in sorted(saved.keys() | parameters.keys()) if saved.get(name) != found.get(name)]
     if wrong:
         first = wrong[0]

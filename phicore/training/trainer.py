@@ -35,7 +35,7 @@ from phicore.training.buffers import TrainedBuffers
 from phicore.training.config import TrainConfig, fixed_settings
 from phicore.training.data import step_indices
 from phicore.training.distributed import gather_rows, on_first_rank, rank, sum_over_ranks, world_size
-from phicore.training.frozen import check_same_base, check_same_frozen, without_scales
+from phicore.training.frozen import check_same_base, check_same_frozen, frozen_tensors, without_scales
 from phicore.training.loss import causal_lm_loss, masked_mean, sum_and_count
 from phicore.training.metrics import MetricsLog, Progress, peak_memory_bytes, told
 from phicore.training.modes import mode, stop_signals
@@ -100,8 +100,9 @@ class Trainer:
     that goes on.
 
     Args:
-        model: any module; what does not require gradients is neither trained nor saved. What does gets other memory
-            (see `ZeroOptimizer`), and its gradients are consumed.
+        model: any module; what does not require gradients is not trained, and saved only where something else writes to
+            it in training (running means, a teacher that follows). What does gets other memory (see `ZeroOptimizer`),
+            and its gradients are consumed.
         config: see TrainConfig.
         train_data: examples by index. Dicts of input_ids and labels (1-D, of different lengths) are padded; others go
             through torch's default_collate.
@@ -519,10 +520,10 @@ class Trainer:
             seed_everything(self.config.seed, rank=rank())
         else:
             with unwrapped(self.model) as bare:
-                buffers = dict(bare.named_buffers())
+                frozen = frozen_tensors(bare)
             stored = sum(path.stat().st_size for path in newest.glob("rank-*"))
             with told(f"reading {newest}", stored // world_size()):
-                load_checkpoint(newest, state, self.optimizer, self.parameters, buffers, self.config.seed)
+                load_checkpoint(newest, state, self.optimizer, self.parameters, frozen, self.config.seed)
             self.step, self.tokens = state["step"], state["tokens"]
             self.loss = math.nan if (loss := state.get("loss")) is None else loss  # another trainer's has none
         self._has_begun = True

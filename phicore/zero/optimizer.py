@@ -313,6 +313,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.finish_reduction()
         for bucket in self._reducer.buckets:
             layout.refresh_masters(bucket)
+        self._inner.state = self.state  # that a user may have begun anew, by another in its place
         step_without_hooks(self._inner)  # this step's own are called around it
         gathers = []
         for bucket in self._reducer.buckets:

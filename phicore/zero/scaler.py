@@ -32,6 +32,7 @@ class GradScaler(torch.amp.GradScaler):
             return
         optimizer.finish_reduction()
         super().unscale_(optimizer)
+        optimizer._reducer.scaled = True
         found = self._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
         assert self._scale is not None
         # A rank may own nothing that has a gradient; it still has a say, and torch wants an answer.

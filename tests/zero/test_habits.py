@@ -1,5 +1,6 @@
 """What users of torch.optim are used to: ZeroOptimizer does the same, or says that it does not."""
 
+import collections
 import copy
 import gc
 import math
@@ -106,6 +107,23 @@ def test_a_pass_after_scaling_alone_with_16_bit_parameters():
             found[stage] = str(error)
     assert found[2] == [-0.5]
     assert "clip once, before step, or use stage 2" in found[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_state_in_the_place_of_another_counts(dtype):
+    """As recipes that restart an optimizer have it: optimizer.state = defaultdict(dict)."""
+    found = []
+    for restarted in (False, True):
+        named = {"a": nn.Parameter(torch.ones(4, dtype=dtype))}
+        optimizer = phicore.ZeroOptimizer(named.items(), torch.optim.AdamW, lr=0.5)
+        for grad in (1.0, -0.25):
+            if restarted:
+                optimizer.state = collections.defaultdict(dict)
+            (named["a"] * grad).sum().backward()
+            optimizer.step()
+        found.append(values(named))
+        assert float(optimizer.state_dict()["state"]["a"]["step"]) == (1 if restarted else 2)
+    assert found[0] != found[1] == pytest.approx([1.0 - 0.5 + 0.5], abs=0.02)  # first steps of AdamW: of size lr
 
 
 def scaled_and_reduced_again(stage: int, again: str, dtype: torch.dtype) -> list[float]:

@@ -91,3 +91,20 @@ def test_torchs_own_scaler_is_refused_before_ranks_part(early):
     assert torch.equal(before, model.weight)
     torch.amp.GradScaler("cpu", enabled=False).step(optimizer)  # it is nothing then
     assert not torch.equal(before, model.weight)
+
+
+def unscaled_between() -> str:
+    parameter = torch.nn.Parameter(torch.ones(4))
+    optimizer = phicore.ZeroOptimizer([("a", parameter)], torch.optim.SGD, stage=1, lr=0.5)
+    scaler = GradScaler(device="cpu", init_scale=1024.0)
+    scaler.scale(parameter.sum()).backward()
+    scaler.unscale_(optimizer)
+    with pytest.raises(RuntimeError) as raised:
+        scaler.scale(parameter.sum()).backward()
+    return str(raised.value)
+
+
+def test_a_pass_after_unscaling_is_an_error_in_stage_1(ranks):
+    """Its reduction would have put all gradients back to what they were before, 1,024 times as large."""
+    for text in ranks(2)(unscaled_between):
+        assert "a gets another gradient after gradients were clipped or scaled" in text
