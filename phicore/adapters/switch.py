@@ -64,9 +64,14 @@ def activate(model: Model, adapters: str | Sequence[str] | Mapping[str, float]) 
 def refresh_norms(model: nn.Module) -> None:
     """Has each DoRA layer over another adapter sum the norms of what those under it now make of W: the innermost first,
     whose own norms stand in the weights of some (FusedDoRALinear)."""
-    for _, layer in reversed(list(adapter_layers(model))):
-        if isinstance(layer, DoRALayer) and isinstance(layer.base, LowRankLayer):
-            layer.refresh_base_norm()
+    for layer in reversed(_stacked_dora(model)):
+        layer.refresh_base_norm()
+
+
+def _stacked_dora(model: nn.Module) -> list[DoRALayer]:
+    """The DoRA layers over another adapter, outermost first."""
+    layers = (layer for _, layer in adapter_layers(model))
+    return [layer for layer in layers if isinstance(layer, DoRALayer) and isinstance(layer.base, LowRankLayer)]
 
 
 def check_settled_by_none(model: nn.Module) -> None:
@@ -160,6 +165,7 @@ def disabled(model: Model) -> Iterator[Model]:
     merged = any(merged_layers(model))
     if not layers or merged:
         raise ValueError("the model has no adapter that could be disabled" + (" (it is merged)" if merged else ""))
+    norms = [(layer, layer.base_norm_squared) for layer in _stacked_dora(model)]
     entries = [(layer, _disabled.setdefault(layer, [layer.enabled, 0])) for layer in layers]
     for layer, entry in entries:
         entry[1] += 1
@@ -172,6 +178,8 @@ def disabled(model: Model) -> Iterator[Model]:
             if entry[1] == 0:
                 layer.enabled = bool(entry[0])
                 _disabled.pop(layer, None)
+        if any(layer.base_norm_squared is not norm for layer, norm in norms):
+            refresh_norms(model)  # a cast or a state that was loaded has summed those of a base without adapters
 
 
 def _needs_backward_within(layers: Sequence[nn.Module], left: list[bool]) -> Callable[[nn.Module, Any, Any], None]:

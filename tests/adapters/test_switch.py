@@ -317,6 +317,17 @@ def test_it_is_settled_within_mixed_and_disabled_who_answers(net, randomize, tmp
     assert torch.equal(model(IDS), before)
 
 
+@pytest.mark.parametrize("action", [lambda m: m.float().double(), lambda m: m.load_state_dict(m.state_dict())])
+def test_norms_are_those_of_the_adapters_again_behind_disabled(net, randomize, action):
+    model = with_adapters(net, randomize, a={}, b=DORA, c=DORA)
+    model.float().double()  # its weights are rounded
+    activate(model, ["a", "b", "c"])
+    before = model(IDS)
+    with phicore.disabled(model), phicore.disabled(model):
+        action(model)
+    torch.testing.assert_close(model(IDS), before)
+
+
 def test_disabled_may_end_in_any_order(net, randomize):
     """As they do in threads, and in generators that take turns."""
     base = net(IDS)
