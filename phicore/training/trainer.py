@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from phicore.adapters.lora_plus import lora_plus_groups
 from phicore.modules import unwrap, unwrapped
@@ -114,7 +115,8 @@ class Trainer:
             the data only its number of examples is compared without it.
 
     Raises:
-        TypeError: data that does not give its examples by index (an IterableDataset, a generator).
+        TypeError: data that does not give its examples by index (an IterableDataset, a generator); on several ranks, a
+            model in DistributedDataParallel.
         ValueError: no parameter requires a gradient, or there is no data (for eval_every, no eval_data), or
             group_by_length is set and the examples have no input_ids; identity has a setting's name; the environment's
             variables are incomplete; ranks were given different settings, models or frozen weights.
@@ -186,6 +188,11 @@ class Trainer:
             parameters = {name: p for name, p in bare.named_parameters() if p.requires_grad}
         if not parameters:
             raise ValueError(f"no parameter of {type(model).__name__} requires a gradient; attach an adapter first")
+        if world_size() > 1 and isinstance(model, DistributedDataParallel):
+            raise TypeError(
+                "the Trainer reduces gradients itself, in the place of DistributedDataParallel; give it the model that "
+                "is in there, model.module"
+            )
         check_indexed("train_data", self.train_data)
         if self.eval_data is not None:
             check_indexed("eval_data", self.eval_data)

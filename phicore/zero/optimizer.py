@@ -185,7 +185,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if written is not None:
             raise RuntimeError(
                 f"the gradient of {written} was written to after it had been reduced, which would have no effect; to "
-                f"clip or scale use this optimizer's clip_grad_norm_ and scale_gradients_"
+                f"clip or scale use this optimizer's clip_grad_norm_ and scale_gradients_, and take the model out of a "
+                f"DistributedDataParallel, in whose place this optimizer reduces"
             )
         distributed = dist.is_available() and dist.is_initialized()
         if (now := dist.get_world_size(self.process_group) if distributed else 1) != self.world_size:

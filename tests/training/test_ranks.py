@@ -152,6 +152,17 @@ def test_ranks_with_other_settings_are_told(tmp_path: Path, ranks: Group) -> Non
         assert "rank 1 has seed=1 where rank 0 has seed=0" in text
 
 
+def in_ddp(output: Path) -> str:
+    with pytest.raises(TypeError) as raised:
+        trainer(output, model=nn.parallel.DistributedDataParallel(small_model()))
+    return str(raised.value)
+
+
+def test_a_model_in_distributed_data_parallel_is_refused(tmp_path: Path, ranks: Group) -> None:
+    for text in ranks(2)(in_ddp, tmp_path):
+        assert "the Trainer reduces gradients itself, in the place of DistributedDataParallel; give it" in text
+
+
 class Normed(nn.Module):
     """Batch norm over what each rank sees."""
 

@@ -334,6 +334,22 @@ def test_gradients_written_to_after_their_reduction_are_an_error():
         optimizer.step()
 
 
+def under_ddp() -> str:
+    model = nn.Linear(4, 2)
+    ddp = DistributedDataParallel(model)
+    optimizer = zero(model, stage=1)
+    ddp(torch.ones(3, 4)).sum().backward()
+    with pytest.raises(RuntimeError) as raised:
+        optimizer.step()
+    return str(raised.value)
+
+
+def test_a_model_in_distributed_data_parallel_is_an_error(ranks):
+    """Both would reduce each gradient."""
+    for text in ranks(2)(under_ddp):
+        assert "take the model out of a DistributedDataParallel, in whose place this optimizer reduces" in text
+
+
 def test_a_model_that_was_moved_afterwards_is_an_error():
     model = Net()
     optimizer = zero(model)
