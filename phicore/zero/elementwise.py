@@ -1,6 +1,6 @@
 """Which optimizers can work on pieces: those whose update of an element depends on that element alone."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -74,14 +74,20 @@ def _try(
     pieces = [nn.Parameter(part.to(device, copy=True)) for part in start.flatten().split(SIZES)]
     # Alike from step to step, as real ones are: some optimizers act on their having gone one way.
     common = torch.randn(96, 100, **where)
-    grads = [(common + torch.randn(96, 100, **where)).to(device) * 2.0**-step for step in range(STEPS)]
+
+    def grads() -> Iterator[Tensor]:  # not kept: making an optimizer is to take no memory but a bucket's
+        generator = torch.Generator().manual_seed(1)
+        for step in range(STEPS):
+            own = torch.randn(96, 100, generator=generator, dtype=torch.float32, device="cpu")
+            yield (common + own).to(device) * 2.0**-step
+
     try:
-        _train(make([whole]), [whole], [[grad] for grad in grads])
+        _train(make([whole]), [whole], ([grad] for grad in grads()))
     except Exception as error:
         raise ValueError(f"{given} does not run on a 96 x 100 matrix on {device}: {error}") from error
     optimizers = []
     for ours in (slice(0, None, 2), slice(1, None, 2)):
-        parts = [grad.flatten().split(SIZES)[ours] for grad in grads]
+        parts = (grad.flatten().split(SIZES)[ours] for grad in grads())
         try:
             optimizers.append(make(pieces[ours]))
             _train(optimizers[-1], pieces[ours], parts)
@@ -115,7 +121,7 @@ def _check_state(name: str, optimizer: torch.optim.Optimizer) -> None:
                 )
 
 
-def _train(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], grads: Sequence[Sequence[Tensor]]) -> None:
+def _train(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], grads: Iterable[Sequence[Tensor]]) -> None:
     """A step for each entry of grads, which has one of each parameter."""
     for step in grads:
         for parameter, grad in zip(parameters, step, strict=True):
