@@ -6,6 +6,7 @@ import random
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from phicore.training import TrainConfig, Trainer
-from phicore.training.batches import to_device
+from phicore.training.batches import make_batch, to_device
 from phicore.training.data import collate
 from phicore.training.loss import causal_lm_loss
 from tests.training.regression import Batch, regression, regression_data, squares, visits, weights, weights_of
@@ -162,9 +163,22 @@ def test_every_line_tells_the_same_facts(tmp_path: Path) -> None:
     assert all(0 <= line["data_wait_percent"] <= 100 for line in lines)
 
 
-def test_waiting_for_data_is_told(tmp_path: Path) -> None:
-    small_trainer(tmp_path, steps=2, pause=0.5).fit()
-    assert any(line["data_wait_percent"] > 20 for line in metrics(tmp_path))  # not all: the machine may stand still
+def test_waiting_for_data_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that stands but for three seconds an example and four a micro-batch."""
+    clock = [0.0]
+    monkeypatch.setattr("phicore.training.trainer.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    def collate(rows: list[Any]) -> Any:
+        clock[0] += 3.0 * len(rows)
+        return make_batch(rows)
+
+    def loss(model: nn.Module, batch: Any) -> Any:
+        clock[0] += 4.0
+        return causal_lm_loss(model, batch)
+
+    config = TrainConfig(output=str(tmp_path), **{**SETTINGS, "steps": 2})
+    Trainer(small_model(), config, examples(), loss_fn=loss, collate_fn=collate).fit()
+    assert [line["data_wait_percent"] for line in metrics(tmp_path)] == [60.0, 60.0]  # 12 of 20 seconds
 
 
 def test_gradients_left_from_outside_do_not_count(tmp_path: Path) -> None:
