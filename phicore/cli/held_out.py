@@ -40,14 +40,22 @@ def before_training(
     options: "FinetuneOptions", settings: dict[str, Any], trainer: Any, tokenizer: Any, data: Any
 ) -> dict[str, Any]:
     """`held_out` before training. It is kept, with all that it depends on, for a run that is resumed: one with other
-    held-out settings computes it anew, from the same untrained model."""
+    held-out settings computes it anew, from the same untrained model.
+
+    Raises:
+        ValueError: the run that is resumed began over another base.
+    """
     kept = Path(options.train.output) / "before.json"
     asked = {name: getattr(options, name) for name in ("eval_limit", "answers", "max_new_tokens")}
     asked["eval_data_sha256"] = digest(Path(options.eval_data)) if options.eval_data else None
     asked = json.loads(json.dumps({**settings, **asked}))
 
     def read_kept() -> dict[str, Any] | None:
-        if not (options.train.resume and latest_checkpoint(trainer.checkpoints) is not None and kept.is_file()):
+        newest = latest_checkpoint(trainer.checkpoints) if options.train.resume else None
+        if newest is None:
+            return None
+        trainer.check_base(newest)  # before figures of another base are kept as those of this run
+        if not kept.is_file():
             return None
         try:
             known = json.loads(kept.read_text())

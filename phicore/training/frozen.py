@@ -11,6 +11,7 @@ one pair of values in many; this finds mistakes, not attacks.
 """
 
 import functools
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from phicore.modules import unwrapped
 from phicore.nf4 import NF4Linear
+from phicore.nf4.codec import decode_absmax
 from phicore.training.distributed import together
 
 if TYPE_CHECKING:
@@ -139,25 +141,48 @@ def check_same_frozen(model: nn.Module, trained: "TrainedBuffers") -> dict[str, 
     return by_rank[0]
 
 
-def without_scales(model: nn.Module, described: dict[str, str]) -> dict[str, str]:
-    """What tells a base from another one wherever it was coded: all but the scales of NF4 layers, which hang in their
-    last bits on the number of threads that summed them. The codes do not."""
+MEAN = "scales of mean "
+CLOSE = 1e-5  # relative; the last bits of a sum in float32, and no other scale
+
+
+def described_base(model: nn.Module, described: dict[str, str]) -> dict[str, str]:
+    """`describe_frozen` of a base as another process may have coded it: of NF4 layers the codes, and of their scales
+    the mean, since the scales hang in their last bits on the number of threads that summed them."""
     with unwrapped(model) as bare:
-        layers = [path for path, module in bare.named_modules() if isinstance(module, NF4Linear)]
-    scales = {f"{path}.{part}".lstrip(".") for path in layers for part in ("absmax", "nested_absmax", "offset")}
-    return {name: words for name, words in described.items() if name not in scales}
+        layers = {path: module for path, module in bare.named_modules() if isinstance(module, NF4Linear)}
+    base = dict(described)
+    for path, layer in layers.items():
+        absmax, *more = (f"{path}.{part}".lstrip(".") for part in ("absmax", "nested_absmax", "offset"))
+        for name in more:
+            base.pop(name, None)
+        if absmax in base and not layer.absmax.is_meta:
+            base[absmax] = f"{MEAN}{_mean_scale(layer)!r}"
+    return base
+
+
+def _mean_scale(layer: NF4Linear) -> float:
+    scales = layer.absmax
+    if layer.nested_absmax is not None and layer.offset is not None:
+        scales = decode_absmax(scales, layer.nested_absmax, layer.offset)
+    return float(scales.mean(dtype=torch.float64))
 
 
 def check_same_base(checkpoint: Path, saved: dict[str, str], now: dict[str, str]) -> None:
-    """Compares the base that a checkpoint was written over with the one it would go on over, both `without_scales`.
+    """Compares the base that a checkpoint was written over with the one it would go on over, each a `described_base`.
 
     Raises:
         ValueError: a tensor differs or is gone, naming the first one.
     """
-    wrong = [name for name, words in saved.items() if now.get(name) != words]
+    wrong = [name for name, words in saved.items() if not _same(words, now.get(name, ""))]
     if wrong:
         raise ValueError(
             f"{checkpoint} was written over another base: {wrong[0]} (of {len(wrong)} tensors) is "
             f"{now.get(wrong[0], 'not there, or trains')} and was {saved[wrong[0]]}. Resume over that base, or train "
             f"over this one in another output"
         )
+
+
+def _same(then: str, now: str) -> bool:
+    if then.startswith(MEAN) and now.startswith(MEAN):
+        return math.isclose(float(then.removeprefix(MEAN)), float(now.removeprefix(MEAN)), rel_tol=CLOSE)
+    return then == now

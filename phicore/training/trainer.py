@@ -36,7 +36,7 @@ from phicore.training.buffers import TrainedBuffers
 from phicore.training.config import TrainConfig, fixed_settings
 from phicore.training.data import step_indices
 from phicore.training.distributed import gather_rows, on_first_rank, rank, sum_over_ranks, world_size
-from phicore.training.frozen import check_same_base, check_same_frozen, frozen_tensors, without_scales
+from phicore.training.frozen import check_same_base, check_same_frozen, described_base, frozen_tensors
 from phicore.training.loss import causal_lm_loss, masked_mean, sum_and_count
 from phicore.training.metrics import MetricsLog, Progress, peak_memory_bytes, told
 from phicore.training.modes import mode, stop_signals
@@ -172,7 +172,7 @@ class Trainer:
         self.buffers = TrainedBuffers(self.model)
         if world_size() > 1:
             distributed.together(lambda: check_same(self._describe(), None, None))
-        self._base = without_scales(self.model, check_same_frozen(self.model, self.buffers))
+        self._base = described_base(self.model, check_same_frozen(self.model, self.buffers))
         self.buffers.share()
         self.optimizer = self._make_optimizer()
         self._peaks = [group["lr"] for group in self.optimizer.param_groups]
@@ -535,6 +535,11 @@ class Trainer:
             self.loss = math.nan if (loss := state.get("loss")) is None else loss  # another trainer's has none
         self._has_begun = True
 
+    def check_base(self, newest: Path) -> None:
+        """Raises ValueError where a checkpoint was written over another base than the model's; `fit` does so first of
+        all, and whoever evaluates before it may want to know. A checkpoint of another trainer does not say."""
+        check_same_base(newest, checkpoint.read_state(newest).get("base", {}), self._base)
+
     def _find(self) -> tuple[Path | None, dict[str, Any] | None]:
         """The checkpoint to go on from and its state, or room for a new run."""
         newest = prepare_output(replace(self.config, output=str(self.output)))
@@ -550,5 +555,5 @@ class Trainer:
             )
         elif changed := changed_settings(state["settings"], self._settings()):
             raise ValueError(f"{newest} was written with other settings; {'; '.join(changed)}")
-        check_same_base(newest, state.get("base", {}), self._base)
+        self.check_base(newest)
         return newest, state

@@ -231,9 +231,11 @@ def test_a_run_is_not_gone_on_with_over_another_base(
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[-1, -1] += 1
     save_model(model, tokenizer, base, overwrite=True)
+    (tmp_path / "run" / "before.json").unlink()
     assert run(base, data, tmp_path / "run", "--method", "qlora", "--resume") == 1
+    assert not (tmp_path / "run" / "before.json").exists()  # of the other base
     said = capsys.readouterr().err
-    assert "another base: model.layers.1.mlp.up_proj.base.packed (of 1 tensors)" in said
+    assert "another base: model.layers.1.mlp.up_proj.base.packed (of 2 tensors)" in said
     assert "another output" in said
 
 

@@ -133,10 +133,12 @@ def test_the_first_that_differs_is_named_on_every_rank(tmp_path: Path, ranks, ca
         assert answers[0].endswith("load the same base, quantized alike, on every rank")
 
 
-def over(output: Path, changed: str = "") -> Trainer:
-    """A run of an adapter over a base, one bit of which may be another."""
+def over(output: Path, changed: str = "", factor: float = 1.0) -> Trainer:
+    """A run of an adapter over a base, one bit of which may be another, or a factor of a layer before it is coded."""
     torch.manual_seed(1)
-    model = phicore.quantize_(nn.Sequential(nn.Embedding(12, 64), nn.Linear(64, 12)))
+    model = nn.Sequential(nn.Embedding(12, 64), nn.Linear(64, 12))
+    model[1].weight.data *= factor  # type: ignore[union-attr, operator]
+    phicore.quantize_(model)
     if changed:
         tensor = dict(model.state_dict())[changed]
         tensor.view(-1).view(torch.uint8)[0] ^= 1
@@ -155,6 +157,10 @@ def test_a_run_goes_on_over_the_base_that_it_began_with(tmp_path: Path) -> None:
         assert all(torch.equal(p, before[name]) for name, p in trainer.parameters.items())
     for scale in ("1.offset", "1.nested_absmax"):  # whose last bits are those of a sum over threads
         assert over(tmp_path, scale).fit().steps == 2
+    with pytest.raises(
+        ValueError, match=r"another base: 1\.base\.absmax \(of 1 tensors\) is scales of mean .* and was"
+    ):
+        over(tmp_path, factor=2.0).fit()  # whose codes are the same
 
 
 def test_a_base_that_lost_a_part_or_trains_it_now_is_another(tmp_path: Path) -> None:
