@@ -2,8 +2,8 @@
 
 There torch multiplies 16-bit matrices in scalar loops, at a seventh of float32's speed and, for a product that is not
 with a transposed matrix, at a hundredth of it; or, where the CPU has AVX-512 without its bfloat16 instructions, has
-oneDNN imitate them, at a quarter of float32's speed. So operands are cast to float32 in pieces that fit the cache, and
-the result is rounded as it is stored. A GPU's tensor cores do the same: 16 bits in and out, sums in float32.
+oneDNN imitate them, several times slower than float32. So operands are cast to float32 in pieces that fit the cache,
+and the result is rounded as it is stored. A GPU's tensor cores do the same: 16 bits in and out, sums in float32.
 """
 
 from collections.abc import Iterable, Iterator

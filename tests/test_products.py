@@ -58,7 +58,7 @@ def avx512(there: bool, bfloat16: bool):
     ("there", "bfloat16", "expected"),
     [
         (True, True, ()),
-        (True, False, (torch.bfloat16,)),  # Skylake to Ice Lake: oneDNN says yes, and takes four times as long
+        (True, False, (torch.bfloat16,)),  # Skylake to Ice Lake: oneDNN says yes, and takes several times as long
         (False, False, ()),  # Arm's BF16
     ],
 )
