@@ -25,7 +25,8 @@ def causal_lm_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tenso
 
     Where the model's logits are what an nn.Linear gives and they would be many, the loss is taken in the head's place,
     a few rows at a time, and the logits never exist as a whole (see `in_place_of_head`). Where a model of transformers
-    allows it, padding is left out (see `phicore.training.packing`).
+    allows it, padding is left out (see `phicore.training.packing`). A mixture of experts that is asked for its routers'
+    logits (config.output_router_logits) has its balancing loss added for each labelled token, as in transformers.
 
     Args:
         model: called with input_ids (by position, unless its forward names it) and, where its forward takes them,
@@ -38,7 +39,8 @@ def causal_lm_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tenso
 
     Raises:
         TypeError: the model returns something else; input_ids or labels are no tensors.
-        ValueError: the batch lacks input_ids or labels, or has what the model takes and is not given here.
+        ValueError: the batch lacks input_ids or labels, or has what the model takes and is not given here; a balancing
+            loss comes without its factor.
     """
     if not isinstance(batch, Mapping) or not {*TOKENS} <= batch.keys():
         raise ValueError(
@@ -89,6 +91,7 @@ def causal_lm_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tenso
                 f"object with .logits. Have its forward return these (transformers: config.return_dict = True), or "
                 f"give the Trainer a loss_fn"
             )
+        balance[:] = _balancing_loss(bare, output)
         return logits
 
     def of_hidden(head: nn.Linear, hidden: Tensor) -> Tensor | None:
@@ -102,6 +105,7 @@ def causal_lm_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tenso
         return linear_cross_entropy(rows, head.weight, head.bias, targets)
 
     count = (targets != IGNORE_INDEX).sum()
+    balance: list[Tensor] = []  # of the run that counts, which is the last
     state = torch.get_rng_state()
     try:
         found = in_place_of_head(inner, run, of_hidden)
@@ -110,13 +114,33 @@ def causal_lm_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tenso
         torch.set_rng_state(state)
         return causal_lm_loss(model, batch)
     if found.dim() == 0:
-        return found.float(), count
-    if not chosen:
-        found = found[:, positions]  # [B, T, V] -> [B, K, V]
-    loss = nn.functional.cross_entropy(
-        found.reshape(-1, found.shape[-1]).float(), targets, ignore_index=IGNORE_INDEX, reduction="sum"
-    )
+        loss = found.float()
+    else:
+        if not chosen:
+            found = found[:, positions]  # [B, T, V] -> [B, K, V]
+        loss = nn.functional.cross_entropy(
+            found.reshape(-1, found.shape[-1]).float(), targets, ignore_index=IGNORE_INDEX, reduction="sum"
+        )
+    for term in balance:
+        loss = loss + count * term
     return loss, count
+
+
+def _balancing_loss(model: Any, output: Any) -> list[Tensor]:
+    """What a mixture of experts adds to its mean loss where transformers is given labels; none of most models."""
+    aux = getattr(output, "aux_loss", None)
+    if not isinstance(aux, Tensor):
+        return []
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for holder in (model, config):
+        for name in ("router_aux_loss_coef", "aux_loss_coef"):
+            if (factor := getattr(holder, name, None)) is not None:
+                return [factor * aux.float()]
+    raise ValueError(
+        f"{type(model).__name__} returns an aux_loss, and neither it nor its config has the router_aux_loss_coef that "
+        f"it is to be weighed with; give it one, set config.output_router_logits = False, or give the Trainer a loss_fn"
+    )
 
 
 def _takes_use_cache(model: Any, accepted: Mapping[str, inspect.Parameter]) -> bool:

@@ -164,3 +164,41 @@ def test_lists_that_were_stacked_are_told() -> None:
     rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3], "token_type_ids": [0, 0, 0]}] * 2
     with pytest.raises(TypeError, match=r"input_ids of the batch is a list.* take other keys .*here token_type_ids"):
         causal_lm_loss(small_model(), make_batch(rows))
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_the_balancing_loss_of_experts_is_added_as_transformers_adds_it(relative_error: Measure, padded: bool) -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, num_local_experts=4, router_aux_loss_coef=0.5, output_router_logits=True,
+        )
+    )  # fmt: skip
+    lengths = (5, 9) if padded else (7, 7)
+    batch = make_batch([{"input_ids": torch.randint(40, (n,)), "labels": torch.arange(n)} for n in lengths])
+    theirs = model(**batch).loss
+    for _ in range(2):  # the second time it is known that the padding is to stay
+        loss, count = causal_lm_loss(model, batch)
+        assert loss.item() / count.item() == pytest.approx(theirs.item(), rel=1e-5)
+        ours = gradient(model, loss / count)
+        assert relative_error(ours, gradient(model, model(**batch).loss)) < 1e-5
+    model.config.output_router_logits = False
+    without, count = causal_lm_loss(model, batch)
+    assert without.item() / count.item() < theirs.item() - 0.1
+
+
+def test_a_balancing_loss_without_a_factor_is_refused() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(8, 8)
+
+        def forward(self, input_ids: Tensor) -> SimpleNamespace:
+            return SimpleNamespace(logits=self.table(input_ids), aux_loss=torch.ones(()))
+
+    ids = torch.randint(8, (2, 5))
+    with pytest.raises(ValueError, match="Experts returns an aux_loss, and neither it nor its config"):
+        causal_lm_loss(Experts(), {"input_ids": ids, "labels": ids})
