@@ -9,7 +9,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from phicore.training.encoding import IGNORE_INDEX, Encoded, check_sequence_length, encode
+from phicore.training.encoding import IGNORE_INDEX, Encoded, UnstableTemplate, check_sequence_length, encode
 from phicore.training.records import Record, read_records
 
 Example = dict[str, torch.Tensor]
@@ -22,12 +22,12 @@ class TokenDataset(Sequence[Example]):
     A token counts as loss-bearing when the model predicts it: it has a label and is not the first.
 
     Args:
-        records, encoded: as many of both.
+        examples: records, each with what it was encoded to.
         sequence_length: to which they were cut.
         ends: tokens at which generation stops, or may.
 
     Attributes:
-        records: the records, in the file's order.
+        records: of each example, in the file's order. Those of a conversation that was taken apart are only_last.
         truncated: examples that were cut to sequence_length.
         without_loss: examples whose tokens, after the cut, carry no loss. They are kept: dropping them would shift
             the order of the data.
@@ -38,15 +38,14 @@ class TokenDataset(Sequence[Example]):
         loss_tokens: those of them that carry loss.
     """
 
-    def __init__(
-        self, records: Sequence[Record], encoded: Iterable[Encoded], sequence_length: int, ends: Collection[int]
-    ) -> None:
-        self.records = list(records)
+    def __init__(self, examples: Iterable[tuple[Record, Encoded]], sequence_length: int, ends: Collection[int]) -> None:
+        self.records: list[Record] = []
         self.sequence_length = sequence_length
         self.longest = self.truncated = self.without_loss = self.straddling = self.left_out = self.open_ended = 0
         self.tokens = self.loss_tokens = 0
         self._examples: list[Example] = []
-        for e in encoded:  # one at a time: as lists, a file's tokens take four times this memory
+        for record, e in examples:  # one at a time: as lists, a file's tokens take four times this memory
+            self.records.append(record)
             learnt = [label for label in e.labels if label != IGNORE_INDEX]
             with_loss = sum(label != IGNORE_INDEX for label in e.labels[1:])
             self.longest = max(self.longest, e.length)
@@ -78,6 +77,11 @@ class TokenDataset(Sequence[Example]):
         """What a user should know about the data before training on it, in sentences; None when there is nothing."""
         n = len(self)
         sentences = []
+        if apart := [record.line for record in self.records if record.only_last]:
+            sentences.append(
+                f"The chat template renders an answer otherwise once more turns follow it, so "
+                f"conversations were taken apart, an example for each answer ({len(set(apart))} into {len(apart)})."
+            )
         if self.truncated:
             sentences.append(
                 f"{self.truncated} of {n} examples are longer than {self.sequence_length} tokens and were cut "
@@ -112,6 +116,9 @@ def load_dataset(
 ) -> TokenDataset:
     """Reads a JSONL file and encodes it; what happened to the data is counted, and told by its report().
 
+    A conversation of several answers is one example where the chat template lets it be (see `encode`). Where it does
+    not, as Qwen3's, which drops thoughts from all answers but the last, each answer becomes an example of its own.
+
     Args:
         path: see `read_records`.
         tokenizer: see `encode`.
@@ -128,15 +135,15 @@ def load_dataset(
         raise ValueError(f"limit must be above 0, or None for all records, got {limit}")
     records = read_records(path)[:limit]
 
-    def encoded() -> Iterator[Encoded]:
+    def examples() -> Iterator[tuple[Record, Encoded]]:
         for record in records:
             try:
-                yield encode(record, tokenizer, sequence_length)
+                yield from _encode(record, tokenizer, sequence_length)
             except ValueError as error:
                 raise ValueError(f"{os.fspath(path)}, line {record.line}: {error}") from error
 
     ends = {tokenizer.eos_token_id, *tokenizer.added_tokens_decoder}
-    dataset = TokenDataset(records, encoded(), sequence_length, ends)
+    dataset = TokenDataset(examples(), sequence_length, ends)
     if dataset.loss_tokens == 0:
         why = "raise the sequence length" if dataset.truncated else "all of its texts or answers are empty"
         raise ValueError(
@@ -144,6 +151,14 @@ def load_dataset(
             f"longest has {dataset.longest}); {why}"
         )
     return dataset
+
+
+def _encode(record: Record, tokenizer: Any, sequence_length: int) -> list[tuple[Record, Encoded]]:
+    """The record's one example, or one for each answer of a conversation."""
+    try:
+        return [(record, encode(record, tokenizer, sequence_length))]
+    except UnstableTemplate:
+        return [(part, encode(part, tokenizer, sequence_length)) for part in record.by_answer()]
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> Example:

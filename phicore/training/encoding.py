@@ -13,6 +13,11 @@ IGNORE_INDEX = -100
 """The label of a token that carries no loss; what torch's cross entropy ignores by default."""
 
 
+class UnstableTemplate(ValueError):
+    """A chat template renders an answer otherwise once more turns follow it, so that there is no one text in which all
+    answers of a conversation stand as the model is to write them. `Record.by_answer` makes a text for each."""
+
+
 @dataclass(frozen=True, slots=True)
 class Encoded:
     """The tokens of one record, cut to the sequence length. labels[i] is input_ids[i] or IGNORE_INDEX."""
@@ -38,9 +43,10 @@ def encode(record: Record, tokenizer: Any, sequence_length: int) -> Encoded:
     """Tokens and labels of a record, cut to sequence_length.
 
     messages: rendered by the chat template and tokenised as one text. The assistant's tokens carry loss in each of its
-    turns: its content and what the template ends a turn with (not the whitespace after that). prompt and completion:
-    joined without a template, with the special tokens that the tokenizer puts before a text (unless it begins with bos)
-    and eos after it; the completion and eos carry loss. text: the same, and every token carries loss.
+    turns (of a record that is only_last, in the last message): its content and what the template ends a turn with (not
+    the whitespace after that). prompt and completion: joined without a template, with the special tokens that the
+    tokenizer puts before a text (unless it begins with bos) and eos after it; the completion and eos carry loss. text:
+    the same, and every token carries loss.
 
     Args:
         record: what read_records gives.
@@ -49,8 +55,8 @@ def encode(record: Record, tokenizer: Any, sequence_length: int) -> Encoded:
 
     Raises:
         ValueError: sequence_length is not above 0; the tokenizer is not fast, or lacks a chat template or an eos token
-            that the record needs; the template refuses the messages, or renders a turn otherwise as the conversation
-            goes on.
+            that the record needs; the template refuses the messages.
+        UnstableTemplate: it renders a turn otherwise as the conversation goes on.
     """
     check_sequence_length(sequence_length)
     if not getattr(tokenizer, "is_fast", False):
@@ -60,7 +66,7 @@ def encode(record: Record, tokenizer: Any, sequence_length: int) -> Encoded:
         )
     straddles = left_out = False
     if record.messages is not None:
-        ids, labels, straddles, left_out = _encode_messages(record.messages, tokenizer)
+        ids, labels, straddles, left_out = _encode_messages(record.messages, tokenizer, record.only_last)
     elif record.text is not None:
         ids, _ = _tokenize(tokenizer, record.text, add_special_tokens=True)
         labels = list(ids)
@@ -102,14 +108,16 @@ def prompt_and_reference(record: Record, tokenizer: Any) -> tuple[str, str]:
     )
 
 
-def _encode_messages(messages: list[dict[str, str]], tokenizer: Any) -> tuple[list[int], list[int], bool, bool]:
+def _encode_messages(
+    messages: list[dict[str, str]], tokenizer: Any, only_last: bool
+) -> tuple[list[int], list[int], bool, bool]:
     """input_ids, labels, whether a token straddles the start of a turn, and whether a message is left out."""
     text = render(tokenizer, messages, add_generation_prompt=False)
     ids, offsets = _tokenize(tokenizer, text, add_special_tokens=False)
     learnt: list[int] = []
     straddles = False
     for i, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or (only_last and i < len(messages) - 1):
             continue
         start, end = _turn_span(tokenizer, messages, i, text)
         turn = _inside(offsets, start, end)
@@ -118,7 +126,7 @@ def _encode_messages(messages: list[dict[str, str]], tokenizer: Any) -> tuple[li
         while turn and text[slice(*offsets[turn[-1]])].isspace():
             turn.pop()
         if not turn:
-            raise ValueError(_unstable(f"messages[{i}], the assistant's, has no token of its own in the rendered text"))
+            raise _unstable(f"messages[{i}], the assistant's, has no token of its own in the rendered text")
         learnt += turn
         straddles = straddles or _straddles(offsets, start, text)
     left_out = any(m["role"] != "assistant" and m["content"].strip() not in text for m in messages)
@@ -131,7 +139,7 @@ def _turn_span(tokenizer: Any, messages: list[dict[str, str]], i: int, text: str
     a token that begins like it."""
     prefix = render(tokenizer, messages[:i], add_generation_prompt=True)
     if not text.startswith(prefix):
-        raise ValueError(_unstable(f"the text before messages[{i}] is not how the whole conversation begins"))
+        raise _unstable(f"the text before messages[{i}] is not how the whole conversation begins")
     closed = render(tokenizer, messages[: i + 1], add_generation_prompt=False)
     if not text.startswith(closed):  # GPT-OSS's template: <|return|> ends the last turn, <|end|> the others
         goes_on = _before_generation_prompt(tokenizer, messages, i)
@@ -144,7 +152,7 @@ def _turn_span(tokenizer: Any, messages: list[dict[str, str]], i: int, text: str
         return len(prefix), len(closed)
     end = next((k for k, (a, b) in enumerate(zip(closed, text, strict=False)) if a != b), len(text))
     if messages[i]["content"].strip() not in text[len(prefix) : end]:
-        raise ValueError(_unstable(f"messages[{i}] is rendered otherwise once more turns follow it"))
+        raise _unstable(f"messages[{i}] is rendered otherwise once more turns follow it")
     return len(prefix), end
 
 
@@ -184,11 +192,11 @@ def render(tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt
         raise ValueError(f"the chat template of {where} refuses messages with the roles {roles}: {error}") from error
 
 
-def _unstable(what: str) -> str:
-    return (
+def _unstable(what: str) -> UnstableTemplate:
+    return UnstableTemplate(
         f"the chat template is not prefix-stable: {what}, so the assistant's tokens cannot be told apart; set "
-        f"tokenizer.chat_template to one that renders a turn the same whatever follows, or split the conversation "
-        f"into one record for each assistant turn, or write it as prompt and completion"
+        f"tokenizer.chat_template to one that renders a turn the same whatever follows, or write the data as prompt "
+        f"and completion"
     )
 
 

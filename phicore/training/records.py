@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 ROLES = ("system", "user", "assistant")
@@ -31,6 +31,15 @@ class Record:
 
     extra: tuple[str, ...] = ()
     """Names of the line's keys that are not used, as "id" or "messages[].name"."""
+
+    only_last: bool = False
+    """Whether the last of the messages alone is to be learnt, and the answers before it are as given."""
+
+    def by_answer(self) -> "list[Record]":
+        """A conversation as one record for each of its answers, with what stands before it."""
+        messages = self.messages or []
+        ends = [i + 1 for i, message in enumerate(messages) if message["role"] == "assistant"]
+        return [replace(self, messages=messages[:end], only_last=True) for end in ends]
 
 
 def read_records(path: str | os.PathLike[str]) -> list[Record]:

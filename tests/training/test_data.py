@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from phicore.training import data
 from phicore.training.batches import make_batch
 from phicore.training.data import collate, load_dataset, order, step_indices
-from phicore.training.encoding import IGNORE_INDEX, Encoded, encode
+from phicore.training.encoding import IGNORE_INDEX, Encoded, encode, prompt_and_reference
 from phicore.training.records import read_records
 from tests.chat_data import ANSWER, ASK, SYSTEM, write_jsonl
 from tests.chat_tokenizers import LONG, chat_tokenizer, tokenizer_of
@@ -47,6 +47,46 @@ def test_dataset_counts_and_reports(tmp_path: Path) -> None:
         "move the space between the two from the prompt to the answer. "
         "Keys that are not used were ignored: id, source."
     )
+
+
+def thoughtful_tokenizer() -> Any:
+    """Its template writes thoughts as Qwen3's does: only behind the last question, and there where there is none."""
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = (
+        "{% set ns = namespace(last=0) %}"
+        "{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+        "{% for m in messages %}{% set thought, _, said = m.content.rpartition('</think>') %}"
+        "{{ '<|im_start|>' + m.role + '\n' }}"
+        "{% if m.role == 'assistant' and loop.index0 > ns.last %}{{ (thought or '<think>') + '</think>' }}{% endif %}"
+        "{{ said + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    return tokenizer
+
+
+def test_a_conversation_is_taken_apart_where_its_template_needs_that(tmp_path: Path) -> None:
+    """Each answer is learnt as it stands while it is the last, behind what the model sees when it is to write it."""
+    tokenizer = thoughtful_tokenizer()
+    thought = {"role": "assistant", "content": "<think>so</think>Then."}
+    conversation = [SYSTEM, ASK, ANSWER, ASK, thought, ASK, ANSWER, ASK]
+    path = write_jsonl(tmp_path / "data.jsonl", {"messages": [ASK, ANSWER]}, {"messages": conversation}, {"text": "a"})
+    dataset = load_dataset(path, tokenizer, LONG)
+    assert [(record.line, record.only_last) for record in dataset.records] == [
+        (1, False), (2, True), (2, True), (2, True), (3, False),
+    ]  # fmt: skip
+    assert dataset.report() == (
+        "The chat template renders an answer otherwise once more turns follow it, so conversations were taken apart, "
+        "an example for each answer (1 into 3)."
+    )
+    answers = f"<think></think>{ANSWER['content']}", thought["content"], f"<think></think>{ANSWER['content']}"
+    for end, example, answer, record in zip((2, 4, 6), dataset[1:4], answers, dataset.records[1:4], strict=True):
+        prompt = tokenizer.apply_chat_template(conversation[:end], tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        assert example["input_ids"][: len(ids)].tolist() == ids
+        assert example["labels"][: len(ids)].unique().tolist() == [IGNORE_INDEX]
+        learnt = [label for label in example["labels"].tolist() if label != IGNORE_INDEX]
+        assert tokenizer.decode(learnt) == f"{answer}<|im_end|>"
+        assert prompt_and_reference(record, tokenizer) == (prompt, answer)
 
 
 def test_a_file_is_never_whole_in_lists_of_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
