@@ -113,13 +113,14 @@ def test_layers_that_transformers_leaves_dense_are_warned_of(tmp_path: Path, cap
     (message,) = [record.getMessage() for record in caplog.records if record.name.startswith("phicore")]
     assert message.startswith("transformers leaves encoder.block.0.layer.1.DenseReluDense.wo, ")
     assert message.endswith("quantize with exclude_modules=['wo']")
-    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):  # as long as it is so
-        transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "all")
+    given = {"input_ids": IDS, "decoder_input_ids": IDS}
+    # As long as it is so; transformers 5.20, which Python 3.10 gets, finds out in the forward pass.
+    with pytest.raises(RuntimeError, match=r"ignore_mismatched_sizes|shapes cannot be multiplied"):
+        transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "all").train()(**given)
     caplog.clear()
     other.save_pretrained(tmp_path / "other")
     assert not [record for record in caplog.records if record.name.startswith("phicore")]
     loaded = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "other").train()  # as in loads_alike
-    given = {"input_ids": IDS, "decoder_input_ids": IDS}
     torch.testing.assert_close(loaded(**given).logits, other.train()(**given).logits, atol=1e-5, rtol=1e-5)
 
 
