@@ -60,6 +60,19 @@ def has_own_forward(layer: nn.Module) -> bool:
     return own and kind.__name__ not in PLAIN_BY_NAME
 
 
+def coded_elsewhere(layer: nn.Module) -> str:
+    """What a linear layer of another library is that holds its weight in codes (bitsandbytes'), and what to do about
+    it, in words; empty for any other."""
+    weight = layer._parameters.get("weight") if isinstance(layer, nn.Linear) else None
+    if weight is None or weight.is_floating_point():
+        return ""
+    return (
+        f"a {type(layer).__name__} with {weight.dtype} weights, coded by another library: load the full-precision "
+        f"model and use phicore.quantize_, or read a directory in bitsandbytes' NF4 by "
+        f"phicore.formats.huggingface.load_model, which makes its layers NF4Linear"
+    )
+
+
 def ends_with(expression: str) -> str:
     """The regular expression of names that end, after a dot or whole, in what another one matches."""
     return rf"(?:.*\.)?(?:{expression})"
@@ -169,6 +182,8 @@ def select(
                 f"all-linear leaves out layers that share a weight with each other: {', '.join(shared)}", stacklevel=4
             )
         others = [name for name, module in chosen.items() if has_own_forward(module)]
+        if others and len(others) == len(chosen) and (coded := coded_elsewhere(chosen[others[0]])):
+            raise ValueError(f"all-linear finds no layer of {type(model).__name__} to replace: {others[0]} is {coded}")
         if others:
             kind_names = ", ".join(sorted({type(chosen[name]).__name__ for name in others}))
             warnings.warn(
