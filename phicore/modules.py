@@ -159,6 +159,7 @@ def select(
             f"the model itself is of type {type(model).__name__}, and nothing can take its place; put it into another "
             f"module, such as nn.Sequential"
         )
+    caller = 6 if fused_targets else 4  # frames to the line that calls attach, or quantize_
     check_names("exclude_modules", exclude_modules)
     if not target_modules:
         raise ValueError(f'target_modules must name something, got {target_modules!r}; "{ALL_LINEAR}", say')
@@ -179,7 +180,8 @@ def select(
         blocks = {m for together in sharing(model) if all(isinstance(m, linear) for m in together) for m in together}
         if shared := [name for name, module in candidates.items() if module in blocks]:
             warnings.warn(
-                f"all-linear leaves out layers that share a weight with each other: {', '.join(shared)}", stacklevel=4
+                f"all-linear leaves out layers that share a weight with each other: {', '.join(shared)}",
+                stacklevel=caller,
             )
         others = [name for name, module in chosen.items() if has_own_forward(module)]
         if others and len(others) == len(chosen) and (coded := coded_elsewhere(chosen[others[0]])):
@@ -188,7 +190,7 @@ def select(
             kind_names = ", ".join(sorted({type(chosen[name]).__name__ for name in others}))
             warnings.warn(
                 f"all-linear leaves out layers with a forward of their own ({kind_names}): {', '.join(others)}",
-                stacklevel=4,
+                stacklevel=caller,
             )
         chosen = {name: module for name, module in chosen.items() if name not in others}
         hidden = [name for name, module in every.items() if isinstance(module, nn.MultiheadAttention)]
@@ -196,7 +198,7 @@ def select(
             warnings.warn(
                 f"all-linear leaves out nn.MultiheadAttention, whose projections are not called as layers: "
                 f"{', '.join(hidden)}",
-                stacklevel=4,
+                stacklevel=caller,
             )
     else:
         entries: list[str | list[str]] = (
@@ -230,7 +232,7 @@ def select(
         if fused:
             told = _fused_message(type(model).__name__, fused)
             if fused_targets == "map":
-                warnings.warn(f"{told}, which are taken whole in their place", stacklevel=6)  # attach's caller
+                warnings.warn(f"{told}, which are taken whole in their place", stacklevel=caller)
             elif fused_targets != "split":
                 choice = ' or set fused_targets="map" (or "split", for an adapter a part)' if fused_targets else ""
                 raise ValueError(f"{told}; name those{choice}")
@@ -254,7 +256,7 @@ def select(
         warnings.warn(
             f"target_modules={target_modules!r} means layers that cannot be adapted or quantized, too, and they stay "
             f"as they are: {shown}{f' and {len(others) - 5} more' if len(others) > 5 else ''}",
-            stacklevel=4,
+            stacklevel=caller,
         )
     return chosen
 
