@@ -44,7 +44,7 @@ from phicore.training.modes import mode, stop_signals
 from phicore.training.output import after_restart, hold_output, prepare_output
 from phicore.training.randomness import kept_random, random_json, seed_everything
 from phicore.training.recompute import checkpointed_blocks
-from phicore.training.resume import changed_settings, describe, load_checkpoint
+from phicore.training.resume import check_settings, describe, load_checkpoint
 from phicore.training.schedule import learning_rate
 from phicore.training.shards import Part, random_parts, to_memory, trained_parts
 from phicore.training.watch import Watch
@@ -557,7 +557,7 @@ class Trainer:
                 file=sys.stderr,
                 flush=True,
             )
-        elif changed := changed_settings(state["settings"], self._settings()):
-            raise ValueError(f"{newest} was written with other settings; {'; '.join(changed)}")
+        else:
+            check_settings(newest, state["settings"], self._settings())
         self.check_base(newest)
         return newest, state
