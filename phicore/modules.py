@@ -60,6 +60,19 @@ def has_own_forward(layer: nn.Module) -> bool:
     return own and kind.__name__ not in PLAIN_BY_NAME
 
 
+def coded_elsewhere(layer: nn.Module) -> str:
+    """What a linear layer of another library is that holds its weight in codes (bitsandbytes'), and what to do about
+    it, in words; empty for any other."""
+    weight = layer._parameters.get("weight") if isinstance(layer, nn.Linear) else None
+    if weight is None or weight.is_floating_point():
+        return ""
+    return (
+        f"a {type(layer).__name__} with {weight.dtype} weights, coded by another library: load the full-precision "
+        f"model and use phicore.quantize_, or read a directory in bitsandbytes' NF4 by "
+        f"phicore.formats.huggingface.load_model, which makes its layers NF4Linear"
+    )
+
+
 def ends_with(expression: str) -> str:
     """The regular expression of names that end, after a dot or whole, in what another one matches."""
     return rf"(?:.*\.)?(?:{expression})"
@@ -146,6 +159,7 @@ def select(
             f"the model itself is of type {type(model).__name__}, and nothing can take its place; put it into another "
             f"module, such as nn.Sequential"
         )
+    caller = 6 if fused_targets else 4  # frames to the line that calls attach, or quantize_
     check_names("exclude_modules", exclude_modules)
     if not target_modules:
         raise ValueError(f'target_modules must name something, got {target_modules!r}; "{ALL_LINEAR}", say')
@@ -166,14 +180,17 @@ def select(
         blocks = {m for together in sharing(model) if all(isinstance(m, linear) for m in together) for m in together}
         if shared := [name for name, module in candidates.items() if module in blocks]:
             warnings.warn(
-                f"all-linear leaves out layers that share a weight with each other: {', '.join(shared)}", stacklevel=4
+                f"all-linear leaves out layers that share a weight with each other: {', '.join(shared)}",
+                stacklevel=caller,
             )
         others = [name for name, module in chosen.items() if has_own_forward(module)]
+        if others and len(others) == len(chosen) and (coded := coded_elsewhere(chosen[others[0]])):
+            raise ValueError(f"all-linear finds no layer of {type(model).__name__} to replace: {others[0]} is {coded}")
         if others:
             kind_names = ", ".join(sorted({type(chosen[name]).__name__ for name in others}))
             warnings.warn(
                 f"all-linear leaves out layers with a forward of their own ({kind_names}): {', '.join(others)}",
-                stacklevel=4,
+                stacklevel=caller,
             )
         chosen = {name: module for name, module in chosen.items() if name not in others}
         hidden = [name for name, module in every.items() if isinstance(module, nn.MultiheadAttention)]
@@ -181,7 +198,7 @@ def select(
             warnings.warn(
                 f"all-linear leaves out nn.MultiheadAttention, whose projections are not called as layers: "
                 f"{', '.join(hidden)}",
-                stacklevel=4,
+                stacklevel=caller,
             )
     else:
         entries: list[str | list[str]] = (
@@ -215,7 +232,7 @@ def select(
         if fused:
             told = _fused_message(type(model).__name__, fused)
             if fused_targets == "map":
-                warnings.warn(f"{told}, which are taken whole in their place", stacklevel=6)  # attach's caller
+                warnings.warn(f"{told}, which are taken whole in their place", stacklevel=caller)
             elif fused_targets != "split":
                 choice = ' or set fused_targets="map" (or "split", for an adapter a part)' if fused_targets else ""
                 raise ValueError(f"{told}; name those{choice}")
@@ -239,7 +256,7 @@ def select(
         warnings.warn(
             f"target_modules={target_modules!r} means layers that cannot be adapted or quantized, too, and they stay "
             f"as they are: {shown}{f' and {len(others) - 5} more' if len(others) > 5 else ''}",
-            stacklevel=4,
+            stacklevel=caller,
         )
     return chosen
 

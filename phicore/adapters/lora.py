@@ -16,6 +16,7 @@ from phicore.adapters.starts import first_of_qr, start_pair, top_singular
 from phicore.adapters.step import low_rank_step
 from phicore.adapters.update import dense_product, low_rank_update
 from phicore.lazy import lazy_weight
+from phicore.modules import coded_elsewhere
 from phicore.nf4.convert import with_hooks_of
 from phicore.nf4.linear import NF4Linear, autocast
 
@@ -89,6 +90,8 @@ class LowRankLayer(nn.Module):
         super().__init__()
         if not self.fits(base):
             raise TypeError(f"{type(self).__name__} adapts {self.accepts}, got {type(base).__name__}")
+        if coded := coded_elsewhere(base):
+            raise TypeError(f"{type(self).__name__} adapts {self.accepts}, got {coded}")
         LoRAConfig(rank=rank, alpha=alpha, dropout=dropout, init=init)  # raises on what is out of range
         self.base = base
         self.rank, self.alpha, self.dropout = rank, alpha, dropout

@@ -23,7 +23,7 @@ from phicore.adapters.parameters import named_stacks, plan_parameters
 from phicore.adapters.tied import add_tied, check_same_settings, owners_of_tied
 from phicore.adapters.token_rows import token_rows
 from phicore.adapters.trained import TrainedBias, TrainedPart, biases_beside
-from phicore.modules import check_not_in_peft, matches, no_match, select
+from phicore.modules import check_not_in_peft, coded_elsewhere, matches, no_match, select
 from phicore.nf4.convert import check_layer
 from phicore.nf4.linear import NF4Linear
 
@@ -102,7 +102,8 @@ def _check_target(name: str, module: nn.Module, config: LoRAConfig, all_meta: bo
     """Raises what `attach` does for a module that cannot be adapted, or not with this init or rank."""
     weight: Any = None if isinstance(module, NF4Linear | LowRankLayer) else module.weight
     if weight is not None and not weight.is_floating_point():
-        raise TypeError(f"{name} has {weight.dtype} weights; adapters need a floating-point or NF4 layer")
+        what = coded_elsewhere(module) or f"a {type(module).__name__} with {weight.dtype} weights"
+        raise TypeError(f"adapters need a floating-point or NF4 layer, and {name} is {what}")
     if weight is not None and config.adapter_dtype is None and weight.dtype.itemsize < 2:
         raise TypeError(f"{name} has {weight.dtype} weights, in which no adapter trains; set adapter_dtype")
     if config.init == "loftq":

@@ -77,13 +77,26 @@ def _stacked_dora(model: nn.Module) -> list[DoRALayer]:
 def check_settled_by_none(model: nn.Module) -> None:
     """Raises ValueError within disabled() and mixed(): what is switched, attached or loaded there would be lost behind
     it, or hold norms of weights that are others then."""
-    layers = [layer for _, layer in adapter_layers(model)]
     for within, found in (
-        ("disabled", any(layer in _disabled for layer in layers)),
-        ("mixed", any(getattr(layer, "rows", None) is not None for layer in layers)),
+        ("disabled", any(layer in _disabled for _, layer in adapter_layers(model))),
+        ("mixed", _has_rows(model)),
     ):
         if found:
             raise ValueError(f"within {within}() it is settled which adapters answer; leave its `with` block first")
+
+
+def check_not_mixed(model: nn.Module, what: str) -> None:
+    """Raises ValueError within mixed(), for `what` batches its examples in an order of its own: rows would be answered
+    by another's adapter."""
+    if _has_rows(model):
+        raise ValueError(
+            f"within mixed() each row of a batch has its adapter, and {what} chooses which example is which row; call "
+            f"the model itself there (of transformers also its own generate), or {what} once an adapter (activate)"
+        )
+
+
+def _has_rows(model: nn.Module) -> bool:
+    return any(getattr(layer, "rows", None) is not None for _, layer in adapter_layers(model))
 
 
 @contextmanager

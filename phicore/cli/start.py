@@ -16,7 +16,7 @@ from phicore.training.checkpoint import read_state
 from phicore.training.config import TrainConfig
 from phicore.training.output import hold_output, prepare_output
 from phicore.training.records import Record, read_records
-from phicore.training.resume import changed_settings
+from phicore.training.resume import check_settings
 from phicore.training.watch import Watch
 
 if TYPE_CHECKING:
@@ -138,5 +138,5 @@ def _refuse(train: TrainConfig, settings: Mapping[str, Any]) -> None:
         atomic.check_free(output / name)
     newest = None if train.overwrite else prepare_output(train)
     then = None if newest is None else read_state(newest)["settings"]  # None: another trainer's, which has none
-    if then is not None and (changed := changed_settings(then, settings)):
-        raise ValueError(f"{newest} was written with other settings; {'; '.join(changed)}")
+    if newest is not None and then is not None:
+        check_settings(newest, then, settings)

@@ -71,7 +71,11 @@ def _quantize(
         raise ValueError(
             f"{adapters[0] or 'the model itself'} is an adapter; quantize a model before adapters are attached to it"
         )
-    chosen: dict[str, Any] = select(model, target_modules, exclude_modules, (nn.Linear,))
+    try:
+        chosen: dict[str, Any] = select(model, target_modules, exclude_modules, (nn.Linear,))
+    except ValueError as error:
+        already = sum(isinstance(module, NF4Linear) for module in model.modules())
+        raise (ValueError(f"{error}; {already} layers are in NF4 already") if already else error) from None
     all_meta = all(parameter.is_meta for parameter in model.parameters())
     # All weights are looked at before the first is replaced, so that an error leaves no half-quantised model.
     for name, layer in chosen.items():

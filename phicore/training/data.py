@@ -195,7 +195,10 @@ def _whole_numbers(values: Any, key: str, n: int) -> Tensor:
     if numbers.numel() and (numbers.is_floating_point() or numbers.is_complex()):
         raise TypeError(f"{key} of an example must be whole numbers, got {numbers.dtype}")
     if numbers.shape != (n,):
-        raise ValueError(f"{key} of an example has shape {list(numbers.shape)}, and its input_ids length {n}")
+        raise ValueError(
+            f"{key} of an example has shape {list(numbers.shape)}, and its input_ids length {n}; each token has its "
+            f"own. For others (the class of a text) give the Trainer a loss_fn and a collate_fn"
+        )
     return numbers
 
 

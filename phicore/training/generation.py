@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from phicore.adapters.switch import check_not_mixed
 from phicore.formats.huggingface import import_transformers, quiet_transformers
 from phicore.modules import unwrap
 from phicore.training.batches import chunks
@@ -51,9 +52,10 @@ def generate(
 
     Raises:
         ValueError: a prompt that is empty or too long for the model; a size that is not positive; a model without a
-            key-value cache.
+            key-value cache; a call within `phicore.adapters.mixed`, whose rows it would put in another order.
     """
     transformers = import_transformers()
+    check_not_mixed(model, "generate")
     if max_new_tokens < 1 or batch_size < 1:
         raise ValueError(f"max_new_tokens and batch_size must be positive, got {max_new_tokens} and {batch_size}")
     adds = add_special_tokens if isinstance(add_special_tokens, Sequence) else [add_special_tokens] * len(prompts)

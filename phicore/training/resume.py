@@ -32,6 +32,15 @@ def changed_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
     ]
 
 
+def check_settings(newest: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises ValueError for a checkpoint of a run that had other settings, naming each."""
+    if changed := changed_settings(then, now):
+        raise ValueError(
+            f"{newest} was written with other settings; {'; '.join(changed)}; set them back to go on, or give another "
+            f"output for another run"
+        )
+
+
 def load_checkpoint(
     checkpoint: Path,
     state: State,

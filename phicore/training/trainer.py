@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from phicore.adapters.lora_plus import lora_plus_groups
+from phicore.adapters.switch import check_not_mixed
 from phicore.modules import unwrap, unwrapped
 from phicore.training import checkpoint, distributed
 from phicore.training.background import BackgroundWriter
@@ -43,7 +44,7 @@ from phicore.training.modes import mode, stop_signals
 from phicore.training.output import after_restart, hold_output, prepare_output
 from phicore.training.randomness import kept_random, random_json, seed_everything
 from phicore.training.recompute import checkpointed_blocks
-from phicore.training.resume import changed_settings, describe, load_checkpoint
+from phicore.training.resume import check_settings, describe, load_checkpoint
 from phicore.training.schedule import learning_rate
 from phicore.training.shards import Part, random_parts, to_memory, trained_parts
 from phicore.training.watch import Watch
@@ -211,6 +212,7 @@ class Trainer:
         return given, parameters, lengths
 
     def _check_parameters(self) -> None:
+        check_not_mixed(self.model, "fit")
         known = set(self.parameters.values())
         with unwrapped(self.model) as bare:
             new = [name for name, p in bare.named_parameters() if p.requires_grad and p not in known]
@@ -260,7 +262,8 @@ class Trainer:
             TypeError: the loss function returns no sum and count, or the model no logits, see `causal_lm_loss`.
             ValueError: resuming with other settings (each change is listed) or over another base; a step without a
                 labelled token; examples that cannot be made a batch, or have no labels; a parameter that requires a
-                gradient only since the Trainer was made; a loss from which no gradient comes, or a count that is none.
+                gradient only since the Trainer was made; a loss from which no gradient comes, or a count that is none;
+                a call within `phicore.adapters.mixed`.
             FloatingPointError: a loss or gradient norm that is not finite, naming the step and the rank where it arose;
                 the step is not taken, on any rank.
             LostRankError: another rank ended, failed or did not answer within the time-out, naming it and its step.
@@ -411,8 +414,9 @@ class Trainer:
 
         Raises:
             TypeError: the data does not give its examples by index.
-            ValueError: there is no data, or none of it carries loss.
+            ValueError: there is no data, or none of it carries loss; a call within `phicore.adapters.mixed`.
         """
+        check_not_mixed(self.model, "evaluate")
         data = self.eval_data if data is None else data
         if data is not None:
             check_indexed("the data to evaluate on", data)
@@ -553,7 +557,7 @@ class Trainer:
                 file=sys.stderr,
                 flush=True,
             )
-        elif changed := changed_settings(state["settings"], self._settings()):
-            raise ValueError(f"{newest} was written with other settings; {'; '.join(changed)}")
+        else:
+            check_settings(newest, state["settings"], self._settings())
         self.check_base(newest)
         return newest, state

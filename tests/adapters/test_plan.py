@@ -1,7 +1,9 @@
 """What attach would adapt and train, by name, and what it refuses; a refusal changes nothing."""
 
 import json
+import warnings
 
+import bitsandbytes
 import pytest
 import torch
 from torch import nn
@@ -213,5 +215,41 @@ def test_what_is_offloaded_is_refused(unchanged, options):
 def test_integer_weights_are_refused(toy, unchanged):
     model = toy()
     model.blocks[1].down_proj.weight = nn.Parameter(torch.zeros(20, 33, dtype=torch.int8), requires_grad=False)
-    with unchanged(model), pytest.raises(TypeError, match=r"blocks\.1\.down_proj has torch\.int8 weights"):
+    told = (
+        r"need a floating-point or NF4 layer, and blocks\.1\.down_proj is a Linear with torch\.int8 weights, coded by"
+    )
+    with unchanged(model), pytest.raises(TypeError, match=told):
         phicore.attach(model, phicore.LoRAConfig())
+
+
+def test_layers_of_bitsandbytes_are_told_what_to_do_about(unchanged):
+    """Whichever way one comes to them: those who know peft load a model in 4 bits first."""
+    model = nn.Sequential(bitsandbytes.nn.Linear4bit(64, 64, quant_type="nf4"), nn.ReLU()).to("cpu")  # which codes it
+    coded = (
+        r"0 is a Linear4bit with torch\.uint8 weights, coded by another library: load .* phicore\.quantize_, or read"
+    )
+    with unchanged(model), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ValueError, match=f"all-linear finds no layer of Sequential to replace: {coded}"):
+            phicore.attach(model, phicore.LoRAConfig(rank=2))
+        with pytest.raises(ValueError, match=f"all-linear finds no layer of Sequential to replace: {coded}"):
+            phicore.quantize_(model)
+        with pytest.raises(TypeError, match=f"need a floating-point or NF4 layer, and {coded}"):
+            phicore.attach(model, phicore.LoRAConfig(rank=2, target_modules=["0"]))
+        for kind in (phicore.LoRALinear, phicore.DoRALinear):
+            with pytest.raises(
+                TypeError, match=f"{kind.__name__} adapts .*, got a Linear4bit with torch.uint8 weights"
+            ):
+                kind(model[0])
+
+
+def test_warnings_of_what_is_left_out_are_of_the_line_that_asked():
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    for act in (phicore.quantize_, lambda model: phicore.attach(model, phicore.LoRAConfig(rank=2))):
+        with pytest.warns(UserWarning, match="all-linear leaves out") as caught:
+            act(nn.Sequential(nn.Linear(4, 4), Doubled(4, 4), nn.MultiheadAttention(4, 1)))
+        assert len(caught) == 2
+        assert {warning.filename for warning in caught} == {__file__}

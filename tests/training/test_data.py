@@ -316,7 +316,12 @@ def test_examples_may_be_lists_and_have_a_mask() -> None:
         (
             {"input_ids": [1, 2], "labels": [1]},
             ValueError,
-            r"labels of an example has shape \[1\], and its input_ids length 2",
+            r"labels of an example has shape \[1\], and its input_ids length 2; each token has its own",
+        ),
+        (
+            {"input_ids": [1, 2], "labels": 1},
+            ValueError,
+            r"labels of an example has shape \[\], .* give the Trainer a loss_fn and a collate_fn",
         ),
     ],
 )

@@ -263,3 +263,24 @@ def test_the_head_sees_no_strided_input(model: Any, tokenizer: Any) -> None:
     assert seen
     assert all(seen)
     assert not head._forward_pre_hooks
+
+
+def test_rows_of_other_adapters_are_refused(model: Any, tokenizer: Any) -> None:
+    """The longest prompt would be row 0, and answered by the adapter of prompt 0; what the message names works."""
+    phicore.attach(model, phicore.LoRAConfig(rank=2, alpha=64.0, init="gaussian"), name="a")
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):
+            nn.init.normal_(parameter)
+    ids = torch.tensor([[5, 6, 7], [5, 6, 7]])
+    settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "do_sample": False}
+    adapted = model.generate(ids, **settings)
+    with phicore.disabled(model):
+        base = model.generate(ids, **settings)
+    with phicore.adapters.mixed(model, ["a", None]):
+        with pytest.raises(ValueError, match=r"within mixed\(\) .*generate chooses which example is which row"):
+            generate(model, tokenizer, PROMPTS[:2], 4, 2)
+        answers = model.generate(ids, **settings)
+    assert not adapted.equal(base)
+    assert answers[0].equal(adapted[0])
+    assert answers[1].equal(base[1])
+    assert len(generate(model, tokenizer, PROMPTS[:2], 4, 2)) == 2

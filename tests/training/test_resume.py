@@ -258,6 +258,7 @@ def test_what_would_change_the_run_is_listed(tmp_path: Path) -> None:
         "learning_rate: 0.05 then, 0.1 now",
         "model: 'a' then, 'b' now",
         "seed: 0 then, 5 now",
+        "set them back to go on, or give another output for another run",
     ]
     assert_same_tensors(weights(trainer), before)
     same = TrainConfig(output=str(tmp_path), resume=True, **SETTINGS)

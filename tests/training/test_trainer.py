@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from phicore.adapters import LoRAConfig, attach, mixed
 from phicore.training import TrainConfig, Trainer
 from phicore.training.batches import make_batch, to_device
 from phicore.training.data import collate
@@ -491,6 +492,18 @@ def test_evaluations_without_data_are_refused(tmp_path: Path) -> None:
     for data in (None, []):
         with pytest.raises(ValueError, match="eval_every is 2, but there is no eval_data"):
             Trainer(small_model(), TrainConfig(output=str(tmp_path), eval_every=2), examples(), data)
+
+
+def test_rows_of_other_adapters_are_refused(tmp_path: Path, tiny: Build) -> None:
+    """Which example is which row is the Trainer's choice, so a row would be another adapter's."""
+    model = attach(tiny("llama"), LoRAConfig(rank=2, alpha=3.0), name="a")
+    trainer = Trainer(model, TrainConfig(output=str(tmp_path), steps=1, batch_size=2), examples(4), examples(2))
+    with mixed(model, ["a", None]):
+        with pytest.raises(ValueError, match=r"within mixed\(\) .* fit chooses which example is which row"):
+            trainer.fit()
+        with pytest.raises(ValueError, match=r"within mixed\(\) .* evaluate chooses which example is which row"):
+            trainer.evaluate()
+    assert trainer.fit().steps == 1
 
 
 def test_metrics_of_a_run_without_a_checkpoint_are_not_written_over(tmp_path: Path) -> None:
