@@ -73,6 +73,21 @@ def test_a_head_that_is_tied_to_the_decoder_s_embedding_stays_so(tmp_path: Path)
     assert torch.equal(loaded.get_output_embeddings().weight, model.get_output_embeddings().weight)
 
 
+def test_a_model_of_images_without_an_embedding_of_the_input(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.CLIPConfig(vision_config={**sizes, "image_size": 32, "patch_size": 8}, text_config=sizes)
+    model: Any = phicore.quantize_(transformers.CLIPForImageClassification(config).eval())
+    with pytest.raises(NotImplementedError):
+        model.get_input_embeddings()
+    model.save_pretrained(tmp_path)
+    loaded, info = transformers.CLIPForImageClassification.from_pretrained(
+        tmp_path, dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(info.values()), info
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(loaded.train()(images).logits, model(images).logits, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_saves_itself(model: Any, tmp_path: Path, clone: Callable[[Any], Any]) -> None:
     other = clone(model)
