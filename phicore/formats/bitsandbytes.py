@@ -67,7 +67,7 @@ def unpack_weight(tensors: Mapping[str, Tensor], name: str) -> NF4Tensor:
         name: of the weight, for errors.
 
     Raises:
-        ValueError: not NF4 by bitsandbytes' tables, or parts that are missing or do not fit.
+        ValueError: not NF4 by bitsandbytes' tables, parts that are missing or do not fit, scales that are not finite.
     """
     state = _read_state(tensors, name)
     nested = state.get("nested_offset") is not None
@@ -80,10 +80,9 @@ def unpack_weight(tensors: Mapping[str, Tensor], name: str) -> NF4Tensor:
         raise ValueError(f"{name} has quant_type {state['quant_type']!r} with a table that is not NF4's")
     offset = None
     if nested:
-        if state.get("nested_blocksize") != NESTED_BLOCK_SIZE:
-            raise ValueError(
-                f"{name} has nested_blocksize {state.get('nested_blocksize')!r}; {NESTED_BLOCK_SIZE} is read"
-            )
+        for key, read in (("nested_blocksize", NESTED_BLOCK_SIZE), ("nested_dtype", "float32")):
+            if state.get(key) != read:
+                raise ValueError(f"{name} has {key} {state.get(key)!r}; {read} is read")
         if not _is_table(tensors["nested_quant_map"], dynamic_map(torch.device("cpu"))):
             raise ValueError(f"{name} has a nested_quant_map that is not bitsandbytes' dynamic map")
         offset = tensors["absmax"].new_tensor(float(state["nested_offset"]), dtype=torch.float32)
@@ -93,11 +92,14 @@ def unpack_weight(tensors: Mapping[str, Tensor], name: str) -> NF4Tensor:
     packed = packed.reshape(-1).view(torch.uint8)  # any quant_storage holds the same bytes
     shape, dtype = torch.Size(state["shape"]), DTYPES[state["dtype"]]
     try:
-        return NF4Tensor(
+        weight = NF4Tensor(
             packed, tensors["absmax"], tensors.get("nested_absmax"), offset, shape, dtype, state["blocksize"]
         )
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
+    if not tensors["nested_absmax" if nested else "absmax"].isfinite().all():
+        raise ValueError(f"{name} has scales that are NaN or infinite, as no weight is coded; the file is damaged")
+    return weight
 
 
 def _read_state(tensors: Mapping[str, Tensor], name: str) -> dict[str, Any]:
