@@ -8,6 +8,7 @@ The directory's config.json says so in quantization_config, and transformers the
 import json
 import logging
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from phicore.adapters.base import transposed_kinds
 from phicore.formats.safetensors_files import TensorFile, are_sizes, compare, model_tensors, parse_json, write_model
-from phicore.modules import replace
+from phicore.modules import PLAIN_BY_NAME, replace
 from phicore.nf4.codebook import dynamic_map, levels
 from phicore.nf4.codec import NESTED_BLOCK_SIZE
 from phicore.nf4.linear import NF4Linear
@@ -165,8 +167,15 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
     layers = list(coded.values())
     if len({layer.double_quant for layer in layers}) != 1:
         raise ValueError(f"{len(layers)} NF4 layers: there must be some, alike in double quantisation")
-    dense = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    if left := _left_dense(coded, [*dense, *(getattr(model, "_keep_in_fp32_modules", None) or ())]):
+    # transformers would code Conv1D layers too
+    dense = {name for name, module in model.named_modules() if isinstance(module, (nn.Linear, *transposed_kinds()))}
+    if PLAIN_BY_NAME & vars(sys.modules[type(model).__module__]).keys():
+        logger.warning(
+            "from_pretrained of transformers will not read the codes of %s, whose linear layers are of a class of "
+            "their own, which it leaves dense; phicore reads them",
+            type(model).__name__,
+        )
+    elif left := _left_dense(coded, [*dense, *(getattr(model, "_keep_in_fp32_modules", None) or ())]):
         logger.warning(
             "transformers leaves %s of %s dense, whose from_pretrained will not read their codes; for it, quantize "
             "with exclude_modules=%r",

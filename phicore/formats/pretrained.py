@@ -147,10 +147,10 @@ adapted_finishers += [save_in_layout, tie_under_adapters]
 @contextmanager
 def tied_as_is(model: Any) -> Iterator[None]:
     """Within it, the config says that head and embedding are tied only if they are: a reader ties them otherwise."""
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings()  # of MusicGen a list, which has no weight
     configs = {id(config): config for config in (model.config, model.config.get_text_config())}.values()
     tied = [config for config in configs if getattr(config, "tie_word_embeddings", False)]
-    if head is None or (tied and not isinstance(head, NF4Linear) and _is_tied(model, head)):
+    if not hasattr(head, "weight") or (tied and not isinstance(head, NF4Linear) and _is_tied(model, head)):
         tied = []
     for config in tied:
         config.tie_word_embeddings = False

@@ -88,6 +88,31 @@ def test_a_model_of_images_without_an_embedding_of_the_input(tmp_path: Path) -> 
     torch.testing.assert_close(loaded.train()(images).logits, model(images).logits, atol=1e-5, rtol=1e-5)
 
 
+def test_a_list_of_heads_has_no_weight_to_be_tied(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.MusicgenDecoderConfig(**sizes, num_codebooks=2, pad_token_id=0, dropout=0.0)
+    model: Any = phicore.quantize_(transformers.MusicgenForCausalLM(config).eval(), exclude_modules=["lm_heads"])
+    assert isinstance(model.get_output_embeddings(), nn.ModuleList)
+    model.save_pretrained(tmp_path)
+    loaded, info = transformers.MusicgenForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(info.values()), info
+    ids = torch.arange(8).view(2, 4)
+    torch.testing.assert_close(loaded.train()(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_dense_layers_of_conv1d_beside_coded_ones_stay_dense(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 64, "n_embd": 64, "n_layer": 2, "n_head": 4, "pad_token_id": 0, "num_labels": 3}
+    still = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0}
+    model: Any = transformers.GPT2ForSequenceClassification(transformers.GPT2Config(**sizes, **still)).eval()
+    phicore.quantize_(model, ["score"])
+    model.save_pretrained(tmp_path)
+    loaded: Any = transformers.GPT2ForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float32)
+    assert type(loaded.transformer.h[0].attn.c_attn) is type(model.transformer.h[0].attn.c_attn)
+    torch.testing.assert_close(loaded.train()(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_saves_itself(model: Any, tmp_path: Path, clone: Callable[[Any], Any]) -> None:
     other = clone(model)
@@ -136,6 +161,19 @@ def test_layers_that_transformers_leaves_dense_are_warned_of(tmp_path: Path, cap
     loaded = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "other").train()  # as in loads_alike
     given = {"input_ids": IDS, "decoder_input_ids": IDS}
     torch.testing.assert_close(loaded(**given).logits, other.train()(**given).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_of_linear_layers_that_transformers_does_not_code_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model: Any = phicore.quantize_(transformers.FalconForCausalLM(transformers.FalconConfig(**sizes)).eval())
+    model.save_pretrained(tmp_path)
+    assert ["will not read the codes of FalconForCausalLM" in record.getMessage() for record in caplog.records] == [
+        True
+    ]
+    with pytest.raises(RuntimeError):
+        transformers.FalconForCausalLM.from_pretrained(tmp_path)
 
 
 def test_a_merged_model_without_coded_layers_is_written_as_ever(
