@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from phicore.adapters.base import transposed_kinds
 from phicore.formats.safetensors_files import TensorFile, are_sizes, compare, model_tensors, parse_json, write_model
-from phicore.modules import PLAIN_BY_NAME, replace
+from phicore.modules import replace
 from phicore.nf4.codebook import dynamic_map, levels
 from phicore.nf4.codec import NESTED_BLOCK_SIZE
 from phicore.nf4.linear import NF4Linear
@@ -33,6 +33,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 STORAGE = (torch.uint8, torch.int8, torch.bfloat16, torch.float16, torch.float32, torch.float64)  # transformers' choice
 FLOAT32_MAX = torch.finfo(torch.float32).max
 BEYOND_FLOAT16 = "and float16 ends at 65,504; choose bfloat16 or float32"
+# A class beside a model's own in transformers -> what from_pretrained does to such a model that is coded
+# (replace_with_bnb_linear of integrations/bitsandbytes.py, MODULES_TO_PATCH_FOR_QUANTIZATION of quantizers/base.py).
+UNREAD = {
+    "FalconLinear": "leaves the linear layers dense, since they have a class of their own",
+    "Llama4TextExperts": "takes the experts apart and finds no weights for them",
+}
 OTHER_NAMES = (
     "where transformers reads these files by other names than its model's, give the full-precision original, which "
     "phicore quantizes itself"
@@ -169,11 +175,11 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
         raise ValueError(f"{len(layers)} NF4 layers: there must be some, alike in double quantisation")
     # transformers would code Conv1D layers too
     dense = {name for name, module in model.named_modules() if isinstance(module, (nn.Linear, *transposed_kinds()))}
-    if PLAIN_BY_NAME & vars(sys.modules[type(model).__module__]).keys():
+    if unread := [why for name, why in UNREAD.items() if name in vars(sys.modules[type(model).__module__])]:
         logger.warning(
-            "from_pretrained of transformers will not read the codes of %s, whose linear layers are of a class of "
-            "their own, which it leaves dense; phicore reads them",
+            "from_pretrained of transformers will not read %s in NF4, of which it %s; phicore reads it",
             type(model).__name__,
+            unread[0],
         )
     elif left := _left_dense(coded, [*dense, *(getattr(model, "_keep_in_fp32_modules", None) or ())]):
         logger.warning(

@@ -163,17 +163,24 @@ def test_layers_that_transformers_leaves_dense_are_warned_of(tmp_path: Path, cap
     torch.testing.assert_close(loaded(**given).logits, other.train()(**given).logits, atol=1e-5, rtol=1e-5)
 
 
-def test_a_model_of_linear_layers_that_transformers_does_not_code_is_warned_of(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("family", ["Falcon", "Llama4"])
+def test_a_model_that_transformers_does_not_read_in_codes_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, family: str
 ) -> None:
     sizes = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model: Any = phicore.quantize_(transformers.FalconForCausalLM(transformers.FalconConfig(**sizes)).eval())
+    if family == "Falcon":
+        kind, config = transformers.FalconForCausalLM, transformers.FalconConfig(**sizes)
+    else:
+        more = {"intermediate_size": 128, "intermediate_size_mlp": 128, "num_key_value_heads": 4, "head_dim": 16}
+        ids = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
+        config = transformers.Llama4TextConfig(**sizes, **more, **ids, num_local_experts=4)
+        kind = transformers.Llama4ForCausalLM
+    model: Any = phicore.quantize_(kind(config).eval())
     model.save_pretrained(tmp_path)
-    assert ["will not read the codes of FalconForCausalLM" in record.getMessage() for record in caplog.records] == [
-        True
-    ]
-    with pytest.raises(RuntimeError):
-        transformers.FalconForCausalLM.from_pretrained(tmp_path)
+    (message,) = [record.getMessage() for record in caplog.records if record.name.startswith("phicore")]
+    assert message.startswith(f"from_pretrained of transformers will not read {family}ForCausalLM in NF4")
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        kind.from_pretrained(tmp_path, dtype=torch.float32)
 
 
 def test_a_merged_model_without_coded_layers_is_written_as_ever(
