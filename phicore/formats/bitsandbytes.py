@@ -8,6 +8,7 @@ The directory's config.json says so in quantization_config, and transformers the
 import json
 import logging
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from phicore.adapters.base import transposed_kinds
 from phicore.formats.safetensors_files import TensorFile, are_sizes, compare, model_tensors, parse_json, write_model
 from phicore.modules import replace
 from phicore.nf4.codebook import dynamic_map, levels
@@ -31,6 +33,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 STORAGE = (torch.uint8, torch.int8, torch.bfloat16, torch.float16, torch.float32, torch.float64)  # transformers' choice
 FLOAT32_MAX = torch.finfo(torch.float32).max
 BEYOND_FLOAT16 = "and float16 ends at 65,504; choose bfloat16 or float32"
+# A class beside a model's own in transformers -> what from_pretrained does to such a model that is coded
+# (replace_with_bnb_linear of integrations/bitsandbytes.py, MODULES_TO_PATCH_FOR_QUANTIZATION of quantizers/base.py).
+UNREAD = {
+    "FalconLinear": "leaves the linear layers dense, since they have a class of their own",
+    "Llama4TextExperts": "takes the experts apart and finds no weights for them",
+}
 OTHER_NAMES = (
     "where transformers reads these files by other names than its model's, give the full-precision original, which "
     "phicore quantizes itself"
@@ -67,7 +75,7 @@ def unpack_weight(tensors: Mapping[str, Tensor], name: str) -> NF4Tensor:
         name: of the weight, for errors.
 
     Raises:
-        ValueError: not NF4 by bitsandbytes' tables, or parts that are missing or do not fit.
+        ValueError: not NF4 by bitsandbytes' tables, parts that are missing or do not fit, scales that are not finite.
     """
     state = _read_state(tensors, name)
     nested = state.get("nested_offset") is not None
@@ -80,10 +88,9 @@ def unpack_weight(tensors: Mapping[str, Tensor], name: str) -> NF4Tensor:
         raise ValueError(f"{name} has quant_type {state['quant_type']!r} with a table that is not NF4's")
     offset = None
     if nested:
-        if state.get("nested_blocksize") != NESTED_BLOCK_SIZE:
-            raise ValueError(
-                f"{name} has nested_blocksize {state.get('nested_blocksize')!r}; {NESTED_BLOCK_SIZE} is read"
-            )
+        for key, read in (("nested_blocksize", NESTED_BLOCK_SIZE), ("nested_dtype", "float32")):
+            if state.get(key) != read:
+                raise ValueError(f"{name} has {key} {state.get(key)!r}; {read} is read")
         if not _is_table(tensors["nested_quant_map"], dynamic_map(torch.device("cpu"))):
             raise ValueError(f"{name} has a nested_quant_map that is not bitsandbytes' dynamic map")
         offset = tensors["absmax"].new_tensor(float(state["nested_offset"]), dtype=torch.float32)
@@ -93,11 +100,14 @@ def unpack_weight(tensors: Mapping[str, Tensor], name: str) -> NF4Tensor:
     packed = packed.reshape(-1).view(torch.uint8)  # any quant_storage holds the same bytes
     shape, dtype = torch.Size(state["shape"]), DTYPES[state["dtype"]]
     try:
-        return NF4Tensor(
+        weight = NF4Tensor(
             packed, tensors["absmax"], tensors.get("nested_absmax"), offset, shape, dtype, state["blocksize"]
         )
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
+    if not tensors["nested_absmax" if nested else "absmax"].isfinite().all():
+        raise ValueError(f"{name} has scales that are NaN or infinite, as no weight is coded; the file is damaged")
+    return weight
 
 
 def _read_state(tensors: Mapping[str, Tensor], name: str) -> dict[str, Any]:
@@ -163,8 +173,15 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
     layers = list(coded.values())
     if len({layer.double_quant for layer in layers}) != 1:
         raise ValueError(f"{len(layers)} NF4 layers: there must be some, alike in double quantisation")
-    dense = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    if left := _left_dense(coded, [*dense, *(getattr(model, "_keep_in_fp32_modules", None) or ())]):
+    # transformers would code Conv1D layers too
+    dense = {name for name, module in model.named_modules() if isinstance(module, (nn.Linear, *transposed_kinds()))}
+    if unread := [why for name, why in UNREAD.items() if name in vars(sys.modules[type(model).__module__])]:
+        logger.warning(
+            "from_pretrained of transformers will not read %s in NF4, of which it %s; phicore reads it",
+            type(model).__name__,
+            unread[0],
+        )
+    elif left := _left_dense(coded, [*dense, *(getattr(model, "_keep_in_fp32_modules", None) or ())]):
         logger.warning(
             "transformers leaves %s of %s dense, whose from_pretrained will not read their codes; for it, quantize "
             "with exclude_modules=%r",

@@ -64,8 +64,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str 
         name: which adapter.
 
     Raises:
-        ValueError: the model has no such adapter, is merged, or holds the adapter without values (on meta) or in parts
-            that cannot be put together (FullyShardedDataParallel).
+        ValueError: the model has no such adapter, is merged, or holds the adapter without values (on meta), in parts
+            that cannot be put together (FullyShardedDataParallel), or with NaN or infinity.
 
     Warns:
         UserWarning: layers that PEFT misreads on this type of model, or of a kind of which it computes something else;
@@ -84,6 +84,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str 
         model_type = str(getattr(getattr(bare, "config", None), "model_type", ""))
         adapted = (path for path, layer in adapter_layers(bare, name) if isinstance(layer, LowRankLayer))
         lost, padded = misread(model_type, adapted), padded_otherwise(bare, tensors)
+    if spoilt := _not_finite(tensors):
+        raise ValueError(f'nothing is written: the adapter "{name}" holds NaN or infinity, in {_shown(spoilt)}')
     more = {PARTS: json.dumps(parts, sort_keys=True)} if parts else {}
     if lost:
         more[MODEL_TYPE] = model_type
@@ -222,12 +224,22 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is not whole.
+        ValueError: it is not whole, or holds NaN or infinity.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} holds no {path.name}; {NO_PICKLE}")
     file = TensorFile(path)
-    return {key: file.read(key) for key in file.entries}
+    tensors = {key: file.read(key) for key in file.entries}
+    if spoilt := _not_finite(tensors):
+        raise ValueError(f"{path} holds NaN or infinity, in {_shown(spoilt)}: its run diverged, or it is damaged")
+    return tensors
+
+
+def _not_finite(tensors: dict[str, Tensor]) -> list[str]:
+    """The keys of pairs that hold NaN or infinity, and of others that hold NaN: a module that is trained whole may have
+    a mask of infinities."""
+    floating = {key: t.float() if t.dtype.itemsize == 1 else t for key, t in tensors.items() if t.is_floating_point()}
+    return [key for key, t in floating.items() if not (t.isfinite() if ".lora_" in key else ~t.isnan()).all()]
 
 
 # ===== checks before a model is changed =====

@@ -147,11 +147,10 @@ adapted_finishers += [save_in_layout, tie_under_adapters]
 @contextmanager
 def tied_as_is(model: Any) -> Iterator[None]:
     """Within it, the config says that head and embedding are tied only if they are: a reader ties them otherwise."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    head = model.get_output_embeddings()  # of MusicGen a list, which has no weight
     configs = {id(config): config for config in (model.config, model.config.get_text_config())}.values()
     tied = [config for config in configs if getattr(config, "tie_word_embeddings", False)]
-    dense = head is not None and not isinstance(head, NF4Linear)
-    if head is None or (dense and (_stays_tied(model, head) or _same(head.weight, embedding.weight))):
+    if not hasattr(head, "weight") or (tied and not isinstance(head, NF4Linear) and _is_tied(model, head)):
         tied = []
     for config in tied:
         config.tie_word_embeddings = False
@@ -162,12 +161,13 @@ def tied_as_is(model: Any) -> Iterator[None]:
             config.tie_word_embeddings = True
 
 
-def _stays_tied(model: Any, head: Any) -> bool:
+def _is_tied(model: Any, head: Any) -> bool:
     """Whether the head's weight is that of all that its model ties it to, which need not be the input's embedding: in
-    encoder-decoders it may be the decoder's own."""
+    encoder-decoders it may be the decoder's own. Models of images may have no embedding of the input."""
     names = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter is head.weight}
     groups = [group for group in tied_groups(model) if group & names]
-    return bool(groups) and all(group <= names for group in groups)
+    stays = bool(groups) and all(group <= names for group in groups)
+    return stays or _same(head.weight, model.get_input_embeddings().weight)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -17,7 +17,7 @@ import phicore
 from phicore.adapters import DoRALinear, LoRALinear, adapter_layers
 from phicore.formats.peft import CONFIG, PREFIX, WEIGHTS
 from phicore.formats.peft_parts import with_metadata
-from tests.formats.peft_files import edit, edit_tensors
+from tests.formats.peft_files import assert_same_files, edit, edit_tensors
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +71,36 @@ def test_a_spoilt_tensor_is_named(spoiled, refused):
     data = (spoiled / WEIGHTS).read_bytes()
     (spoiled / WEIGHTS).write_bytes(data.replace(b'"shape":[3,10]', b'"shape":[3,11]', 1))
     refused(spoiled, rf"{WEIGHTS} is not a whole .*: tensor {PREFIX}embed\.lora_A\.weight has 240 bytes, but F64")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("part", ["lora_A.weight", "lora_B.weight", "lora_magnitude_vector"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float8_e5m2])
+def test_what_is_not_finite_is_named(spoiled, refused, part, bad, dtype):
+    def spoil(tensors):
+        tensors[f"{PREFIX}embed.{part}"].view(-1)[3] = bad
+        return {key: tensor.to(dtype) for key, tensor in tensors.items()}
+
+    edit_tensors(spoiled, spoil)
+    refused(spoiled, rf"{WEIGHTS} holds NaN or infinity, in {PREFIX}embed\.{part}: its run diverged")
+
+
+def test_a_module_saved_whole_may_hold_infinities_and_no_nan(spoiled, refused, toy):
+    edit_tensors(spoiled, lambda tensors: tensors | {PREFIX + "head.bias": torch.full((7,), -float("inf")).double()})
+    assert phicore.load_adapter(toy(seed=4), spoiled)(torch.ones(1, 10, dtype=torch.float64)).isinf().all()
+    edit_tensors(spoiled, lambda tensors: tensors | {PREFIX + "head.bias": torch.full((7,), float("nan")).double()})
+    refused(spoiled, rf"holds NaN or infinity, in {PREFIX}head\.bias")
+
+
+def test_an_adapter_that_is_not_finite_does_not_replace_one_that_is(saved, spoiled, toy):
+    model = phicore.load_adapter(toy(), spoiled)
+    with torch.no_grad():
+        model.embed.lora_B[1, 2] = float("nan")
+    with pytest.raises(
+        ValueError, match=r"nothing is written: the adapter \"default\" holds NaN .*embed\.lora_B\.weight"
+    ):
+        phicore.save_adapter(model, spoiled)
+    assert_same_files(saved, spoiled)
 
 
 @pytest.mark.parametrize("text", ['{"peft_type": "LORA", "peft_type": "LORA"}', "[" * 100_000, '{"r": 1' + "0" * 5000])

@@ -427,6 +427,7 @@ Q0 = f"model.layers.0.{Q}.lora_"
         ({"tensors": {Q0 + "B.weight": ZERO(12, 4)}}, r"\[8, 20\] and \[12, 4\]"),
         ({"tensors": {Q0 + "A.weight": ZERO(8)}}, r"are torch.float32 \[8\] and"),
         ({"tensors": {Q0 + "A.weight": ZERO(8, 20, dtype=torch.int8)}}, "are torch.int8"),
+        ({"tensors": {Q0 + "A.weight": ZERO(8, 20) / 0}}, f"holds NaN or infinity, in {PREFIX}{Q0}A.weight"),
         ({"lora_alpha": 0}, "has rank 8 and lora_alpha 0; both must be above 0"),
         ({"lora_alpha": math.nan}, "lora_alpha=nan"),
         ({"peft_type": "IA3"}, 'peft_type must be "LORA"'),

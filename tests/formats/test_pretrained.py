@@ -73,6 +73,46 @@ def test_a_head_that_is_tied_to_the_decoder_s_embedding_stays_so(tmp_path: Path)
     assert torch.equal(loaded.get_output_embeddings().weight, model.get_output_embeddings().weight)
 
 
+def test_a_model_of_images_without_an_embedding_of_the_input(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.CLIPConfig(vision_config={**sizes, "image_size": 32, "patch_size": 8}, text_config=sizes)
+    model: Any = phicore.quantize_(transformers.CLIPForImageClassification(config).eval())
+    with pytest.raises(NotImplementedError):
+        model.get_input_embeddings()
+    model.save_pretrained(tmp_path)
+    loaded, info = transformers.CLIPForImageClassification.from_pretrained(
+        tmp_path, dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(info.values()), info
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(loaded.train()(images).logits, model(images).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_list_of_heads_has_no_weight_to_be_tied(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.MusicgenDecoderConfig(**sizes, num_codebooks=2, pad_token_id=0, dropout=0.0)
+    model: Any = phicore.quantize_(transformers.MusicgenForCausalLM(config).eval(), exclude_modules=["lm_heads"])
+    assert isinstance(model.get_output_embeddings(), nn.ModuleList)
+    model.save_pretrained(tmp_path)
+    loaded, info = transformers.MusicgenForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(info.values()), info
+    ids = torch.arange(8).view(2, 4)
+    torch.testing.assert_close(loaded.train()(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_dense_layers_of_conv1d_beside_coded_ones_stay_dense(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 64, "n_embd": 64, "n_layer": 2, "n_head": 4, "pad_token_id": 0, "num_labels": 3}
+    still = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0}
+    model: Any = transformers.GPT2ForSequenceClassification(transformers.GPT2Config(**sizes, **still)).eval()
+    phicore.quantize_(model, ["score"])
+    model.save_pretrained(tmp_path)
+    loaded: Any = transformers.GPT2ForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float32)
+    assert type(loaded.transformer.h[0].attn.c_attn) is type(model.transformer.h[0].attn.c_attn)
+    torch.testing.assert_close(loaded.train()(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_saves_itself(model: Any, tmp_path: Path, clone: Callable[[Any], Any]) -> None:
     other = clone(model)
@@ -122,6 +162,26 @@ def test_layers_that_transformers_leaves_dense_are_warned_of(tmp_path: Path, cap
     assert not [record for record in caplog.records if record.name.startswith("phicore")]
     loaded = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "other").train()  # as in loads_alike
     torch.testing.assert_close(loaded(**given).logits, other.train()(**given).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["Falcon", "Llama4"])
+def test_a_model_that_transformers_does_not_read_in_codes_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, family: str
+) -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    if family == "Falcon":
+        kind, config = transformers.FalconForCausalLM, transformers.FalconConfig(**sizes)
+    else:
+        more = {"intermediate_size": 128, "intermediate_size_mlp": 128, "num_key_value_heads": 4, "head_dim": 16}
+        ids = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
+        config = transformers.Llama4TextConfig(**sizes, **more, **ids, num_local_experts=4)
+        kind = transformers.Llama4ForCausalLM
+    model: Any = phicore.quantize_(kind(config).eval())
+    model.save_pretrained(tmp_path)
+    (message,) = [record.getMessage() for record in caplog.records if record.name.startswith("phicore")]
+    assert message.startswith(f"from_pretrained of transformers will not read {family}ForCausalLM in NF4")
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        kind.from_pretrained(tmp_path, dtype=torch.float32)
 
 
 def test_a_merged_model_without_coded_layers_is_written_as_ever(
