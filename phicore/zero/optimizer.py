@@ -361,27 +361,19 @@ class ZeroOptimizer(torch.optim.Optimizer):
         Args:
             first_rank_only: the others return an empty dict.
         """
+        keep = self.rank == 0 or not first_rank_only
         whole = gather_states(
             self._reducer.buckets,
             self._state_by_name(),
             self._reducer.collectives,
             self.process_group,
             self.world_size,
-            keep=self.rank == 0 or not first_rank_only,
+            keep=keep,
         )
-        if self.rank != 0 and first_rank_only:
+        if not keep:
             return {}
-        order = [name for names in self._names for name in names]
-        index = {name: i for i, name in enumerate(order)}
-        masters = {name: whole[name].pop(state.MASTER) for name in order if state.MASTER in whole.get(name, {})}
-        return {
-            "state": {index[name]: whole[name] for name in order if whole.get(name)},
-            "param_groups": [
-                {**_own(group), "params": [index[name] for name in names], "param_names": list(names)}
-                for group, names in zip(self.param_groups, self._names, strict=True)
-            ],
-            **({"masters": masters} if masters else {}),
-        }
+        groups = zip(self.param_groups, self._names, strict=True)
+        return state.write_full(whole, [{**_own(group), "params": names} for group, names in groups])
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:

@@ -122,6 +122,25 @@ def read_full(state: Mapping[str, Any], shapes: Mapping[str, torch.Size], groups
     return source
 
 
+def write_full(states: Mapping[str, dict[str, Any]], groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The full state, with "param_names" and, if there are masters, "masters" by name.
+
+    Args:
+        states: of whole parameters, by name of parameter and of state; masters are taken out of them.
+        groups: settings of each group, and in "params" the names of its parameters.
+    """
+    index = {name: i for i, name in enumerate(name for group in groups for name in group["params"])}
+    masters = {name: states[name].pop(MASTER) for name in index if MASTER in states.get(name, {})}
+    return {
+        "state": {i: states[name] for name, i in index.items() if states.get(name)},
+        "param_groups": [
+            {**group, "params": [index[name] for name in group["params"]], "param_names": list(group["params"])}
+            for group in groups
+        ],
+        **({"masters": masters} if masters else {}),
+    }
+
+
 def _as_written_now(key: str, value: Any) -> Any:
     """A state as torch writes it since 1.12: steps are tensors."""
     return torch.tensor(float(value)) if key == "step" and isinstance(value, int | float) else value
