@@ -78,10 +78,6 @@ class TrainResult:
 _optimizers: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[ZeroOptimizer]]" = weakref.WeakKeyDictionary()
 
 
-def _nothing() -> None:
-    """What a rank that holds nothing releases."""
-
-
 class Trainer:
     """Trains the parameters of a model that require gradients, with AdamW, for a number of steps.
 
@@ -270,7 +266,7 @@ class Trainer:
         config = self.config
         with self._watch.during("the start"):
             distributed.everywhere(self._check_parameters)
-            release = self._hold()
+            release = hold_output(self.output)
             try:
                 self._start()
                 log = distributed.everywhere(self._open_log)
@@ -324,10 +320,6 @@ class Trainer:
         done = self.tokens - first_tokens
         speed = done / seconds if seconds else 0.0
         return TrainResult(self.step, self.loss, self.tokens, seconds, speed, peak_memory_bytes(self.device))
-
-    def _hold(self) -> Callable[[], None]:
-        """Takes the output on rank 0, see `hold_output`."""
-        return distributed.everywhere(lambda: hold_output(self.output) if rank() == 0 else _nothing)
 
     def _open_log(self) -> MetricsLog | None:
         return MetricsLog(self.output / "metrics.jsonl", self.step) if rank() == 0 else None
@@ -479,7 +471,7 @@ class Trainer:
         """
         with self._watch.during(f"the checkpoint of step {self.step}"):
             if not self._has_begun:
-                release = self._hold()
+                release = hold_output(self.output)
                 try:
                     self._start()
                 finally:
