@@ -37,10 +37,20 @@ def matches(name: str, targets: str | Sequence[str]) -> bool:
     return any(name == target or name.endswith("." + target) for target in targets)
 
 
+def around(name: str) -> Iterator[str]:
+    """The names of the modules that a module stands in, outermost first, and its own."""
+    parts = name.split(".")
+    return (".".join(parts[: i + 1]) for i in range(len(parts)))
+
+
 def within(name: str, targets: Sequence[str]) -> bool:
     """Whether a list means a module or one that it stands in."""
-    parts = name.split(".")
-    return any(matches(".".join(parts[: i + 1]), targets) for i in range(len(parts)))
+    return any(matches(outer, targets) for outer in around(name))
+
+
+def stands_in(name: str, places: Container[str]) -> bool:
+    """Whether a module is one of those with these names, or stands in one."""
+    return any(outer in places for outer in around(name))
 
 
 PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -221,8 +231,7 @@ def select(
                 raise ValueError(f"{told}; name those{choice}")
         chosen = {n: module for n, module in candidates.items() if n in mapped or matches(n, target_modules)}
     left_out = {name for name in every if matches(name, exclude_modules)}
-    inside = tuple(f"{name}." for name in left_out)
-    chosen = {n: module for n, module in chosen.items() if n not in left_out and not n.startswith(inside)}
+    chosen = {n: module for n, module in chosen.items() if not stands_in(n, left_out)}
     if not chosen:
         accepted, there = ", ".join(sorted(k.__name__ for k in kinds)), ", ".join([*candidates][:10]) or "none"
         raise ValueError(
@@ -232,8 +241,7 @@ def select(
     check_not_in_peft(chosen, every)
     whole = {n for n, m in candidates.items() if n in chosen or not isinstance(m, nn.MultiheadAttention)}
     shut = whole | left_out | {name for name, module in every.items() if isinstance(module, closed)}
-    inside = tuple(f"{name}." for name in shut)
-    others = [n for n, m in meant.items() if m._parameters and n not in shut and not n.startswith(inside)]
+    others = [n for n, m in meant.items() if m._parameters and not stands_in(n, shut)]
     if others:
         shown = ", ".join(f"{name} ({type(every[name]).__name__})" for name in others[:5])
         warnings.warn(
@@ -251,11 +259,10 @@ def check_not_in_peft(names: Iterable[str], every: dict[str, nn.Module]) -> None
     if tuners is None or other is None:
         return
     for name in names:
-        parts = name.split(".")
-        for around in (".".join(parts[:end]) for end in range(1, len(parts) + 1)):
-            if isinstance(every[around], (tuners.BaseTunerLayer, other.ModulesToSaveWrapper)):
+        for outer in around(name):
+            if isinstance(every[outer], (tuners.BaseTunerLayer, other.ModulesToSaveWrapper)):
                 raise ValueError(
-                    f"{name} belongs to an adapter of peft, which {around} holds; merge that first "
+                    f"{name} belongs to an adapter of peft, which {outer} holds; merge that first "
                     f"(merge_and_unload of the PeftModel), or save it and give the plain model to phicore.load_adapter"
                 )
 
@@ -265,9 +272,9 @@ def check_exclusion(excluded: str, every: dict[str, nn.Module], candidates: Iter
     found = [name for name in every if matches(name, [excluded])]
     if not found:
         raise ValueError(no_match(f'exclude_modules entry "{excluded}"', excluded, every))
-    inside = tuple(f"{name}." for name in found)
+    places = set(found)
     hidden = any(isinstance(part, nn.MultiheadAttention) for name in found for part in every[name].modules())
-    if not hidden and not any(name in found or name.startswith(inside) for name in candidates):
+    if not hidden and not any(stands_in(name, places) for name in candidates):
         raise ValueError(
             f'exclude_modules entry "{excluded}" matches {found[0]}, a {type(every[found[0]]).__name__} which neither '
             f"is nor holds a layer that could be chosen: it would leave nothing out"

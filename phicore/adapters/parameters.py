@@ -9,7 +9,7 @@ from phicore.adapters.experts import LoRAExperts, check_init, check_parameter
 from phicore.adapters.layers import adapter_layers
 from phicore.adapters.lora import LowRankLayer
 from phicore.adapters.trained import TrainedPart
-from phicore.modules import check_exclusion, matches, no_match, within
+from phicore.modules import check_exclusion, matches, no_match, stands_in, within
 
 
 def named_stacks(model: nn.Module, closed: tuple[type[nn.Module], ...]) -> Iterator[tuple[str, nn.Module, list[str]]]:
@@ -67,11 +67,10 @@ def plan_parameters(
                 excluded, dict(model.named_modules(remove_duplicate=False)), [path for path, _, _ in stacks]
             )
     found: dict[str, tuple[nn.Module, dict[str, int], dict[str, float]]] = {}
-    whole = tuple(f"{path}." for path in saved)
     for path, module, own in stacks:
         names = {name: f"{path}.{name}" if path else name for name in own}
         names = {n: full for n, full in names.items() if matches(full, config.target_parameters)}
-        if not names or path in saved or path.startswith(whole) or within(path, config.exclude_modules):
+        if not names or stands_in(path, saved) or within(path, config.exclude_modules):
             continue
         if not path:
             raise ValueError(f"{', '.join(names)} stands in the model itself; put the model into another module first")
