@@ -168,75 +168,17 @@ def select(
     meant = {} if target_modules == ALL_LINEAR else {n: m for n, m in every.items() if matches(n, target_modules)}
     for excluded in exclude_modules:
         check_exclusion(excluded, every, [*candidates, *excludable, *meant])
-    fused: dict[str, list[str]] = {}  # a target that means a part of a fused layer -> the whole layers
     if target_modules == ALL_LINEAR:
-        heads = output_heads(model)
-        chosen = {n: m for n, m in candidates.items() if m not in heads and isinstance(m, all_linear or kinds)}
-        linear = all_linear or kinds  # an embedding is none: a head that is tied to one needs no word
-        blocks = {m for together in sharing(model) if all(isinstance(m, linear) for m in together) for m in together}
-        if shared := [name for name, module in candidates.items() if module in blocks]:
-            warnings.warn(
-                f"all-linear leaves out layers that share a weight with each other: {', '.join(shared)}", stacklevel=4
-            )
-        others = [name for name, module in chosen.items() if has_own_forward(module)]
-        if others:
-            kind_names = ", ".join(sorted({type(chosen[name]).__name__ for name in others}))
-            warnings.warn(
-                f"all-linear leaves out layers with a forward of their own ({kind_names}): {', '.join(others)}",
-                stacklevel=4,
-            )
-        chosen = {name: module for name, module in chosen.items() if name not in others}
-        hidden = [name for name, module in every.items() if isinstance(module, nn.MultiheadAttention)]
-        if hidden:
-            warnings.warn(
-                f"all-linear leaves out nn.MultiheadAttention, whose projections are not called as layers: "
-                f"{', '.join(hidden)}",
-                stacklevel=4,
-            )
+        chosen = _all_linear(model, candidates, every, all_linear or kinds)
     else:
-        entries: list[str | list[str]] = (
-            [target_modules] if isinstance(target_modules, str) else [[t] for t in target_modules]
-        )
-        for entry in entries:
-            shown = entry if isinstance(entry, str) else entry[0]
-            if wholes := fused_wholes(entry, candidates, every):
-                fused[shown] = wholes
-            if wholes or any(matches(name, entry) for name in candidates):
-                continue
-            others = [name for name in every if matches(name, entry)]
-            check_not_in_peft(others, every)
-            if others:
-                kind = type(every[others[0]]).__name__
-                accepted = ", ".join(sorted(k.__name__ for k in kinds))
-                raise ValueError(
-                    f'target "{shown}" matches {others[0]}, which is a {kind} and cannot be adapted or quantized; '
-                    f"layers that can: {accepted}, outside nn.MultiheadAttention"
-                )
-            message = no_match(f'target "{shown}"', shown, candidates)
-            if isinstance(entry, str) and any(matches(name, [entry]) for name in candidates):
-                message = (
-                    f'target "{entry}", a string, is a regular expression for whole names, and matches none; for names '
-                    f'that end in it give a list: ["{entry}"]'
-                )
-            if entry == [ALL_LINEAR]:
-                message = f'"{ALL_LINEAR}" is taken by itself only, as a string; a list takes names and their ends'
-            raise ValueError(message)
-        mapped = {whole for wholes in fused.values() for whole in wholes}
-        if fused:
-            told = _fused_message(type(model).__name__, fused)
-            if fused_targets == "map":
-                warnings.warn(f"{told}, which are taken whole in their place", stacklevel=6)  # attach's caller
-            elif fused_targets != "split":
-                choice = ' or set fused_targets="map" (or "split", for an adapter a part)' if fused_targets else ""
-                raise ValueError(f"{told}; name those{choice}")
-        chosen = {n: module for n, module in candidates.items() if n in mapped or matches(n, target_modules)}
+        chosen = _targets(model, target_modules, candidates, every, kinds, fused_targets)
     left_out = {name for name in every if matches(name, exclude_modules)}
     chosen = {n: module for n, module in chosen.items() if not stands_in(n, left_out)}
     if not chosen:
-        accepted, there = ", ".join(sorted(k.__name__ for k in kinds)), ", ".join([*candidates][:10]) or "none"
+        there = ", ".join([*candidates][:10]) or "none"
         raise ValueError(
             f"target_modules={target_modules!r} with exclude_modules={list(exclude_modules)!r} leaves no module of "
-            f"{type(model).__name__}; of the layers that can be chosen here ({accepted}) it has {there}"
+            f"{type(model).__name__}; of the layers that can be chosen here ({_kinds_named(kinds)}) it has {there}"
         )
     check_not_in_peft(chosen, every)
     whole = {n for n, m in candidates.items() if n in chosen or not isinstance(m, nn.MultiheadAttention)}
@@ -250,6 +192,92 @@ def select(
             stacklevel=4,
         )
     return chosen
+
+
+def _all_linear(
+    model: nn.Module, candidates: dict[str, nn.Module], every: dict[str, nn.Module], linear: tuple[type[nn.Module], ...]
+) -> dict[str, nn.Module]:
+    """The candidates that "all-linear" means, see `select`."""
+    heads = output_heads(model)
+    chosen = {n: m for n, m in candidates.items() if m not in heads and isinstance(m, linear)}
+    # An embedding is not linear: a head that is tied to one needs no word.
+    blocks = {m for together in sharing(model) if all(isinstance(m, linear) for m in together) for m in together}
+    if shared := [name for name, module in candidates.items() if module in blocks]:
+        warnings.warn(
+            f"all-linear leaves out layers that share a weight with each other: {', '.join(shared)}", stacklevel=5
+        )
+    if others := [name for name, module in chosen.items() if has_own_forward(module)]:
+        kind_names = ", ".join(sorted({type(chosen[name]).__name__ for name in others}))
+        warnings.warn(
+            f"all-linear leaves out layers with a forward of their own ({kind_names}): {', '.join(others)}",
+            stacklevel=5,
+        )
+    if hidden := [name for name, module in every.items() if isinstance(module, nn.MultiheadAttention)]:
+        warnings.warn(
+            f"all-linear leaves out nn.MultiheadAttention, whose projections are not called as layers: "
+            f"{', '.join(hidden)}",
+            stacklevel=5,
+        )
+    return {name: module for name, module in chosen.items() if name not in others}
+
+
+def _targets(
+    model: nn.Module,
+    target_modules: str | Sequence[str],
+    candidates: dict[str, nn.Module],
+    every: dict[str, nn.Module],
+    kinds: tuple[type[nn.Module], ...],
+    fused_targets: str | None,
+) -> dict[str, nn.Module]:
+    """The candidates that names or a regular expression mean, see `select`."""
+    fused: dict[str, list[str]] = {}  # a target that means a part of a fused layer -> the whole layers
+    entries: list[str | list[str]] = (
+        [target_modules] if isinstance(target_modules, str) else [[target] for target in target_modules]
+    )
+    for entry in entries:
+        shown = entry if isinstance(entry, str) else entry[0]
+        if wholes := fused_wholes(entry, candidates, every):
+            fused[shown] = wholes
+        elif not any(matches(name, entry) for name in candidates):
+            raise ValueError(_no_target(entry, shown, candidates, every, kinds))
+    if fused:
+        told = _fused_message(type(model).__name__, fused)
+        if fused_targets == "map":
+            warnings.warn(f"{told}, which are taken whole in their place", stacklevel=7)  # attach's caller
+        elif fused_targets != "split":
+            choice = ' or set fused_targets="map" (or "split", for an adapter a part)' if fused_targets else ""
+            raise ValueError(f"{told}; name those{choice}")
+    mapped = {whole for wholes in fused.values() for whole in wholes}
+    return {n: module for n, module in candidates.items() if n in mapped or matches(n, target_modules)}
+
+
+def _no_target(
+    entry: str | list[str],
+    shown: str,
+    candidates: dict[str, nn.Module],
+    every: dict[str, nn.Module],
+    kinds: tuple[type[nn.Module], ...],
+) -> str:
+    """What to say of a target that means no candidate."""
+    others = [name for name in every if matches(name, entry)]
+    check_not_in_peft(others, every)
+    if others:
+        return (
+            f'target "{shown}" matches {others[0]}, which is a {type(every[others[0]]).__name__} and cannot be adapted '
+            f"or quantized; layers that can: {_kinds_named(kinds)}, outside nn.MultiheadAttention"
+        )
+    if entry == [ALL_LINEAR]:
+        return f'"{ALL_LINEAR}" is taken by itself only, as a string; a list takes names and their ends'
+    if isinstance(entry, str) and any(matches(name, [entry]) for name in candidates):
+        return (
+            f'target "{entry}", a string, is a regular expression for whole names, and matches none; for names '
+            f'that end in it give a list: ["{entry}"]'
+        )
+    return no_match(f'target "{shown}"', shown, candidates)
+
+
+def _kinds_named(kinds: tuple[type[nn.Module], ...]) -> str:
+    return ", ".join(sorted(kind.__name__ for kind in kinds))
 
 
 def check_not_in_peft(names: Iterable[str], every: dict[str, nn.Module]) -> None:
