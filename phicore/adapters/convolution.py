@@ -135,10 +135,6 @@ class LoRAConvolution(LowRankConvolution):
         torch.Size([2, 16, 5, 5])
     """
 
-    def _complete(self) -> None:
-        super()._complete()
-        self.reset_parameters()
-
     def forward(self, x: Tensor) -> Tensor:  # [N, in, *length] -> [N, out, *length']
         return self.updated(self.through_base(x), x, self._update)
 

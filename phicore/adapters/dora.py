@@ -47,7 +47,6 @@ class DoRALayer(LowRankLayer):
         self.register_buffer("base_norm_squared", norm_squared, persistent=False)
         self._make_magnitude(self.lora_B.shape[0])
         self.register_load_state_dict_post_hook(_refresh_after_load)
-        self.reset_parameters()
 
     def _make_magnitude(self, out: int) -> None:
         self.magnitude = nn.Parameter(torch.empty(out, dtype=self.lora_A.dtype, device=self.lora_A.device))

@@ -91,10 +91,6 @@ class LoRAEmbedding(LowRankEmbedding):
         torch.Size([2, 32])
     """
 
-    def _complete(self) -> None:
-        super()._complete()
-        self.reset_parameters()
-
     def forward(self, tokens: Tensor) -> Tensor:  # int64 [...] -> [..., dim]
         return self.updated(self.base(tokens), tokens, self.low_rank_lookup)
 

@@ -107,11 +107,11 @@ class LowRankLayer(nn.Module):
         self.register_parameter("trained_bias", None)
         self.train(base.training)
         self._complete()
+        self.reset_parameters()
         base.requires_grad_(False)  # at the end: one that is refused stays as it was
 
     def _complete(self) -> None:
-        """What a kind of layer has beside its pair, and where the pair starts: the end of its construction. In place of
-        constructors, whose one signature is above."""
+        """Makes what a kind of layer has beside its pair. In place of constructors, whose one signature is above."""
 
     def _make_pair(self, base: nn.Module, where: dict[str, Any]) -> None:
         shape_A, shape_B = self.pair_shapes(base, self.rank)
@@ -378,10 +378,6 @@ class LoRALinear(LowRankLinear):
         >>> layer(torch.randn(2, 64)).shape
         torch.Size([2, 32])
     """
-
-    def _complete(self) -> None:
-        super()._complete()
-        self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
         if self.enabled and self.rows is None:
