@@ -185,10 +185,10 @@ def select(
     shut = whole | left_out | {name for name, module in every.items() if isinstance(module, closed)}
     others = [n for n, m in meant.items() if m._parameters and not stands_in(n, shut)]
     if others:
-        shown = ", ".join(f"{name} ({type(every[name]).__name__})" for name in others[:5])
+        shown = listed([f"{name} ({type(every[name]).__name__})" for name in others], 5)
         warnings.warn(
             f"target_modules={target_modules!r} means layers that cannot be adapted or quantized, too, and they stay "
-            f"as they are: {shown}{f' and {len(others) - 5} more' if len(others) > 5 else ''}",
+            f"as they are: {shown}",
             stacklevel=4,
         )
     return chosen
@@ -332,6 +332,12 @@ def _fused_message(model: str, fused: dict[str, list[str]]) -> str:
     targets = ", ".join(f'"{target}"' for target in fused)
     wholes = sorted({name.rsplit(".", 1)[-1] for names in fused.values() for name in names})
     return f"{model} fuses what target_modules names by {targets} into " + " and ".join(f'"{name}"' for name in wholes)
+
+
+def listed(names: Sequence[str], most: int = 10) -> str:
+    """The first of some names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"
 
 
 def no_match(what: str, name: str, among: Sequence[str] | dict[str, nn.Module]) -> str:
