@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -238,15 +238,18 @@ class Trainer:
         self.stop_requested, self._exit_status, self._stop_agreed = False, 0, False  # answered; another fit goes on
         stopped, status = map(max, zip(*requests, strict=True))
         if stopped:
-            if rank() == 0:
-                newest = self.checkpoints / checkpoint.directory_name(self.step)
-                print(f"stopped as asked; resume goes on from {newest}", file=sys.stderr, flush=True)
-            if status and hasattr(sys, "ps1"):  # an interactive session, or a notebook: it goes on
-                raise KeyboardInterrupt
-            raise SystemExit(int(status))
+            self._exit_as_asked(int(status))
         done = self.tokens - first_tokens
         speed = done / seconds if seconds else 0.0
         return TrainResult(self.step, self.loss, self.tokens, seconds, speed, peak_memory_bytes(self.device))
+
+    def _exit_as_asked(self, status: int) -> NoReturn:
+        if rank() == 0:
+            newest = self.checkpoints / checkpoint.directory_name(self.step)
+            print(f"stopped as asked; resume goes on from {newest}", file=sys.stderr, flush=True)
+        if status and hasattr(sys, "ps1"):  # an interactive session, or a notebook: it goes on
+            raise KeyboardInterrupt
+        raise SystemExit(status)
 
     def _open_log(self) -> MetricsLog | None:
         return MetricsLog(self.output / "metrics.jsonl", self.step) if rank() == 0 else None
