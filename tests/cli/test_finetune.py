@@ -165,19 +165,6 @@ def test_a_dtype_without_products_on_this_cpu_is_told(
     assert ("float32's speed in it on this CPU" in " ".join(said.split())) == bool(emulated)
 
 
-def test_resuming_with_changed_settings_lists_them(
-    tiny_model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(tiny_model, data, tmp_path) == 0
-    assert run(tiny_model, data, tmp_path, "--resume", "--alpha", "7", "--seed", "3") == 1
-    message = capsys.readouterr().err
-    assert "alpha: 6.0 then, 7.0 now" in message
-    assert "seed: 0 then, 3 now" in message
-    assert run(tiny_model, data, tmp_path) == 1
-    assert "holds a run" in capsys.readouterr().err
-    assert run(tiny_model, data, tmp_path, "--overwrite") == 0
-
-
 @pytest.mark.parametrize("suffix", ["toml", "yaml"])
 def test_options_from_a_file_and_what_is_typed_wins(suffix: str, tiny_model: Path, data: Path, tmp_path: Path) -> None:
     config = tmp_path / f"run.{suffix}"

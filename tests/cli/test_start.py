@@ -19,7 +19,7 @@ def no_model(*_: object) -> None:
     ("more", "message"),
     [
         ([], "holds a run"),
-        (["--resume", "--alpha", "7"], "alpha: 6.0 then, 7.0 now"),
+        (["--resume", "--alpha", "7", "--seed", "3"], "alpha: 6.0 then, 7.0 now; seed: 0 then, 3 now"),
         (["--resume", "--steps", "9", "--answers", "5"], "steps: 4 then, 9 now"),
         (["--resume", "--data", "shorter"], "examples: 12 then, 3 now"),
     ],
