@@ -94,10 +94,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
         bucket_bytes: int = 25 * 2**20,
         **options: Any,
     ) -> None:
-        distributed = dist.is_available() and dist.is_initialized()
         self.process_group, self.bucket_bytes = process_group, bucket_bytes
-        self.world_size = dist.get_world_size(process_group) if distributed else 1
-        self.rank = dist.get_rank(process_group) if distributed else 0
+        self.world_size = dist.get_world_size(process_group) if dist.is_initialized() else 1
+        self.rank = dist.get_rank(process_group) if dist.is_initialized() else 0
         if self.world_size < 1:
             raise ValueError("this rank is not in process_group; only ranks that are can make a ZeroOptimizer over it")
         self._class, self._options = optimizer_class, options
@@ -188,8 +187,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 f"clip or scale use this optimizer's clip_grad_norm_ and scale_gradients_, and take the model out of a "
                 f"DistributedDataParallel, in whose place this optimizer reduces"
             )
-        distributed = dist.is_available() and dist.is_initialized()
-        if (now := dist.get_world_size(self.process_group) if distributed else 1) != self.world_size:
+        now = dist.get_world_size(self.process_group) if dist.is_initialized() else 1
+        if now != self.world_size:
             raise RuntimeError(
                 f"this optimizer was made for {self.world_size} ranks and there are {now}; make it after "
                 f"init_process_group, and use it before destroy_process_group"
