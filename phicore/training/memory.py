@@ -15,8 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from phicore.training.config import TrainConfig
 from phicore.training.cross_entropy import chunk_elements
 from phicore.training.recompute import blocks, checkpointed_blocks
-
-BUCKET_BYTES = 25 * 2**20  # ZeroOptimizer's default
+from phicore.zero.optimizer import BUCKET_BYTES
 
 
 @dataclass(frozen=True, slots=True)

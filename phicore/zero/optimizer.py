@@ -25,6 +25,8 @@ from phicore.zero.norm import total_norm
 from phicore.zero.reduction import BUCKETS_KEPT, GradientReducer
 from phicore.zero.scratch import Scratch
 
+BUCKET_BYTES = 25 * 2**20  # torch's DistributedDataParallel has the same
+
 
 class ZeroOptimizer(torch.optim.Optimizer):
     """An element-wise torch optimizer whose state is split over ranks (ZeRO stages 1 and 2, Rajbhandari et al. 2019).
@@ -91,7 +93,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         stage: Literal[1, 2] = 2,
         reduction: Literal["mean", "sum"] = "mean",
         process_group: dist.ProcessGroup | None = None,
-        bucket_bytes: int = 25 * 2**20,
+        bucket_bytes: int = BUCKET_BYTES,
         **options: Any,
     ) -> None:
         self.process_group, self.bucket_bytes = process_group, bucket_bytes
