@@ -397,19 +397,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
             after(self)
 
     def _load(self, state_dict: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
-        if isinstance(state_dict, Mapping) and "format" not in state_dict and "param_groups" in state_dict:
-            source = state.read_full(state_dict, self._shapes, self._names)
-        else:
-            shards = [state_dict] if isinstance(state_dict, Mapping) else list(state_dict)
-            source = state.read_shards(shards, self._shapes, self._names)
-        # Of flags, those of this version of torch need not be in a state of another.
-        flags = {key for key, value in self.defaults.items() if value is None or isinstance(value, bool)}
-        for settings in source.groups:
-            if lacking := sorted(self.defaults.keys() - flags - settings.keys()):
-                raise ValueError(
-                    f"the state is of another optimizer than {self._class.__name__}: it has no {', '.join(lacking)}, "
-                    f"but {', '.join(settings)}; load it into an optimizer of its class, or begin without a state"
-                )
+        source = state.read(state_dict, self._shapes, self._names)
+        state.check_settings(source, self.defaults, self._class.__name__)
         for name in self._frozen:
             if any(part.state for part in source.slices.get(name, [])):
                 raise ValueError(f"the state has been trained for {name}, which is frozen here; unfreeze it first")
@@ -428,7 +417,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 piece.tensor.copy_(weights if master is None else master)
             group = by_tensor[id(piece.tensor)]
             if values:
-                self.state[piece.tensor] = {key: _as_state(v, piece.tensor, group) for key, v in values.items()}
+                self.state[piece.tensor] = {key: state.as_kept(v, piece.tensor, group) for key, v in values.items()}
 
     def __deepcopy__(self, memo: Any) -> "ZeroOptimizer":
         raise TypeError("a ZeroOptimizer holds its model's memory and cannot be copied; take its full_state_dict")
@@ -527,13 +516,3 @@ def _device_of(groups: Sequence[Mapping[str, Any]]) -> torch.device:
     """Where ranks exchange what is not a parameter: the first parameter's device, or the CPU for one without memory."""
     device = next((p.device for group in groups for _, p in group["params"]), torch.device("cpu"))
     return torch.device("cpu") if device.type == "meta" else device
-
-
-def _as_state(value: Any, piece: Tensor, group: Mapping[str, Any]) -> Any:
-    """A loaded state (of `state.joined`) on the device and in the dtype that torch's optimizers keep it."""
-    if not isinstance(value, Tensor):
-        return value
-    if state.is_sliced(value, piece.numel()):
-        return value.to(piece.device, piece.dtype if value.is_floating_point() else value.dtype)
-    # Counters are on the CPU unless the update runs without it.
-    return value.to(piece.device if group.get("capturable") or group.get("fused") else "cpu", copy=True)
