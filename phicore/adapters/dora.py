@@ -29,6 +29,7 @@ class DoRALayer(LowRankLayer):
     """
 
     base_norm_squared: Tensor
+    norm_dim = 1  # of [out, in], along which norms are taken
 
     @classmethod
     def pair_shapes(cls, base: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -62,7 +63,7 @@ class DoRALayer(LowRankLayer):
     def reset_magnitude(self) -> None:
         """Sets m to ||V'||."""
         if not self.lora_A.is_meta:
-            self.set_magnitude(torch.linalg.vector_norm(self._direction(), dim=1))
+            self.set_magnitude(torch.linalg.vector_norm(self._direction(), dim=self.norm_dim))
 
     @torch.no_grad()
     def set_magnitude(self, magnitude: Tensor) -> None:
@@ -103,8 +104,8 @@ class DoRALayer(LowRankLayer):
         if not self.enabled:
             return base
         direction = base + self.product()
-        norm = torch.linalg.vector_norm(direction.detach(), dim=1)
-        return self.weighed(base, row_scale(self.magnitude_over(norm), norm).unsqueeze(1) * direction)
+        norm = torch.linalg.vector_norm(direction.detach(), dim=self.norm_dim)
+        return self.weighed(base, row_scale(self.magnitude_over(norm), norm).unsqueeze(self.norm_dim) * direction)
 
     def scale(self, WA: Tensor) -> Tensor:
         """m / ||V'||, [out] in float32 or float64, with m differentiable; WA is W A^T [out, rank] as the base computed

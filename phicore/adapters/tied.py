@@ -94,6 +94,8 @@ class TiedDoRAEmbedding(DoRALayer, LowRankEmbedding):
         magnitude: m, [num_embeddings]; starts at ||W||.
     """
 
+    norm_dim = 0
+
     def _complete(self) -> None:
         super()._complete()
         self.base_norm_squared = None  # type: ignore[assignment]  # which nothing reads
@@ -103,18 +105,6 @@ class TiedDoRAEmbedding(DoRALayer, LowRankEmbedding):
 
     def refresh_base_norm(self) -> None:
         """Does nothing: no norm is kept."""
-
-    def reset_magnitude(self) -> None:
-        if not self.lora_A.is_meta:
-            self.set_magnitude(torch.linalg.vector_norm(self._direction(), dim=0))
-
-    def merged_weight(self) -> Tensor:  # [dim, num]
-        base = self.dense_base()
-        if not self.enabled:
-            return base
-        direction = base + self.product()
-        norm = torch.linalg.vector_norm(direction, dim=0)
-        return self.weighed(base, row_scale(self.magnitude.to(norm.dtype), norm) * direction)
 
     def forward(self, tokens: Tensor) -> Tensor:  # int64 [...] -> [..., dim]
         return self.updated(self.base(tokens), tokens, self._update)
