@@ -69,9 +69,6 @@ class LowRankEmbedding(LowRankLayer):
     def laid_out(self, weight: Tensor) -> Tensor:
         return weight.t()
 
-    def plain(self, weight: Tensor) -> nn.Module:
-        return base_layer.with_weight(self.innermost, self.laid_out(weight).contiguous())
-
 
 class LoRAEmbedding(LowRankEmbedding):
     """An embedding with a LoRA adapter: y = base(t) + scaling * (A^T)[t] B^T.

@@ -241,7 +241,7 @@ class LowRankLayer(nn.Module):
 
     def plain(self, weight: Tensor) -> nn.Module:
         """A layer without adapters, of the innermost base's kind, with this weight [out, in]."""
-        raise NotImplementedError
+        return base_layer.with_weight(self.innermost, self.laid_out(weight).contiguous())
 
     def extra_repr(self) -> str:
         return (
@@ -344,7 +344,7 @@ class LowRankLinear(LowRankLayer):
 
     def plain(self, weight: Tensor) -> nn.Module:
         if isinstance(self.innermost, (nn.Linear, *transposed_kinds())):
-            return base_layer.with_weight(self.innermost, self.laid_out(weight).contiguous())
+            return super().plain(weight)
         layer = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")  # in place of a coded one
         layer.weight = nn.Parameter(weight, requires_grad=False)
         if self.bias is not None:
