@@ -77,12 +77,10 @@ def ends_with(expression: str) -> str:
 
 def check_names(what: str, names: object, accepted: str = "a list of names") -> None:
     """Raises ValueError unless these are names. An empty one would be the model's own."""
-    if isinstance(names, str | Mapping) or not (isinstance(names, Collection) and all(map(_is_name, names))):
+    if isinstance(names, str | Mapping) or not (
+        isinstance(names, Collection) and all(isinstance(name, str) and name for name in names)
+    ):
         raise ValueError(f"{what} must be {accepted}, got {names!r}; none may be empty")
-
-
-def _is_name(name: object) -> bool:
-    return isinstance(name, str) and name != ""
 
 
 def check_expression(what: str, expression: str) -> None:
