@@ -123,10 +123,11 @@ class Operation:
 
 N = K = 4096
 ROWS = (1, 16, 64, 512)
+PROCESSORS, FUSED_ROWS = 132, 64  # of an H100, and its default crossover
 
 
-def operations(processors: int = 132, fused_rows: int = 64) -> Iterator[Operation]:
-    """This package's operations; by default as on an H100, with 132 processors and its default crossover."""
+def operations() -> Iterator[Operation]:
+    """This package's operations, as on an H100."""
     weight = meta_weight(N, K)
     coded = sum(part.nbytes for part in (weight.packed, weight.absmax, weight.nested_absmax) if part is not None)
     dense = empty(N, K, dtype=torch.bfloat16)
@@ -137,13 +138,13 @@ def operations(processors: int = 132, fused_rows: int = 64) -> Iterator[Operatio
             for low_rank in (False, True):
                 own = low_rank * (2 if backward else 1)  # x A^T; or g B and its scaling
                 name = f"{'dx = g W' if backward else 'y = x W^T'}{' with LoRA' if low_rank else ''}, {m} rows"
-                if m > fused_rows:  # dequantised first; torch multiplies, and adds the low-rank term to the result
+                if m > FUSED_ROWS:  # dequantised first; torch multiplies, and adds the low-rank term to the result
                     launches, temporary = 2 + own + low_rank, dense.nbytes + low_rank * m * 16 * 2
                     yield Operation(name, launches, temporary, (coded + dense.nbytes) / (N * K))
                     continue
                 x, out = empty(m, K, dtype=torch.bfloat16), empty(m, N, dtype=torch.bfloat16)
                 left = LowRank(empty(m, 16, dtype=torch.bfloat16), empty(16, N, dtype=torch.bfloat16), 2.0)
-                config = choose(m, N, K, "permute", torch.bfloat16, processors)
+                config = choose(m, N, K, "permute", torch.bfloat16, PROCESSORS)
                 made = matmul_launches(
                     x, weight, out, backward=backward, low_rank=left if low_rank else None, config=config, permute=True
                 )

@@ -45,6 +45,17 @@ def machine() -> dict[str, Any]:
     }
 
 
+def status(field: str) -> int:
+    """Bytes that Linux gives for a field of this process: VmRSS, what is resident, VmHWM, the most there was of it,
+    RssAnon, what is its own."""
+    return int(_value(_lines("/proc/self/status"), field).split()[0]) * 1024
+
+
+def reset_peak() -> None:
+    """Has VmHWM start again from what is resident."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def compile_formulas() -> str:
     """Has phicore's formulas compiled for this CPU, as they are in time where a process works for long; says and
     returns what runs them."""

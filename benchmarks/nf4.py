@@ -29,7 +29,7 @@ import torch
 
 from benchmarks import figures, quantize_memory
 from benchmarks.figures import Figure
-from benchmarks.machine import compile_formulas
+from benchmarks.machine import compile_formulas, reset_peak, status
 from benchmarks.pairs import compare
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -75,12 +75,6 @@ PEERS = ("bitsandbytes", "torchao")
 # ===== memory, in a process of its own =====
 
 
-def status(field: str) -> int:
-    """Bytes that /proc/self/status gives for a field."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":"))
-    return int(line.split()[1]) * 1024
-
-
 def extra_memory(library: str, what: str, dtype: str, double_quant: bool, rows: int, columns: int) -> int:
     """Bytes by which resident memory rises at most during a call, above what was resident before it."""
     torch.set_num_threads(1)
@@ -93,7 +87,7 @@ def extra_memory(library: str, what: str, dtype: str, double_quant: bool, rows: 
         del coded
     ctypes.CDLL(None).malloc_trim(0)
     before = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
+    reset_peak()
     result = encode() if what == "encode" else decode(coded)
     after = status("VmHWM") - before
     del result

@@ -30,6 +30,8 @@ from typing import Any
 import torch
 import transformers
 
+from benchmarks.machine import reset_peak, status
+
 MB = 1e6
 
 
@@ -111,12 +113,6 @@ TASKS: dict[str, Callable[[Path, Path], None]] = {
 }
 
 
-def status(field: str) -> int:
-    """Bytes that /proc/self/status gives for a field."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":"))
-    return int(line.split()[1]) * 1024
-
-
 def measure(task: str, small: Path, source: Path, target: Path) -> dict[str, float]:
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
@@ -124,7 +120,7 @@ def measure(task: str, small: Path, source: Path, target: Path) -> dict[str, flo
     global kept
     kept = None
     resident, own = status("VmRSS"), status("RssAnon")
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
+    reset_peak()
     most, done = [own], threading.Event()
 
     def sample() -> None:

@@ -27,8 +27,6 @@ def print_paper(worlds: Sequence[int] = WORLDS) -> list[dict[str, float]]:
     """Table 1 of Rajbhandari et al. 2019 by counting the bytes of meta tensors in a fake process group."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from phicore import ZeroOptimizer
-
     print("\nGB a rank for 7.5B bfloat16 parameters, stage by stage: the paper's formula; the tensors that the paper")
     print("counts; and all there are, which is what a rank needs. The difference is the float32 gradient of a shard.")
     print(
@@ -41,34 +39,7 @@ def print_paper(worlds: Sequence[int] = WORLDS) -> list[dict[str, float]]:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
         row: dict[str, float] = {"ranks": world_size}
         for stage in (1, 2):
-            named = [
-                (name, nn.Parameter(torch.empty(shape, dtype=torch.bfloat16, device="meta")))
-                for name, shape in paper_shapes()
-            ]
-            psi = sum(p.numel() for _, p in named)
-            optimizer = ZeroOptimizer(named, torch.optim.AdamW, stage=stage)  # type: ignore[arg-type]
-            sent = _count_sent(optimizer, world_size)
-            for _ in range(2):
-                for _, p in named:
-                    p.grad = torch.empty_like(p)
-                optimizer.finish_reduction()
-                grads = [p.grad for _, p in named if p.grad is not None]
-                pieces = [piece for group in optimizer.param_groups for piece in group["params"]]
-                reduced = sum(piece.grad.nbytes for piece in pieces if piece.grad is not None)
-                weights = sum(p.nbytes for _, p in named)
-                sent.clear()
-                optimizer.step()
-            held = weights + sum(g.nbytes for g in grads) + reduced + sum(p.nbytes for p in pieces)
-            held += state_bytes(optimizer)
-            # The paper reduces bfloat16 gradients: in stage 1 where they are, in stage 2 to 2 bytes an element.
-            beyond = reduced if stage == 1 else reduced // 2
-            row |= {
-                f"paper {stage}": (4 + 12 / world_size if stage == 1 else 2 + 14 / world_size) * 7.5,
-                f"counted {stage}": (held - beyond) / psi * 7.5,
-                f"held {stage}": held / psi * 7.5,
-                "sent": 2 * sum(sent) / psi,  # the gathers of the last step; the reductions are as many
-            }
-            del named, grads, pieces, optimizer
+            row |= _of_stage(stage, world_size)
         dist.destroy_process_group()
         table.append(row)
         cells = "".join(f"{row[f'{what} {stage}']:12.2f}" for stage in (1, 2) for what in KINDS)
@@ -76,6 +47,38 @@ def print_paper(worlds: Sequence[int] = WORLDS) -> list[dict[str, float]]:
     worst = max(abs(row[f"counted {stage}"] / row[f"paper {stage}"] - 1) for row in table for stage in (1, 2))
     print(f"counted beside the paper's formula: at most {worst:.2%} apart")
     return table
+
+
+def _of_stage(stage: int, world_size: int) -> dict[str, float]:
+    """GB a rank, and elements sent in units of Psi, of one stage."""
+    from phicore import ZeroOptimizer
+
+    named = [
+        (name, nn.Parameter(torch.empty(shape, dtype=torch.bfloat16, device="meta"))) for name, shape in paper_shapes()
+    ]
+    psi = sum(p.numel() for _, p in named)
+    optimizer = ZeroOptimizer(named, torch.optim.AdamW, stage=stage)  # type: ignore[arg-type]
+    sent = _count_sent(optimizer, world_size)
+    for _ in range(2):
+        for _, p in named:
+            p.grad = torch.empty_like(p)
+        optimizer.finish_reduction()
+        grads = [p.grad for _, p in named if p.grad is not None]
+        pieces = [piece for group in optimizer.param_groups for piece in group["params"]]
+        reduced = sum(piece.grad.nbytes for piece in pieces if piece.grad is not None)
+        weights = sum(p.nbytes for _, p in named)
+        sent.clear()
+        optimizer.step()
+    held = weights + sum(g.nbytes for g in grads) + reduced + sum(p.nbytes for p in pieces)
+    held += state_bytes(optimizer)
+    # The paper reduces bfloat16 gradients: in stage 1 where they are, in stage 2 to 2 bytes an element.
+    beyond = reduced if stage == 1 else reduced // 2
+    return {
+        f"paper {stage}": (4 + 12 / world_size if stage == 1 else 2 + 14 / world_size) * 7.5,
+        f"counted {stage}": (held - beyond) / psi * 7.5,
+        f"held {stage}": held / psi * 7.5,
+        "sent": 2 * sum(sent) / psi,  # the gathers of the last step; the reductions are as many
+    }
 
 
 def _count_sent(optimizer: Any, world_size: int) -> list[float]:

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from benchmarks.machine import reset_peak, status
+
 BYTES_SENT = 200  # offset of tcpi_bytes_sent in Linux's struct tcp_info
 M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 
@@ -57,16 +59,11 @@ class Peak:
 
     def __init__(self) -> None:
         gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
-        self.start = _status("VmRSS")
+        reset_peak()
+        self.start = status("VmRSS")
 
     def bytes(self) -> int:
-        return _status("VmHWM") - self.start
-
-
-def _status(field: str) -> int:
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":")]
-    return int(line.split()[1]) * 1024
+        return status("VmHWM") - self.start
 
 
 def give_back_freed_memory(*, at_once: bool = False) -> None:

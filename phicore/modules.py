@@ -37,10 +37,20 @@ def matches(name: str, targets: str | Sequence[str]) -> bool:
     return any(name == target or name.endswith("." + target) for target in targets)
 
 
+def around(name: str) -> Iterator[str]:
+    """The names of the modules that a module stands in, outermost first, and its own."""
+    parts = name.split(".")
+    return (".".join(parts[: i + 1]) for i in range(len(parts)))
+
+
 def within(name: str, targets: Sequence[str]) -> bool:
     """Whether a list means a module or one that it stands in."""
-    parts = name.split(".")
-    return any(matches(".".join(parts[: i + 1]), targets) for i in range(len(parts)))
+    return any(matches(outer, targets) for outer in around(name))
+
+
+def stands_in(name: str, places: Container[str]) -> bool:
+    """Whether a module is one of those with these names, or stands in one."""
+    return any(outer in places for outer in around(name))
 
 
 PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -80,12 +90,10 @@ def ends_with(expression: str) -> str:
 
 def check_names(what: str, names: object, accepted: str = "a list of names") -> None:
     """Raises ValueError unless these are names. An empty one would be the model's own."""
-    if isinstance(names, str | Mapping) or not (isinstance(names, Collection) and all(map(_is_name, names))):
+    if isinstance(names, str | Mapping) or not (
+        isinstance(names, Collection) and all(isinstance(name, str) and name for name in names)
+    ):
         raise ValueError(f"{what} must be {accepted}, got {names!r}; none may be empty")
-
-
-def _is_name(name: object) -> bool:
-    return isinstance(name, str) and name != ""
 
 
 def check_expression(what: str, expression: str) -> None:
@@ -172,93 +180,124 @@ def select(
     meant = {} if target_modules == ALL_LINEAR else {n: m for n, m in every.items() if matches(n, target_modules)}
     for excluded in exclude_modules:
         check_exclusion(excluded, every, [*candidates, *excludable, *meant])
-    fused: dict[str, list[str]] = {}  # a target that means a part of a fused layer -> the whole layers
     if target_modules == ALL_LINEAR:
-        heads = output_heads(model)
-        chosen = {n: m for n, m in candidates.items() if m not in heads and isinstance(m, all_linear or kinds)}
-        linear = all_linear or kinds  # an embedding is none: a head that is tied to one needs no word
-        blocks = {m for together in sharing(model) if all(isinstance(m, linear) for m in together) for m in together}
-        if shared := [name for name, module in candidates.items() if module in blocks]:
-            warnings.warn(
-                f"all-linear leaves out layers that share a weight with each other: {', '.join(shared)}",
-                stacklevel=caller,
-            )
-        others = [name for name, module in chosen.items() if has_own_forward(module)]
-        if others and len(others) == len(chosen) and (coded := coded_elsewhere(chosen[others[0]])):
-            raise ValueError(f"all-linear finds no layer of {type(model).__name__} to replace: {others[0]} is {coded}")
-        if others:
-            kind_names = ", ".join(sorted({type(chosen[name]).__name__ for name in others}))
-            warnings.warn(
-                f"all-linear leaves out layers with a forward of their own ({kind_names}): {', '.join(others)}",
-                stacklevel=caller,
-            )
-        chosen = {name: module for name, module in chosen.items() if name not in others}
-        hidden = [name for name, module in every.items() if isinstance(module, nn.MultiheadAttention)]
-        if hidden:
-            warnings.warn(
-                f"all-linear leaves out nn.MultiheadAttention, whose projections are not called as layers: "
-                f"{', '.join(hidden)}",
-                stacklevel=caller,
-            )
+        chosen = _all_linear(model, candidates, every, all_linear or kinds, caller + 1)
     else:
-        entries: list[str | list[str]] = (
-            [target_modules] if isinstance(target_modules, str) else [[t] for t in target_modules]
-        )
-        for entry in entries:
-            shown = entry if isinstance(entry, str) else entry[0]
-            if wholes := fused_wholes(entry, candidates, every):
-                fused[shown] = wholes
-            if wholes or any(matches(name, entry) for name in candidates):
-                continue
-            others = [name for name in every if matches(name, entry)]
-            check_not_in_peft(others, every)
-            if others:
-                kind = type(every[others[0]]).__name__
-                accepted = ", ".join(sorted(k.__name__ for k in kinds))
-                raise ValueError(
-                    f'target "{shown}" matches {others[0]}, which is a {kind} and cannot be adapted or quantized; '
-                    f"layers that can: {accepted}, outside nn.MultiheadAttention"
-                )
-            message = no_match(f'target "{shown}"', shown, candidates)
-            if isinstance(entry, str) and any(matches(name, [entry]) for name in candidates):
-                message = (
-                    f'target "{entry}", a string, is a regular expression for whole names, and matches none; for names '
-                    f'that end in it give a list: ["{entry}"]'
-                )
-            if entry == [ALL_LINEAR]:
-                message = f'"{ALL_LINEAR}" is taken by itself only, as a string; a list takes names and their ends'
-            raise ValueError(message)
-        mapped = {whole for wholes in fused.values() for whole in wholes}
-        if fused:
-            told = _fused_message(type(model).__name__, fused)
-            if fused_targets == "map":
-                warnings.warn(f"{told}, which are taken whole in their place", stacklevel=caller)
-            elif fused_targets != "split":
-                choice = ' or set fused_targets="map" (or "split", for an adapter a part)' if fused_targets else ""
-                raise ValueError(f"{told}; name those{choice}")
-        chosen = {n: module for n, module in candidates.items() if n in mapped or matches(n, target_modules)}
+        chosen = _targets(model, target_modules, candidates, every, kinds, fused_targets, caller + 1)
     left_out = {name for name in every if matches(name, exclude_modules)}
-    inside = tuple(f"{name}." for name in left_out)
-    chosen = {n: module for n, module in chosen.items() if n not in left_out and not n.startswith(inside)}
+    chosen = {n: module for n, module in chosen.items() if not stands_in(n, left_out)}
     if not chosen:
-        accepted, there = ", ".join(sorted(k.__name__ for k in kinds)), ", ".join([*candidates][:10]) or "none"
+        there = ", ".join([*candidates][:10]) or "none"
         raise ValueError(
             f"target_modules={target_modules!r} with exclude_modules={list(exclude_modules)!r} leaves no module of "
-            f"{type(model).__name__}; of the layers that can be chosen here ({accepted}) it has {there}"
+            f"{type(model).__name__}; of the layers that can be chosen here ({_kinds_named(kinds)}) it has {there}"
         )
     check_not_in_peft(chosen, every)
     whole = {n for n, m in candidates.items() if n in chosen or not isinstance(m, nn.MultiheadAttention)}
     shut = whole | left_out | {name for name, module in every.items() if isinstance(module, closed)}
-    inside = tuple(f"{name}." for name in shut)
-    others = [n for n, m in meant.items() if m._parameters and n not in shut and not n.startswith(inside)]
+    others = [n for n, m in meant.items() if m._parameters and not stands_in(n, shut)]
     if others:
-        shown = ", ".join(f"{name} ({type(every[name]).__name__})" for name in others[:5])
+        shown = listed([f"{name} ({type(every[name]).__name__})" for name in others], 5)
         warnings.warn(
             f"target_modules={target_modules!r} means layers that cannot be adapted or quantized, too, and they stay "
-            f"as they are: {shown}{f' and {len(others) - 5} more' if len(others) > 5 else ''}",
+            f"as they are: {shown}",
             stacklevel=caller,
         )
     return chosen
+
+
+def _all_linear(
+    model: nn.Module,
+    candidates: dict[str, nn.Module],
+    every: dict[str, nn.Module],
+    linear: tuple[type[nn.Module], ...],
+    caller: int,
+) -> dict[str, nn.Module]:
+    """The candidates that "all-linear" means, see `select`; caller counts frames to the line that warnings are of."""
+    heads = output_heads(model)
+    chosen = {n: m for n, m in candidates.items() if m not in heads and isinstance(m, linear)}
+    # An embedding is not linear: a head that is tied to one needs no word.
+    blocks = {m for together in sharing(model) if all(isinstance(m, linear) for m in together) for m in together}
+    if shared := [name for name, module in candidates.items() if module in blocks]:
+        warnings.warn(
+            f"all-linear leaves out layers that share a weight with each other: {', '.join(shared)}", stacklevel=caller
+        )
+    others = [name for name, module in chosen.items() if has_own_forward(module)]
+    if others and len(others) == len(chosen) and (coded := coded_elsewhere(chosen[others[0]])):
+        raise ValueError(f"all-linear finds no layer of {type(model).__name__} to replace: {others[0]} is {coded}")
+    if others:
+        kind_names = ", ".join(sorted({type(chosen[name]).__name__ for name in others}))
+        warnings.warn(
+            f"all-linear leaves out layers with a forward of their own ({kind_names}): {', '.join(others)}",
+            stacklevel=caller,
+        )
+    if hidden := [name for name, module in every.items() if isinstance(module, nn.MultiheadAttention)]:
+        warnings.warn(
+            f"all-linear leaves out nn.MultiheadAttention, whose projections are not called as layers: "
+            f"{', '.join(hidden)}",
+            stacklevel=caller,
+        )
+    return {name: module for name, module in chosen.items() if name not in others}
+
+
+def _targets(
+    model: nn.Module,
+    target_modules: str | Sequence[str],
+    candidates: dict[str, nn.Module],
+    every: dict[str, nn.Module],
+    kinds: tuple[type[nn.Module], ...],
+    fused_targets: str | None,
+    caller: int,
+) -> dict[str, nn.Module]:
+    """The candidates that names or a regular expression mean, see `select`; caller as in _all_linear."""
+    fused: dict[str, list[str]] = {}  # a target that means a part of a fused layer -> the whole layers
+    entries: list[str | list[str]] = (
+        [target_modules] if isinstance(target_modules, str) else [[target] for target in target_modules]
+    )
+    for entry in entries:
+        shown = entry if isinstance(entry, str) else entry[0]
+        if wholes := fused_wholes(entry, candidates, every):
+            fused[shown] = wholes
+        elif not any(matches(name, entry) for name in candidates):
+            raise ValueError(_no_target(entry, shown, candidates, every, kinds))
+    if fused:
+        told = _fused_message(type(model).__name__, fused)
+        if fused_targets == "map":
+            warnings.warn(f"{told}, which are taken whole in their place", stacklevel=caller)
+        elif fused_targets != "split":
+            choice = ' or set fused_targets="map" (or "split", for an adapter a part)' if fused_targets else ""
+            raise ValueError(f"{told}; name those{choice}")
+    mapped = {whole for wholes in fused.values() for whole in wholes}
+    return {n: module for n, module in candidates.items() if n in mapped or matches(n, target_modules)}
+
+
+def _no_target(
+    entry: str | list[str],
+    shown: str,
+    candidates: dict[str, nn.Module],
+    every: dict[str, nn.Module],
+    kinds: tuple[type[nn.Module], ...],
+) -> str:
+    """What to say of a target that means no candidate."""
+    others = [name for name in every if matches(name, entry)]
+    check_not_in_peft(others, every)
+    if others:
+        return (
+            f'target "{shown}" matches {others[0]}, which is a {type(every[others[0]]).__name__} and cannot be adapted '
+            f"or quantized; layers that can: {_kinds_named(kinds)}, outside nn.MultiheadAttention"
+        )
+    if entry == [ALL_LINEAR]:
+        return f'"{ALL_LINEAR}" is taken by itself only, as a string; a list takes names and their ends'
+    if isinstance(entry, str) and any(matches(name, [entry]) for name in candidates):
+        return (
+            f'target "{entry}", a string, is a regular expression for whole names, and matches none; for names '
+            f'that end in it give a list: ["{entry}"]'
+        )
+    return no_match(f'target "{shown}"', shown, candidates)
+
+
+def _kinds_named(kinds: tuple[type[nn.Module], ...]) -> str:
+    return ", ".join(sorted(kind.__name__ for kind in kinds))
 
 
 def check_not_in_peft(names: Iterable[str], every: dict[str, nn.Module]) -> None:
@@ -268,11 +307,10 @@ def check_not_in_peft(names: Iterable[str], every: dict[str, nn.Module]) -> None
     if tuners is None or other is None:
         return
     for name in names:
-        parts = name.split(".")
-        for around in (".".join(parts[:end]) for end in range(1, len(parts) + 1)):
-            if isinstance(every[around], (tuners.BaseTunerLayer, other.ModulesToSaveWrapper)):
+        for outer in around(name):
+            if isinstance(every[outer], (tuners.BaseTunerLayer, other.ModulesToSaveWrapper)):
                 raise ValueError(
-                    f"{name} belongs to an adapter of peft, which {around} holds; merge that first "
+                    f"{name} belongs to an adapter of peft, which {outer} holds; merge that first "
                     f"(merge_and_unload of the PeftModel), or save it and give the plain model to phicore.load_adapter"
                 )
 
@@ -282,9 +320,9 @@ def check_exclusion(excluded: str, every: dict[str, nn.Module], candidates: Iter
     found = [name for name in every if matches(name, [excluded])]
     if not found:
         raise ValueError(no_match(f'exclude_modules entry "{excluded}"', excluded, every))
-    inside = tuple(f"{name}." for name in found)
+    places = set(found)
     hidden = any(isinstance(part, nn.MultiheadAttention) for name in found for part in every[name].modules())
-    if not hidden and not any(name in found or name.startswith(inside) for name in candidates):
+    if not hidden and not any(stands_in(name, places) for name in candidates):
         raise ValueError(
             f'exclude_modules entry "{excluded}" matches {found[0]}, a {type(every[found[0]]).__name__} which neither '
             f"is nor holds a layer that could be chosen: it would leave nothing out"
@@ -314,6 +352,12 @@ def _fused_message(model: str, fused: dict[str, list[str]]) -> str:
     targets = ", ".join(f'"{target}"' for target in fused)
     wholes = sorted({name.rsplit(".", 1)[-1] for names in fused.values() for name in names})
     return f"{model} fuses what target_modules names by {targets} into " + " and ".join(f'"{name}"' for name in wholes)
+
+
+def listed(names: Sequence[str], most: int = 10) -> str:
+    """The first of some names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"
 
 
 def no_match(what: str, name: str, among: Sequence[str] | dict[str, nn.Module]) -> str:

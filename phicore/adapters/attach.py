@@ -13,7 +13,7 @@ from phicore.adapters.experts import DoRAExperts, LoRAExperts
 from phicore.adapters.fused import FusedDoRALinear, FusedLoRALinear, Split, splits
 from phicore.adapters.layers import adapter_layers, layer_class, merged_layers
 from phicore.adapters.lora import LowRankLayer, LowRankLinear
-from phicore.adapters.parameters import plan_parameters
+from phicore.adapters.parameters import Stacks, plan_parameters
 from phicore.adapters.plan import parts_beside, plan
 from phicore.adapters.switch import check_settled_by_none
 from phicore.adapters.tied import TiedDoRAEmbedding, keep_ties, owners_of_tied, tied_embedding, tied_head, untied
@@ -93,42 +93,8 @@ def _attach(model: nn.Module, config: LoRAConfig, name: str) -> list[tuple[list[
     stacks = plan_parameters(model, config, targets, saved)
     beside = parts_beside(model, config, name, targets, saved, stacks)
     targets, opened = _opened(model, targets)
-    layers: dict[nn.Module, nn.Module] = {}
-    tied = owners_of_tied(model, targets) if config.ensure_weight_tying else {}
-    freed = Freed()  # DoRA's norms and some starts are computed of dense weights
-    for path, module in sorted(targets.items(), key=lambda item: item[0] in tied):  # which take the pairs of others
-        if module in layers:  # a layer that stands in two places gets one adapter
-            continue
-        if path in tied:
-            layers[module] = _tied_layer(module, cast(LowRankEmbedding, layers[targets[tied[path]]]), config)
-            continue
-        dense, base = module, module
-        if config.init == "loftq":
-            base = coded(cast(nn.Linear, dense))
-        rank, alpha = (
-            layer_setting(model, pattern, path, default)
-            for pattern, default in ((config.rank_pattern, config.rank), (config.alpha_pattern, config.alpha))
-        )
-        kind = TiedDoRAEmbedding if config.dora and path in tied.values() else layer_class(base, config.dora)
-        try:
-            layer = _adapter(kind, base, rank, alpha, config, parts.get(path))
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-        if config.init == "loftq":
-            exact = cast(LowRankLinear, layer).dense_base()
-            cast(LowRankLinear, layer).correct(cast(nn.Linear, dense).weight.detach().to(exact.dtype) - exact)
-        layer.adapter_name = name
-        if trains_bias(model, config.bias, path, module):
-            layer.trained_bias = new_bias(layer, config.adapter_dtype)
-        layers[module] = layer
-        freed.add(4 * layer.innermost.weight.numel())
-    experts: dict[nn.Module, LoRAExperts] = {}
-    for module, ranks, alphas in stacks.values():
-        if module not in experts:
-            experts[module] = (DoRAExperts if config.dora else LoRAExperts)(
-                module, ranks, alphas, rslora=config.rslora, init=config.init, dtype=config.adapter_dtype
-            )
-            experts[module].adapter_name = name
+    layers = _layers(model, targets, parts, config, name)
+    experts = _experts(stacks, config, name)
     copies = {module: TrainedCopy(module, name) for module in saved.values()}
     model.requires_grad_(False)
     for path, attention in opened.items():
@@ -169,14 +135,61 @@ def _opened(model: nn.Module, targets: dict[str, nn.Module]) -> tuple[dict[str, 
     return found, opened
 
 
-def _adapter(
-    kind: type[LowRankLayer], base: nn.Module, rank: Any, alpha: Any, config: LoRAConfig, split: Split | None
+def _layers(
+    model: nn.Module, targets: dict[str, nn.Module], parts: dict[str, Split], config: LoRAConfig, name: str
+) -> dict[nn.Module, LowRankLayer]:
+    """The adapter layers for the targets, by the modules that they adapt."""
+    layers: dict[nn.Module, LowRankLayer] = {}
+    tied = owners_of_tied(model, targets) if config.ensure_weight_tying else {}
+    freed = Freed()  # DoRA's norms and some starts are computed of dense weights
+    for path, module in sorted(targets.items(), key=lambda item: item[0] in tied):  # which take the pairs of others
+        if module in layers:  # a layer that stands in two places gets one adapter
+            continue
+        if path in tied:
+            layers[module] = _tied_layer(module, cast(LowRankEmbedding, layers[targets[tied[path]]]), config)
+            continue
+        try:
+            layer = _layer(model, path, module, parts.get(path), config, shared=path in tied.values())
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        layer.adapter_name = name
+        if trains_bias(model, config.bias, path, module):
+            layer.trained_bias = new_bias(layer, config.adapter_dtype)
+        layers[module] = layer
+        freed.add(4 * layer.innermost.weight.numel())
+    return layers
+
+
+def _layer(
+    model: nn.Module, path: str, module: nn.Module, split: Split | None, config: LoRAConfig, *, shared: bool
 ) -> LowRankLayer:
+    """The adapter layer for a target; with a pair a part if it is split, or one that others share."""
     options: dict[str, Any] = {"rslora": config.rslora, "init": config.init, "dtype": config.adapter_dtype}
     if split is not None:
         fused = FusedDoRALinear if config.dora else FusedLoRALinear
-        return fused(base, split.sizes, split.ranks, split.alphas, config.dropout, **options)
-    return kind(base, rank, alpha, config.dropout, **options)
+        return fused(module, split.sizes, split.ranks, split.alphas, config.dropout, **options)
+    rank = layer_setting(model, config.rank_pattern, path, config.rank)
+    alpha = layer_setting(model, config.alpha_pattern, path, config.alpha)
+    base = coded(cast(nn.Linear, module)) if config.init == "loftq" else module
+    kind = TiedDoRAEmbedding if config.dora and shared else layer_class(base, config.dora)
+    layer = kind(base, rank, alpha, config.dropout, **options)
+    if config.init == "loftq":
+        exact = cast(LowRankLinear, layer).dense_base()
+        cast(LowRankLinear, layer).correct(cast(nn.Linear, module).weight.detach().to(exact.dtype) - exact)
+    return layer
+
+
+def _experts(stacks: Stacks, config: LoRAConfig, name: str) -> dict[nn.Module, LoRAExperts]:
+    """The adapters of stacked parameters, by the modules that hold these."""
+    kind = DoRAExperts if config.dora else LoRAExperts
+    experts: dict[nn.Module, LoRAExperts] = {}
+    for module, ranks, alphas in stacks.values():
+        if module not in experts:
+            experts[module] = kind(
+                module, ranks, alphas, rslora=config.rslora, init=config.init, dtype=config.adapter_dtype
+            )
+            experts[module].adapter_name = name
+    return experts
 
 
 def _tied_layer(module: nn.Module, owner: LowRankEmbedding, config: LoRAConfig) -> LowRankLayer:

@@ -13,10 +13,9 @@ from phicore.adapters.layer_index import as_patterns
 from phicore.modules import STRING_OR_NAMES, check_expression, check_names, ends_with
 from phicore.settings import check_types
 
-BIASES = ("none", "all", "lora_only")
 Init: TypeAlias = Literal["kaiming", "gaussian", "pissa", "olora", "loftq"]
-INITS = get_args(Init)
-FUSED_TARGETS = ("raise", "map", "split")
+FusedTargets: TypeAlias = Literal["raise", "map", "split"]
+Bias: TypeAlias = Literal["none", "all", "lora_only"]
 
 T = TypeVar("T")
 
@@ -43,7 +42,7 @@ class LoRAConfig:
     exclude_modules: Sequence[str] = field(default_factory=list)
     """Names or suffixes of layers, or of containers with all that is in them, to leave out."""
 
-    fused_targets: Literal["raise", "map", "split"] = "raise"
+    fused_targets: FusedTargets = "raise"
     """What to do with target_modules that name a projection (q_proj) which the model fuses with others (qkv_proj of
     Phi-3): "raise" an error, "map" them to the whole fused layer, with a warning, or "split" the fused layer into its
     parts and give those that are named an adapter each (`phicore.adapters.FusedLoRALinear`)."""
@@ -80,7 +79,7 @@ class LoRAConfig:
     """Names of the numbered lists that layers_to_transform counts in ("layers", "h"); None for the first numbered list
     in a layer's name that itself stands in a module."""
 
-    bias: Literal["none", "all", "lora_only"] = "none"
+    bias: Bias = "none"
     """Which biases train beside the adapter: "all" of the model, or those of the adapted layers ("lora_only"). A bias
     is a parameter of this very name, as in PEFT (so nn.MultiheadAttention's in_proj_bias is none, its out_proj's is);
     of a fused layer it trains whole."""
@@ -117,12 +116,9 @@ class LoRAConfig:
             check_names(what, getattr(self, what))
         if self.target_modules and not isinstance(self.target_modules, str):
             check_names("target_modules", self.target_modules, STRING_OR_NAMES)
-        if self.init not in INITS:
-            raise ValueError(f"init must be one of {', '.join(INITS)}, got {self.init!r}")
-        if self.fused_targets not in FUSED_TARGETS:
-            raise ValueError(f"fused_targets must be one of {', '.join(FUSED_TARGETS)}, got {self.fused_targets!r}")
-        if self.bias not in BIASES:
-            raise ValueError(f"bias must be one of {', '.join(BIASES)}, got {self.bias!r}")
+        for what, choices in (("init", Init), ("fused_targets", FusedTargets), ("bias", Bias)):
+            if getattr(self, what) not in get_args(choices):
+                raise ValueError(f"{what} must be one of {', '.join(get_args(choices))}, got {getattr(self, what)!r}")
         if self.layers_to_transform is None:
             if self.layers_pattern:
                 raise ValueError(f"layers_pattern={self.layers_pattern!r} needs layers_to_transform, which is None")

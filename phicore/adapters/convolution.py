@@ -76,6 +76,10 @@ class LowRankConvolution(LowRankLayer):
 
     def project(self, x: Tensor) -> Tensor:
         """x through this layer, without the bias."""
+        return self.updated(self.project_base(x), x, self._update)
+
+    def _update(self, y: Tensor, x: Tensor) -> Tensor:
+        """x through this layer, given it through the base."""
         raise NotImplementedError
 
     def project_base(self, x: Tensor) -> Tensor:
@@ -135,15 +139,8 @@ class LoRAConvolution(LowRankConvolution):
         torch.Size([2, 16, 5, 5])
     """
 
-    def _complete(self) -> None:
-        super()._complete()
-        self.reset_parameters()
-
     def forward(self, x: Tensor) -> Tensor:  # [N, in, *length] -> [N, out, *length']
         return self.updated(self.through_base(x), x, self._update)
-
-    def project(self, x: Tensor) -> Tensor:
-        return self.updated(self.project_base(x), x, self._update)
 
     def _update(self, y: Tensor, x: Tensor) -> Tensor:
         return y + self.low_rank(x)
@@ -160,9 +157,6 @@ class DoRAConvolution(DoRALayer, LowRankConvolution):
             return self.base(x)
         y = self.project(x)
         return y if self.bias is None else y + self.per_channel(self.bias.to(y.dtype))
-
-    def project(self, x: Tensor) -> Tensor:
-        return self.updated(self.project_base(x), x, self._update)
 
     def _update(self, y: Tensor, x: Tensor) -> Tensor:
         v = y + self.low_rank(x)

@@ -29,6 +29,7 @@ class DoRALayer(LowRankLayer):
     """
 
     base_norm_squared: Tensor
+    norm_dim = 1  # of [out, in], along which norms are taken
 
     @classmethod
     def pair_shapes(cls, base: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -47,7 +48,6 @@ class DoRALayer(LowRankLayer):
         self.register_buffer("base_norm_squared", norm_squared, persistent=False)
         self._make_magnitude(self.lora_B.shape[0])
         self.register_load_state_dict_post_hook(_refresh_after_load)
-        self.reset_parameters()
 
     def _make_magnitude(self, out: int) -> None:
         self.magnitude = nn.Parameter(torch.empty(out, dtype=self.lora_A.dtype, device=self.lora_A.device))
@@ -63,7 +63,7 @@ class DoRALayer(LowRankLayer):
     def reset_magnitude(self) -> None:
         """Sets m to ||V'||."""
         if not self.lora_A.is_meta:
-            self.set_magnitude(torch.linalg.vector_norm(self._direction(), dim=1))
+            self.set_magnitude(torch.linalg.vector_norm(self._direction(), dim=self.norm_dim))
 
     @torch.no_grad()
     def set_magnitude(self, magnitude: Tensor) -> None:
@@ -104,8 +104,8 @@ class DoRALayer(LowRankLayer):
         if not self.enabled:
             return base
         direction = base + self.product()
-        norm = torch.linalg.vector_norm(direction.detach(), dim=1)
-        return self.weighed(base, row_scale(self.magnitude_over(norm), norm).unsqueeze(1) * direction)
+        norm = torch.linalg.vector_norm(direction.detach(), dim=self.norm_dim)
+        return self.weighed(base, row_scale(self.magnitude_over(norm), norm).unsqueeze(self.norm_dim) * direction)
 
     def scale(self, WA: Tensor) -> Tensor:
         """m / ||V'||, [out] in float32 or float64, with m differentiable; WA is W A^T [out, rank] as the base computed

@@ -69,9 +69,6 @@ class LowRankEmbedding(LowRankLayer):
     def laid_out(self, weight: Tensor) -> Tensor:
         return weight.t()
 
-    def plain(self, weight: Tensor) -> nn.Module:
-        return base_layer.with_weight(self.innermost, self.laid_out(weight).contiguous())
-
 
 class LoRAEmbedding(LowRankEmbedding):
     """An embedding with a LoRA adapter: y = base(t) + scaling * (A^T)[t] B^T.
@@ -90,10 +87,6 @@ class LoRAEmbedding(LowRankEmbedding):
         >>> layer(torch.tensor([3, 5])).shape
         torch.Size([2, 32])
     """
-
-    def _complete(self) -> None:
-        super()._complete()
-        self.reset_parameters()
 
     def forward(self, tokens: Tensor) -> Tensor:  # int64 [...] -> [..., dim]
         return self.updated(self.base(tokens), tokens, self.low_rank_lookup)

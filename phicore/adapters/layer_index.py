@@ -33,7 +33,7 @@ def at_indices(
     numbered = {name: layer_index(name, as_patterns(layers_pattern)) for name in names}
     there = sorted({index for index in numbered.values() if index is not None})
     if not there:
-        lists = sorted({m[1] for name in numbered if (m := re.match(r"(?:^|.*?\.)([^.]+)\.\d+\.", name))})
+        lists = _numbered_lists(numbered)
         where = f"in layers_pattern={layers_pattern!r}" if layers_pattern else "in a numbered list inside a module"
         hint = f"; there are the lists {', '.join(lists)}: name one by layers_pattern" if lists else ""
         raise ValueError(f"layers_to_transform={layers_to_transform!r}: no layer that is meant stands {where}{hint}")
@@ -54,12 +54,16 @@ def as_patterns(layers_pattern: str | Sequence[str] | None) -> list[str]:
 def described_by_indices(paths: Iterable[str], among: Iterable[str]) -> tuple[list[int], str | None] | None:
     """layers_to_transform and layers_pattern that mean just these paths among others, or None if no such pair does."""
     paths, among = set(paths), set(among)
-    lists = sorted({m[1] for path in paths if (m := re.match(r"(?:^|.*?\.)([^.]+)\.\d+\.", path))})
-    for pattern in (None, *map(re.escape, lists)):
+    for pattern in (None, *map(re.escape, _numbered_lists(paths))):
         indices = {layer_index(path, as_patterns(pattern)) for path in paths}
         if None not in indices and {n for n in among if layer_index(n, as_patterns(pattern)) in indices} == paths:
             return sorted(index for index in indices if index is not None), pattern
     return None
+
+
+def _numbered_lists(names: Iterable[str]) -> list[str]:
+    """Names of the first numbered list that each of these modules stands in: "layers" of "model.layers.7.mlp"."""
+    return sorted({found[1] for name in names if (found := re.match(r"(?:^|.*?\.)([^.]+)\.\d+\.", name))})
 
 
 def _ranges(numbers: Sequence[int]) -> str:

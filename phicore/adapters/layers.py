@@ -12,6 +12,7 @@ from phicore.adapters.embedding import DoRAEmbedding, LoRAEmbedding, LowRankEmbe
 from phicore.adapters.experts import LoRAExperts
 from phicore.adapters.lora import LoRALinear, LowRankLayer, LowRankLinear
 from phicore.adapters.trained import TrainedPart
+from phicore.modules import around
 from phicore.nf4.linear import NF4Linear
 
 AdapterLayer = LowRankLayer | TrainedPart | LoRAExperts
@@ -69,8 +70,7 @@ def adapter_around(path: str, every: Mapping[str, nn.Module]) -> str | None:
         path: of the module.
         every: all modules by name.
     """
-    dots = [at for at, character in enumerate(path) if character == "."]
-    return next((path[:at] for at in dots if isinstance(every[path[:at]], AdapterLayer)), None)
+    return next((outer for outer in around(path) if outer != path and isinstance(every[outer], AdapterLayer)), None)
 
 
 def merged_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, AdapterLayer | OpenAttention]]:

@@ -110,11 +110,11 @@ class LowRankLayer(nn.Module):
         self.register_parameter("trained_bias", None)
         self.train(base.training)
         self._complete()
+        self.reset_parameters()
         base.requires_grad_(False)  # at the end: one that is refused stays as it was
 
     def _complete(self) -> None:
-        """What a kind of layer has beside its pair, and where the pair starts: the end of its construction. In place of
-        constructors, whose one signature is above."""
+        """Makes what a kind of layer has beside its pair. In place of constructors, whose one signature is above."""
 
     def _make_pair(self, base: nn.Module, where: dict[str, Any]) -> None:
         shape_A, shape_B = self.pair_shapes(base, self.rank)
@@ -244,7 +244,7 @@ class LowRankLayer(nn.Module):
 
     def plain(self, weight: Tensor) -> nn.Module:
         """A layer without adapters, of the innermost base's kind, with this weight [out, in]."""
-        raise NotImplementedError
+        return base_layer.with_weight(self.innermost, self.laid_out(weight).contiguous())
 
     def extra_repr(self) -> str:
         return (
@@ -347,7 +347,7 @@ class LowRankLinear(LowRankLayer):
 
     def plain(self, weight: Tensor) -> nn.Module:
         if isinstance(self.innermost, (nn.Linear, *transposed_kinds())):
-            return base_layer.with_weight(self.innermost, self.laid_out(weight).contiguous())
+            return super().plain(weight)
         layer = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")  # in place of a coded one
         layer.weight = nn.Parameter(weight, requires_grad=False)
         if self.bias is not None:
@@ -381,10 +381,6 @@ class LoRALinear(LowRankLinear):
         >>> layer(torch.randn(2, 64)).shape
         torch.Size([2, 32])
     """
-
-    def _complete(self) -> None:
-        super()._complete()
-        self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
         if self.enabled and self.rows is None:

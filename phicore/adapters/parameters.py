@@ -1,6 +1,7 @@
 """Which parameters of a model `LoRAConfig.target_parameters` means."""
 
 from collections.abc import Iterator, Mapping
+from typing import TypeAlias
 
 from torch import nn
 
@@ -9,7 +10,10 @@ from phicore.adapters.experts import LoRAExperts, check_init, check_parameter
 from phicore.adapters.layers import adapter_layers
 from phicore.adapters.lora import LowRankLayer
 from phicore.adapters.trained import TrainedPart
-from phicore.modules import check_exclusion, matches, no_match, within
+from phicore.modules import check_exclusion, matches, no_match, stands_in, within
+
+Stacks: TypeAlias = dict[str, tuple[nn.Module, dict[str, int], dict[str, float]]]
+"""Names of modules -> each module, and the ranks and alphas of those of its parameters that are adapted."""
 
 
 def named_stacks(model: nn.Module, closed: tuple[type[nn.Module], ...]) -> Iterator[tuple[str, nn.Module, list[str]]]:
@@ -31,8 +35,8 @@ def named_stacks(model: nn.Module, closed: tuple[type[nn.Module], ...]) -> Itera
 
 def plan_parameters(
     model: nn.Module, config: LoRAConfig, targets: Mapping[str, nn.Module], saved: Mapping[str, nn.Module]
-) -> dict[str, tuple[nn.Module, dict[str, int], dict[str, float]]]:
-    """The modules with parameters that config.target_parameters means: name -> module, ranks and alphas by parameter.
+) -> Stacks:
+    """The modules with parameters that config.target_parameters means.
 
     Args:
         model: is not changed.
@@ -66,12 +70,11 @@ def plan_parameters(
             check_exclusion(
                 excluded, dict(model.named_modules(remove_duplicate=False)), [path for path, _, _ in stacks]
             )
-    found: dict[str, tuple[nn.Module, dict[str, int], dict[str, float]]] = {}
-    whole = tuple(f"{path}." for path in saved)
+    found: Stacks = {}
     for path, module, own in stacks:
         names = {name: f"{path}.{name}" if path else name for name in own}
         names = {n: full for n, full in names.items() if matches(full, config.target_parameters)}
-        if not names or path in saved or path.startswith(whole) or within(path, config.exclude_modules):
+        if not names or stands_in(path, saved) or within(path, config.exclude_modules):
             continue
         if not path:
             raise ValueError(f"{', '.join(names)} stands in the model itself; put the model into another module first")

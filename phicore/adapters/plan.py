@@ -23,7 +23,7 @@ from phicore.adapters.parameters import named_stacks, plan_parameters
 from phicore.adapters.tied import add_tied, check_same_settings, owners_of_tied
 from phicore.adapters.token_rows import token_rows
 from phicore.adapters.trained import TrainedBias, TrainedPart, biases_beside
-from phicore.modules import check_not_in_peft, coded_elsewhere, matches, no_match, select
+from phicore.modules import check_not_in_peft, coded_elsewhere, matches, no_match, select, stands_in
 from phicore.nf4.convert import check_layer
 from phicore.nf4.linear import NF4Linear
 
@@ -37,10 +37,9 @@ def plan(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, nn.Module], di
     """
     every = dict(model.named_modules(remove_duplicate=False))
     saved = _trained_whole(config, every)
-    whole = tuple(f"{path}." for path in saved)
     only_parameters = bool(config.target_parameters) and not config.target_modules
     chosen = {} if only_parameters else _chosen(model, config, saved)
-    chosen = {path: module for path, module in chosen.items() if path not in saved and not path.startswith(whole)}
+    chosen = {path: module for path, module in chosen.items() if not stands_in(path, saved)}
     targets = _with_projections(chosen)
     if both := sorted(targets.keys() & saved.keys()):
         raise ValueError(

@@ -18,7 +18,7 @@ from phicore.adapters.dora import DoRALayer, DoRALinear
 from phicore.adapters.dora_norm import row_scale
 from phicore.adapters.embedding import LowRankEmbedding
 from phicore.adapters.lora import LoRALinear, LowRankLayer, LowRankLinear, Options
-from phicore.modules import within
+from phicore.modules import stands_in, within
 
 
 class TiedHead(LowRankLinear):
@@ -94,6 +94,8 @@ class TiedDoRAEmbedding(DoRALayer, LowRankEmbedding):
         magnitude: m, [num_embeddings]; starts at ||W||.
     """
 
+    norm_dim = 0
+
     def _complete(self) -> None:
         super()._complete()
         self.base_norm_squared = None  # type: ignore[assignment]  # which nothing reads
@@ -103,18 +105,6 @@ class TiedDoRAEmbedding(DoRALayer, LowRankEmbedding):
 
     def refresh_base_norm(self) -> None:
         """Does nothing: no norm is kept."""
-
-    def reset_magnitude(self) -> None:
-        if not self.lora_A.is_meta:
-            self.set_magnitude(torch.linalg.vector_norm(self._direction(), dim=0))
-
-    def merged_weight(self) -> Tensor:  # [dim, num]
-        base = self.dense_base()
-        if not self.enabled:
-            return base
-        direction = base + self.product()
-        norm = torch.linalg.vector_norm(direction, dim=0)
-        return self.weighed(base, row_scale(self.magnitude.to(norm.dtype), norm) * direction)
 
     def forward(self, tokens: Tensor) -> Tensor:  # int64 [...] -> [..., dim]
         return self.updated(self.base(tokens), tokens, self._update)
@@ -221,9 +211,8 @@ def add_tied(
             + (f"tied are {', '.join(there)}" if there else f"{type(model).__name__} ties none")
         )
     places = {path: module for table in meant for path, module in tables[table].items()}
-    whole = tuple(f"{path}." for path in saved)
     for path in places:
-        trained_whole = path in saved or path.startswith(whole)
+        trained_whole = stands_in(path, saved)
         if trained_whole or within(path, list(excluded)):
             raise ValueError(
                 f"ensure_weight_tying: {path} is tied to a target, but is "
@@ -253,10 +242,9 @@ def untied(model: nn.Module, targets: Collection[str], saved: Collection[str]) -
     """For each table that layers of a model share, their names and those of the layers that would each have a weight of
     their own, being adapted (targets) or trained whole (saved, or in one of them); without tables of which none would.
     """
-    whole = tuple(f"{path}." for path in saved)
     found = []
     for places in tied_tables(model).values():
-        if alone := [path for path in places if path in targets or path in saved or path.startswith(whole)]:
+        if alone := [path for path in places if path in targets or stands_in(path, saved)]:
             found.append((list(places), alone))
     return found
 

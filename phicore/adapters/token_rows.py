@@ -15,7 +15,7 @@ from phicore.adapters.embedding import LowRankEmbedding, check_lookup
 from phicore.adapters.layers import adapter_around
 from phicore.adapters.lora import LowRankLayer, Rows, updated_rows
 from phicore.adapters.trained import TrainedPart
-from phicore.modules import has_own_forward, matches, no_match
+from phicore.modules import has_own_forward, matches, no_match, stands_in
 
 
 class TrainedRows(TrainedPart):
@@ -149,9 +149,8 @@ def token_rows(
                 made[module] = TrainedRows(module, name, list(indices), first.trained if first else None, dtype)
                 rows.setdefault(id(table), made[module])
     places = {path: made[module] for path, module in every.items() if module in made}
-    whole = tuple(f"{path}." for path in taken)
     for path in places:
-        if path in taken or path.startswith(whole) or adapter_around(path, every):
+        if stands_in(path, taken) or adapter_around(path, every):
             raise ValueError(
                 f"trainable_token_indices means rows of {path}, which is adapted, trained whole or trained in its "
                 f"bias, or stands in a module that is; leave it out of the one or the other"

@@ -5,7 +5,7 @@ Each stands in the place of a frozen module, which it holds as `base`, so that t
 
 import copy
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.func import functional_call
 
 from phicore.adapters import base as base_layer
 from phicore.adapters.lora import LowRankLayer
+from phicore.modules import stands_in
 
 
 class TrainedPart(nn.Module):
@@ -140,7 +141,7 @@ def _other_biases(path: str, module: nn.Module) -> list[str]:
 
 
 def biases_beside(
-    model: nn.Module, bias: str, targets: Mapping[str, nn.Module], saved: Iterable[str], stacks: Iterable[str] = ()
+    model: nn.Module, bias: str, targets: Mapping[str, nn.Module], saved: Container[str], stacks: Iterable[str]
 ) -> dict[str, nn.Module]:
     """The modules outside the adapted layers whose biases `LoRAConfig.bias` trains, by name.
 
@@ -179,9 +180,8 @@ def biases_beside(
         if has_bias(layer) and not trains_bias(model, bias, path, layer)
     ]
     if bias == "all":
-        whole = tuple(f"{path}." for path in saved)
         for path, module in model.named_modules(remove_duplicate=False):
-            if path in targets or path in saved or path.startswith(whole):
+            if path in targets or stands_in(path, saved):
                 continue
             left += _other_biases(path, module)
             if not has_bias(module):

@@ -161,7 +161,7 @@ def finetune(options: FinetuneOptions) -> dict[str, Any]:
     Writes into options.train.output: adapter/ (PEFT's format; model/ for method full), checkpoints/, metrics.jsonl,
     answers.jsonl, loss.png and result.json.
     """
-    from phicore.formats.huggingface import load_model, save_model
+    from phicore.formats.huggingface import save_model
 
     start = time.perf_counter()
     _join(options)
@@ -187,24 +187,12 @@ def finetune(options: FinetuneOptions) -> dict[str, Any]:
         say(f"the learning rate reaches {reached:.3g} of {peak:.3g}: all {steps} steps are within warmup_steps")
     with accepted(options.train, settings, watch):
         with watch.during("loading the model and the data"):
-            with stage(f"loading {options.model}"):
-                model, tokenizer = distributed.everywhere(lambda: load_model(options.model, dtype))
-                torch.nn.Module.to(model, device)
-            train_data, eval_data = distributed.everywhere(lambda: _load_data(options, tokenizer))
-            _check_positions(model, train_data, eval_data)
-            distributed.everywhere(lambda: _check_causal(model))
+            model, tokenizer, train_data, eval_data = _loaded(options, dtype, device)
             tokens = distributed.on_first_rank(lambda: digest_of_tokens(train_data))
             base_bytes_before = _bytes(model)
             with stage(f"preparing the model for {options.method}"):
                 distributed.everywhere(lambda: adapt(model, options))
-        trained_parameters = [p for p in model.parameters() if p.requires_grad]
-        trainable = sum(p.numel() for p in trained_parameters)
-        base_bytes_after = _bytes(model)
-        if options.method != "full":
-            base_bytes_after -= sum(p.nbytes for p in trained_parameters)
-        say(f"model: {gigabytes(base_bytes_before)} before, {gigabytes(base_bytes_after)} after")
-        say(f"{options.method}: {trainable:,} trainable parameters")
-
+        sizes = _sizes(model, options.method, base_bytes_before)
         trainer = phicore.Trainer(model, options.train, train_data, eval_data, identity=identity)
         with watch.during("the held-out examples before training"):
             before = before_training(options, {**settings, "tokens": tokens}, trainer, tokenizer, eval_data)
@@ -230,9 +218,7 @@ def finetune(options: FinetuneOptions) -> dict[str, Any]:
         "tokens_per_second": trained.tokens_per_second,
         "train_seconds": trained.seconds,
         "peak_memory_bytes": peak_memory_bytes(device),
-        "trainable_parameters": trainable,
-        "base_bytes_before": base_bytes_before,
-        "base_bytes_after": base_bytes_after,
+        **sizes,
         "wall_seconds": time.perf_counter() - start,
         "examples": {"train": len(train_data), "eval": len(eval_data or ()), "answered": len(after["answers"])},
         "dtype": str(dtype).removeprefix("torch."),
@@ -248,6 +234,21 @@ def finetune(options: FinetuneOptions) -> dict[str, Any]:
     show(result, before["answers"], after["answers"], options.samples)
     say(f"{result_path.name}: {result_path}   figures: {output / 'result.json'}   loss: {output / 'loss.png'}")
     return result
+
+
+def _loaded(
+    options: FinetuneOptions, dtype: torch.dtype, device: torch.device
+) -> tuple[Any, Any, TokenDataset, TokenDataset | None]:
+    """The model on the device, its tokenizer, and the data for training and evaluation, which fit the model."""
+    from phicore.formats.huggingface import load_model
+
+    with stage(f"loading {options.model}"):
+        model, tokenizer = distributed.everywhere(lambda: load_model(options.model, dtype))
+        torch.nn.Module.to(model, device)
+    train_data, eval_data = distributed.everywhere(lambda: _load_data(options, tokenizer))
+    _check_positions(model, train_data, eval_data)
+    distributed.everywhere(lambda: _check_causal(model))
+    return model, tokenizer, train_data, eval_data
 
 
 def _check_positions(model: Any, *data: TokenDataset | None) -> None:
@@ -346,6 +347,21 @@ def _load(path: str, tokenizer: Any, sequence_length: int, limit: int | None) ->
     if (report := data.report()) is not None:
         say(f"{path}: {report}")
     return data
+
+
+def _sizes(model: torch.nn.Module, method: str, base_bytes_before: int) -> dict[str, int]:
+    """What of a prepared model trains, and the bytes of its base; they are told, too."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    trainable, base_bytes_after = sum(p.numel() for p in trained), _bytes(model)
+    if method != "full":
+        base_bytes_after -= sum(p.nbytes for p in trained)
+    say(f"model: {gigabytes(base_bytes_before)} before, {gigabytes(base_bytes_after)} after")
+    say(f"{method}: {trainable:,} trainable parameters")
+    return {
+        "trainable_parameters": trainable,
+        "base_bytes_before": base_bytes_before,
+        "base_bytes_after": base_bytes_after,
+    }
 
 
 def _bytes(model: torch.nn.Module) -> int:

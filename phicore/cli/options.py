@@ -53,6 +53,14 @@ def parse(options: type[T], arguments: Sequence[str], command: str, description:
         if stop.code and files:  # tyro names what it does not take, and knows of no file
             print(f"{', '.join(files)} and what was typed: {shlex.join(given)}", file=sys.stderr)
         raise
+    if (problem := _typed_in_vain(parsed, typed, idle)) is not None:
+        print(f"phicore {command}: {problem}", file=sys.stderr)
+        raise SystemExit(2)
+    return parsed
+
+
+def _typed_in_vain(parsed: T, typed: Sequence[str], idle: Idle[T] | None) -> str | None:
+    """What of the arguments that were typed has no effect; None if all have one."""
     words = [word.partition("=")[0] for word in typed if word.startswith("--")]
     flags = {_option(word): word for word in words}
     again = [
@@ -61,21 +69,16 @@ def parse(options: type[T], arguments: Sequence[str], command: str, description:
         if isinstance(value, tuple | dict) and sum(_option(word) == name for word in words) > 1
     ]
     if again:
-        print(
-            f"phicore {command}: {', '.join(again)}: typed more than once, of which the last would replace the others; "
-            f"put all values behind one",
-            file=sys.stderr,
+        return (
+            f"{', '.join(again)}: typed more than once, of which the last would replace the others; put all values "
+            f"behind one"
         )
-        raise SystemExit(2)
     in_vain = [
         f"{', '.join(flags[name] for name in flags if name in names)}: no effect {case}"
         for so, case, names in (idle(parsed) if idle else ())
         if so and not flags.keys().isdisjoint(names)
     ]
-    if in_vain:
-        print(f"phicore {command}: {'; '.join(in_vain)}; leave out what has none", file=sys.stderr)
-        raise SystemExit(2)
-    return parsed
+    return f"{'; '.join(in_vain)}; leave out what has none" if in_vain else None
 
 
 def _values(options: Any) -> Iterator[tuple[str, Any]]:

@@ -120,11 +120,9 @@ def accepted(train: TrainConfig, settings: Mapping[str, Any], watch: Watch) -> I
     Raises:
         FileExistsError, OSError, ValueError: see `Trainer.fit`.
     """
-    output = Path(train.output)
     with ExitStack() as held:
         with watch.during("taking the output"):
-            release = distributed.everywhere(lambda: hold_output(output) if distributed.rank() == 0 else lambda: None)
-            held.callback(release)
+            held.callback(hold_output(Path(train.output)))
             distributed.on_first_rank(lambda: _refuse(train, settings))
         yield
 

@@ -42,7 +42,7 @@ from phicore.formats.peft_keys import (
 )
 from phicore.formats.peft_parts import PARTS, check_parts, read_parts, split_parts, with_metadata
 from phicore.formats.safetensors_files import NO_PICKLE, TensorFile
-from phicore.modules import Model, unwrapped
+from phicore.modules import Model, listed, unwrapped
 
 __all__ = [
     "CONFIG", "PREFIX", "WEIGHTS", "adapter_config", "adapter_tensors", "load_adapter", "read_raw_config",
@@ -103,7 +103,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str 
                     atomic.fsync(directory)
     if lost:
         warnings.warn(
-            f"PEFT will misread this adapter: on {model_type} models it takes {_shown(lost)} for experts, which "
+            f"PEFT will misread this adapter: on {model_type} models it takes {listed(lost)} for experts, which "
             f"transformers stacks, and drops their pairs; phicore reads them. For other readers, merge the adapter",
             stacklevel=2,
         )
@@ -113,13 +113,13 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str 
 def _warn_of_convolutions(tensors: dict[str, Tensor], padded: list[str], stacklevel: int) -> None:
     if layers := normed_otherwise(tensors):
         warnings.warn(
-            f"in DoRA of convolutions with groups ({_shown(layers)}) PEFT divides by another norm: what it computes of "
+            f"in DoRA of convolutions with groups ({listed(layers)}) PEFT divides by another norm: what it computes of "
             f"this adapter is not what phicore does; use it where it was trained, or train these layers without DoRA",
             stacklevel=stacklevel,
         )
     if padded:
         warnings.warn(
-            f"PEFT leaves the padding mode and the dilation of convolutions ({_shown(padded)}) out of A's: what it "
+            f"PEFT leaves the padding mode and the dilation of convolutions ({listed(padded)}) out of A's: what it "
             f"computes of this adapter is not what phicore does; use it where it was trained, or merge it",
             stacklevel=stacklevel,
         )
@@ -343,12 +343,5 @@ def _check_keys(
         )
 
 
-def _listed(what: str, names: list[str], most: int = 10) -> str:
-    if not names:
-        return ""
-    return f"{what}: {_shown(names, most)}"
-
-
-def _shown(names: list[str], most: int = 10) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{', '.join(names[:most])}{more}"
+def _listed(what: str, names: list[str]) -> str:
+    return f"{what}: {listed(names)}" if names else ""

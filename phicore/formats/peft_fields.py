@@ -3,9 +3,9 @@
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from phicore.adapters.config import BIASES, pattern_value
+from phicore.adapters.config import Bias, pattern_value
 from phicore.adapters.layer_index import as_patterns
 from phicore.expressions import check_bounded
 from phicore.formats.links import check_links
@@ -138,7 +138,7 @@ _RIGHT: dict[str, Callable[[Any], bool]] = {
     "exclude_modules": lambda value: _is_expression(value) or _are_names(value),
     "modules_to_save": _are_names,
     "target_parameters": _are_names,
-    "bias": lambda value: value in BIASES,
+    "bias": lambda value: value in get_args(Bias),
     "trainable_token_indices": lambda value: (
         _are_whole(value) or (isinstance(value, dict) and all(_are_whole(tokens) for tokens in value.values()))
     ),

@@ -45,7 +45,7 @@ from phicore.formats.peft_fields import (
 from phicore.formats.peft_keys import BIAS, PREFIX, ROWS
 from phicore.formats.readers import MERGE, READERS, REMEDIES, SCALING, Reader, Target
 from phicore.formats.safetensors_files import TensorFile, read_json
-from phicore.modules import matches
+from phicore.modules import listed, matches
 
 # ===== what an adapter is =====
 
@@ -186,7 +186,7 @@ def _kinds(adapter: Adapter) -> dict[str, list[str]]:
 
 def features(adapter: Adapter) -> dict[str, str]:
     """Which of REMEDIES an adapter has, and how it shows."""
-    config, found = adapter.config, {kind: _listed(keys) for kind, keys in _kinds(adapter).items()}
+    config, found = adapter.config, {kind: listed(keys, 3) for kind, keys in _kinds(adapter).items()}
     ranks, alphas = {layer.rank for layer in adapter.layers}, {layer.alpha for layer in adapter.layers}
     if ranks != {config.get("r", DEFAULT_RANK)}:
         found["rank_pattern"] = f"ranks {', '.join(map(str, sorted(ranks)))} by rank_pattern"
@@ -204,11 +204,6 @@ def features(adapter: Adapter) -> dict[str, str]:
     if others := _other_settings(config):
         found["other settings"] = ", ".join(f"{key}={value!r}" for key, value in others.items())
     return found
-
-
-def _listed(names: list[str], most: int = 3) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 # ===== check =====
@@ -264,12 +259,13 @@ def _misfits(adapter: Adapter, target: Target, reader: Reader) -> dict[str, Find
         why = "it pads ranks to 8 or a multiple of 16, and divides lora_alpha by the padded rank in some layers"
         find("padded rank", f"rank {rank}", why)
     if unknown := [layer.name for layer in adapter.layers if not re.fullmatch(reader.layers, layer.name)]:
-        find("layers", _listed(unknown), "it has no such layers in its table and leaves them unused without a word")
+        find("layers", listed(unknown, 3), "it has no such layers in its table and leaves them unused without a word")
     if reader.every_block and (partial := _partial_kinds(adapter)):
-        find("blocks", _listed(partial), "it drops a kind of layer that is not adapted in every block, without a word")
+        why = "it drops a kind of layer that is not adapted in every block, without a word"
+        find("blocks", listed(partial, 3), why)
     if target in BY_PEFT and (lost := misread(adapter.model_type, [layer.name for layer in adapter.layers])):
         why = f"on {adapter.model_type} models peft takes layers of such names for experts and drops their pairs"
-        misfits["converted"] = Finding(_listed(lost), why, MERGE, mended=False)
+        misfits["converted"] = Finding(listed(lost, 3), why, MERGE, mended=False)
     return misfits
 
 

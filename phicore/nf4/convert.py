@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from phicore.modules import ALL_LINEAR, Model, has_own_forward, replace, select, unwrapped
+from phicore.modules import ALL_LINEAR, Model, has_own_forward, listed, replace, select, unwrapped
 from phicore.nf4.linear import NF4Linear
 from phicore.nf4.pages import give_back_freed_memory
 from phicore.nf4.tensor import check_block_size, quantize
@@ -106,10 +106,9 @@ def _warn_of_stacks(model: nn.Module) -> None:
         if parameter in sizes and parameter.dim() == 3 and parameter.is_floating_point()
     }
     if stacks and 10 * sum(stacks.values()) >= total:
-        more = f" and {len(stacks) - 1} more" if len(stacks) > 1 else ""
         warnings.warn(
             f"all-linear leaves out stacked parameters, {sum(stacks.values()) / total:.0%} of the model, which keep "
-            f"their dtype: {next(iter(stacks))}{more}",
+            f"their dtype: {listed(list(stacks), 1)}",
             stacklevel=4,
         )
 

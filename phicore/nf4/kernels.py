@@ -104,9 +104,7 @@ def linear_dx(grad, packed, absmax, nested_absmax, offset, shape, block_size):
     return ops.unflat(kernel(ops.flat(grad), weight), grad)
 
 
-def low_rank(
-    x, A, B, scale, packed, absmax, nested_absmax, offset, bias, shape, block_size, with_rows
-):  # fmt: skip
+def low_rank(x, A, B, scale, packed, absmax, nested_absmax, offset, bias, shape, block_size, with_rows):
     parts = (packed, absmax, nested_absmax, offset)
     m = _rows(x)
     if not fuses(x, m + with_rows * len(A)):

@@ -119,8 +119,6 @@ class TrainConfig:
             )
         if not -(2**63) <= self.seed < 2**64:
             raise ValueError(f"seed must fit into 64 bits, got {self.seed}")
-        if self.zero_stage not in (1, 2):
-            raise ValueError(f"zero_stage must be 1 or 2, got {self.zero_stage!r}")
         if self.resume and self.overwrite:
             raise ValueError(
                 "resume and overwrite exclude each other: one goes on with a run, one starts it anew; set one of them "

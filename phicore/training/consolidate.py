@@ -9,7 +9,7 @@ from torch import Tensor
 
 from phicore.training.checkpoint import check_files, read_state
 from phicore.training.shards import open_shard
-from phicore.zero.state import MASTER
+from phicore.zero.state import write_full
 
 
 def consolidate(checkpoint: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -51,14 +51,4 @@ def consolidate(checkpoint: str | os.PathLike[str]) -> tuple[dict[str, Tensor], 
                     else:
                         whole = found.setdefault(kind, value.new_empty(shapes[name]))
                         whole.view(-1)[start:stop] = value
-    masters = {name: found.pop(MASTER) for name, found in states.items() if MASTER in found}
-    order = [name for group in state["param_groups"] for name in group["params"]]
-    index = {name: i for i, name in enumerate(order)}
-    return tensors, {
-        "state": {index[name]: states[name] for name in order if states.get(name)},
-        "param_groups": [
-            {**group, "params": [index[name] for name in group["params"]], "param_names": group["params"]}
-            for group in state["param_groups"]
-        ],
-        **({"masters": masters} if masters else {}),
-    }
+    return tensors, write_full(states, state["param_groups"])

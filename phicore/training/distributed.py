@@ -96,7 +96,7 @@ def join(timeout: float) -> None:
         LostRankError: ranks came and were lost while they connected to each other, naming them.
     """
     global _made_here, _start
-    if dist.is_available() and dist.is_initialized():
+    if dist.is_initialized():
         return
     place = place_in_environment(os.environ)
     if place is None or place.world_size == 1:
@@ -176,12 +176,12 @@ def is_restarted() -> bool:
 
 def rank() -> int:
     """This process's rank; 0 alone."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
     """Number of ranks; 1 alone."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 # Every rank must call what follows at the same point.

@@ -99,17 +99,16 @@ def describe_frozen(tensors: dict[str, Tensor]) -> dict[str, str]:
     }
 
 
-def first_difference(by_rank: list[dict[str, str]]) -> str | None:
-    """What is wrong with the first tensor that is not on all ranks what it is on rank 0; None where all are."""
+def check_alike(by_rank: list[dict[str, str]]) -> None:
+    """Raises ValueError for the first tensor that is not on all ranks what it is on rank 0."""
     for name in dict.fromkeys(name for found in by_rank for name in found):
         for rank, found in enumerate(by_rank):
             if found.get(name) != by_rank[0].get(name):
-                return (
+                raise ValueError(
                     f"{name}: rank {rank} has {found.get(name, 'nothing')} where rank 0 has "
                     f"{by_rank[0].get(name, 'nothing')}; it does not train, so it stays different: load "
                     f"the same base, quantized alike, on every rank"
                 )
-    return None
 
 
 def check_same_frozen(model: nn.Module, trained: "TrainedBuffers") -> dict[str, str]:
@@ -132,12 +131,7 @@ def check_same_frozen(model: nn.Module, trained: "TrainedBuffers") -> dict[str, 
             return describe_frozen({name: t for name, t in frozen_tensors(bare).items() if name not in shared})
 
     by_rank = together(described)
-
-    def compare() -> None:
-        if (problem := first_difference(by_rank)) is not None:
-            raise ValueError(problem)
-
-    together(compare)
+    together(lambda: check_alike(by_rank))
     return by_rank[0]
 
 

@@ -14,6 +14,7 @@ from phicore.formats.huggingface import import_transformers, quiet_transformers
 from phicore.modules import unwrap
 from phicore.training.batches import chunks
 from phicore.training.encoding import begins_with_bos
+from phicore.training.modes import mode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -202,18 +203,14 @@ def _left_padded(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
 @contextmanager
 def _evaluating(transformers: Any, model: Any) -> Iterator[None]:
     """Within it, the model is in eval mode and transformers shows no bars."""
-    modes: dict[nn.Module, bool] = {module: module.training for module in model.modules()}
-    model.eval()
     head = model.get_output_embeddings()
     handle = None if head is None else head.register_forward_pre_hook(_contiguous)
     try:
-        with quiet_transformers(transformers, bars=False):
+        with mode(model, training=False), quiet_transformers(transformers, bars=False):
             yield
     finally:
         if handle is not None:
             handle.remove()
-        for module, training in modes.items():
-            module.training = training
 
 
 def _contiguous(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -42,27 +42,10 @@ def causal_lm_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tenso
         ValueError: the batch lacks input_ids or labels, or has what the model takes and is not given here; a balancing
             loss comes without its factor.
     """
-    if not isinstance(batch, Mapping) or not {*TOKENS} <= batch.keys():
-        raise ValueError(
-            f"causal_lm_loss needs a batch with input_ids and labels, got {kind_of(batch)}; give examples both "
-            f"(labels are a copy of input_ids, with {IGNORE_INDEX} where no loss is wanted), or the Trainer a loss_fn"
-        )
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     bare: Any = unwrap(model)
     accepted = inspect.signature(bare.forward).parameters  # that of a wrapper takes, and hands on, anything
-    others = batch.keys() - {*TOKENS, "attention_mask"}
-    for key in TOKENS:
-        if not isinstance(batch[key], Tensor):
-            raise TypeError(
-                f"{key} of the batch is a {type(batch[key]).__name__}, and causal_lm_loss needs a tensor. Lists become "
-                f"one in examples of nothing but input_ids, labels and attention_mask: take other keys out of them "
-                f"(here {', '.join(sorted(others)) or 'none'}), make them tensors, or give the Trainer a collate_fn"
-            )
-    if passed_over := sorted(others & accepted.keys()):
-        raise ValueError(
-            f"the batch has {', '.join(passed_over)}, which {type(bare).__name__} takes and causal_lm_loss does not "
-            f"give it; take that out of the examples, or give the Trainer a loss_fn that passes it on"
-        )
+    _check_batch(batch, type(bare).__name__, accepted)
     ids, labels = batch["input_ids"], batch["labels"][:, 1:]  # position t predicts the label at t + 1: [B, T - 1]
     inputs: dict[str, Any] = {}
     row = without_padding(inner, accepted, batch)
@@ -124,6 +107,29 @@ def causal_lm_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tenso
     for term in balance:
         loss = loss + count * term
     return loss, count
+
+
+def _check_batch(batch: Any, model: str, accepted: Mapping[str, object]) -> None:
+    """Raises what `causal_lm_loss` does for a batch that it cannot use, or not whole; accepted are the names that the
+    model's forward takes."""
+    if not isinstance(batch, Mapping) or not {*TOKENS} <= batch.keys():
+        raise ValueError(
+            f"causal_lm_loss needs a batch with input_ids and labels, got {kind_of(batch)}; give examples both "
+            f"(labels are a copy of input_ids, with {IGNORE_INDEX} where no loss is wanted), or the Trainer a loss_fn"
+        )
+    others = batch.keys() - {*TOKENS, "attention_mask"}
+    for key in TOKENS:
+        if not isinstance(batch[key], Tensor):
+            raise TypeError(
+                f"{key} of the batch is a {type(batch[key]).__name__}, and causal_lm_loss needs a tensor. Lists become "
+                f"one in examples of nothing but input_ids, labels and attention_mask: take other keys out of them "
+                f"(here {', '.join(sorted(others)) or 'none'}), make them tensors, or give the Trainer a collate_fn"
+            )
+    if passed_over := sorted(others & accepted.keys()):
+        raise ValueError(
+            f"the batch has {', '.join(passed_over)}, which {model} takes and causal_lm_loss does not give it; take "
+            f"that out of the examples, or give the Trainer a loss_fn that passes it on"
+        )
 
 
 def _balancing_loss(model: Any, output: Any) -> list[Tensor]:

@@ -15,8 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from phicore.training.config import TrainConfig
 from phicore.training.cross_entropy import chunk_elements
 from phicore.training.recompute import blocks, checkpointed_blocks
-
-BUCKET_BYTES = 25 * 2**20  # ZeroOptimizer's default
+from phicore.zero.optimizer import BUCKET_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +76,9 @@ def step_memory(
     """
     if length < 1 or ranks < 1:
         raise ValueError(f"length and ranks must be at least 1, got {length} and {ranks}")
-    parameters = list({id(p): p for p in model.parameters()}.values())
+    parameters = list(model.parameters())
     trained = [p for p in parameters if p.requires_grad]
-    held = sum(t.nbytes for t in {id(t): t for t in [*parameters, *model.buffers()]}.values())
+    held = sum(t.nbytes for t in [*parameters, *model.buffers()])
     elements = sum(p.numel() for p in trained)
     halves = sum(p.numel() for p in trained if p.element_size() == 2)
     trained_bytes = sum(p.nbytes for p in trained)

@@ -1,6 +1,7 @@
 """What a run tells: lines of metrics.jsonl always, a progress bar on a terminal, plain lines elsewhere."""
 
 import json
+import math
 import os
 import sys
 import time
@@ -52,7 +53,7 @@ class MetricsLog:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = self.path.read_text("utf-8", "replace").splitlines() if self.path.exists() else []
-        kept = [line for line in lines if _step(line) is not None and _step(line) <= last_step]  # type: ignore[operator]
+        kept = [line for line in lines if _step(line) <= last_step]
         atomic.write_text(self.path, "".join(line + "\n" for line in kept))
         steps = [values["step"] for values in map(json.loads, kept) if "eval_loss" in values]
         self.evaluated: int | None = steps[-1] if steps else None
@@ -73,11 +74,12 @@ class MetricsLog:
             ) from error
 
 
-def _step(line: str) -> int | None:
+def _step(line: str) -> float:
+    """Infinity for what is no line of a step."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError, OverflowError):  # the line that a kill cut short
-        return None
+        return math.inf
 
 
 class Progress:

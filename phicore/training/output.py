@@ -13,7 +13,7 @@ from pathlib import Path
 from phicore import atomic
 from phicore.training.checkpoint import LATEST, latest_checkpoint
 from phicore.training.config import TrainConfig
-from phicore.training.distributed import is_restarted, on_first_rank, rank, start_of_ranks, together
+from phicore.training.distributed import everywhere, is_restarted, on_first_rank, rank, start_of_ranks, together
 
 RUN_ID = "TORCHELASTIC_RUN_ID"
 LOCK = "lock"  # an empty file in the output, locked while a run is at work there
@@ -45,12 +45,17 @@ def _start() -> str:
 
 
 def hold_output(output: Path) -> Callable[[], None]:
-    """Makes the directory and takes it for one run at a time, until what is returned is called or the process ends.
+    """Makes the directory and takes it for one run at a time, until what is returned is called or rank 0 ends; every
+    rank must call it.
 
     Raises:
         FileExistsError: another run is at work in it.
         OSError: it cannot be written.
     """
+    return everywhere(lambda: _hold(output) if rank() == 0 else lambda: None)
+
+
+def _hold(output: Path) -> Callable[[], None]:
     try:
         checkpoints = output / "checkpoints"
         checkpoints.mkdir(parents=True, exist_ok=True)

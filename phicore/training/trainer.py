@@ -1,24 +1,20 @@
 """The Trainer: one plain loop over steps."""
 
 import functools
-import json
 import math
 import sys
 import time
-import weakref
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from phicore.adapters.lora_plus import lora_plus_groups
 from phicore.adapters.switch import check_not_mixed
-from phicore.modules import unwrap, unwrapped
+from phicore.modules import unwrapped
 from phicore.training import checkpoint, distributed
 from phicore.training.background import BackgroundWriter
 from phicore.training.batches import (
@@ -29,7 +25,6 @@ from phicore.training.batches import (
     count_tokens,
     cut,
     length_of,
-    lengths_of,
     make_batch,
     to_device,
 )
@@ -38,9 +33,11 @@ from phicore.training.config import TrainConfig, fixed_settings
 from phicore.training.data import step_indices
 from phicore.training.distributed import gather_rows, on_first_rank, rank, sum_over_ranks, world_size
 from phicore.training.frozen import check_same_base, check_same_frozen, described_base, frozen_tensors
+from phicore.training.given import check_given, check_parameters, describe_given
 from phicore.training.loss import causal_lm_loss, masked_mean, sum_and_count
 from phicore.training.metrics import MetricsLog, Progress, peak_memory_bytes, told
 from phicore.training.modes import mode, stop_signals
+from phicore.training.optimizer import make_optimizer
 from phicore.training.output import after_restart, hold_output, prepare_output
 from phicore.training.randomness import kept_random, random_json, seed_everything
 from phicore.training.recompute import checkpointed_blocks
@@ -48,7 +45,6 @@ from phicore.training.resume import check_settings, describe, load_checkpoint
 from phicore.training.schedule import learning_rate
 from phicore.training.shards import Part, random_parts, to_memory, trained_parts
 from phicore.training.watch import Watch
-from phicore.zero import ZeroOptimizer
 from phicore.zero.agreement import check_same
 
 LossFunction = Callable[[nn.Module, Batch], tuple[Tensor, Tensor | float]]
@@ -73,14 +69,6 @@ class TrainResult:
     seconds: float
     tokens_per_second: float
     peak_memory_bytes: int
-
-
-# Of each model, so that a newer Trainer may take over its parameters.
-_optimizers: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[ZeroOptimizer]]" = weakref.WeakKeyDictionary()
-
-
-def _nothing() -> None:
-    """What a rank that holds nothing releases."""
 
 
 class Trainer:
@@ -167,7 +155,9 @@ class Trainer:
     def _construct(self, identity: Mapping[str, Any] | None) -> None:
         """What ranks agree on before they train; what one of them cannot do, all of them refuse."""
         self.config = config = after_restart(self.config)
-        self.identity, self.parameters, self._lengths = distributed.everywhere(lambda: self._check_given(identity))
+        self.identity, self.parameters, self._lengths = distributed.everywhere(
+            lambda: check_given(self.model, config, self.train_data, self.eval_data, identity)
+        )
         distributed.to_own_gpu(self.model)
         self.device = next(iter(self.parameters.values())).device
         self.buffers = TrainedBuffers(self.model)
@@ -175,83 +165,15 @@ class Trainer:
             distributed.together(lambda: check_same(self._describe(), None, None))
         self._base = described_base(self.model, check_same_frozen(self.model, self.buffers))
         self.buffers.share()
-        self.optimizer = self._make_optimizer()
+        self.optimizer = make_optimizer(self.model, self.parameters, config)
         self._peaks = [group["lr"] for group in self.optimizer.param_groups]
         # The thread that writes agrees with the other ranks' beside the collectives of the steps.
         self._writers = distributed.new_group(config.first_step_timeout) if config.async_save else None
 
-    def _check_given(
-        self, identity: Mapping[str, Any] | None
-    ) -> tuple[dict[str, Any], dict[str, nn.Parameter], list[int] | None]:
-        """The identity as a checkpoint gives it back, the parameters that train, and examples' lengths if needed."""
-        model, config = self.model, self.config
-        with unwrapped(model) as bare:  # so that a run goes on whether its model is compiled or not
-            parameters = {name: p for name, p in bare.named_parameters() if p.requires_grad}
-        if not parameters:
-            raise ValueError(f"no parameter of {type(model).__name__} requires a gradient; attach an adapter first")
-        if world_size() > 1 and isinstance(model, DistributedDataParallel):
-            raise TypeError(
-                "the Trainer reduces gradients itself, in the place of DistributedDataParallel; give it the model that "
-                "is in there, model.module"
-            )
-        check_indexed("train_data", self.train_data)
-        if self.eval_data is not None:
-            check_indexed("eval_data", self.eval_data)
-        if not len(self.train_data):
-            raise ValueError("train_data is empty")
-        if config.eval_every and (self.eval_data is None or not len(self.eval_data)):
-            raise ValueError(f"eval_every is {config.eval_every}, but there is no eval_data to evaluate on")
-        lengths = lengths_of(self.train_data) if config.group_by_length else None
-        given = json.loads(json.dumps(dict(identity or {})))
-        own = json.loads(json.dumps({**fixed_settings(config), "examples": len(self.train_data)}))
-        if hidden := [key for key in own.keys() & given.keys() if given[key] != own[key]]:
-            raise ValueError(
-                f"identity has {hidden[0]}={given[hidden[0]]!r}, which is also the name of a setting that is compared "
-                f"when the run is resumed ({own[hidden[0]]!r}); give it another name"
-            )
-        return given, parameters, lengths
-
-    def _check_parameters(self) -> None:
-        check_not_mixed(self.model, "fit")
-        known = set(self.parameters.values())
-        with unwrapped(self.model) as bare:
-            new = [name for name, p in bare.named_parameters() if p.requires_grad and p not in known]
-        if new:
-            raise ValueError(
-                f"{new[0]} (of {len(new)}) requires a gradient and did not when the Trainer was made, or was not "
-                f"there, so it would not train; make the Trainer once the model is as it shall train"
-            )
-
     def _describe(self) -> list[str]:
-        """What must be equal on all ranks, an item a line."""
-        given = {**asdict(self.config), **self._settings()}
-        given["examples to evaluate on"] = None if self.eval_data is None else len(self.eval_data)
-        with unwrapped(self.model) as bare:
-            parameters = [
-                f"{name} ({'trained' if p.requires_grad else 'frozen'}, {list(p.shape)}, {p.dtype})"
-                for name, p in bare.named_parameters()
-            ]
-        return [*(f"{key}={value!r}" for key, value in given.items()), *parameters]
-
-    def _make_optimizer(self) -> ZeroOptimizer:
-        model = unwrap(self.model)
-        before = _optimizers.get(model)
-        if before is not None and (optimizer := before()) is not None:
-            optimizer.release()
-        config, names = self.config, {p: name for name, p in self.parameters.items()}
-        groups = lora_plus_groups(self.parameters.items(), config.learning_rate, config.lora_plus_ratio)
-        optimizer = ZeroOptimizer(
-            [{**group, "params": [(names[p], p) for p in group["params"]]} for group in groups],
-            torch.optim.AdamW,
-            stage=config.zero_stage,
-            reduction="sum",
-            betas=(config.beta1, config.beta2),
-            weight_decay=config.weight_decay,
-            # On a CPU a quarter of the time: one pass over a parameter, its gradient and its moments.
-            fused=True if self.device.type == "cpu" else None,
-        )
-        _optimizers[model] = weakref.ref(optimizer)
-        return optimizer
+        settings = {**asdict(self.config), **self._settings()}
+        settings["examples to evaluate on"] = None if self.eval_data is None else len(self.eval_data)
+        return describe_given(self.model, settings)
 
     def fit(self) -> TrainResult:
         """Trains up to config.steps.
@@ -272,8 +194,8 @@ class Trainer:
         """
         config = self.config
         with self._watch.during("the start"):
-            distributed.everywhere(self._check_parameters)
-            release = self._hold()
+            distributed.everywhere(lambda: check_parameters(self.model, self.parameters.values()))
+            release = hold_output(self.output)
             try:
                 self._start()
                 log = distributed.everywhere(self._open_log)
@@ -318,19 +240,18 @@ class Trainer:
         self.stop_requested, self._exit_status, self._stop_agreed = False, 0, False  # answered; another fit goes on
         stopped, status = map(max, zip(*requests, strict=True))
         if stopped:
-            if rank() == 0:
-                newest = self.checkpoints / checkpoint.directory_name(self.step)
-                print(f"stopped as asked; resume goes on from {newest}", file=sys.stderr, flush=True)
-            if status and hasattr(sys, "ps1"):  # an interactive session, or a notebook: it goes on
-                raise KeyboardInterrupt
-            raise SystemExit(int(status))
+            self._exit_as_asked(int(status))
         done = self.tokens - first_tokens
         speed = done / seconds if seconds else 0.0
         return TrainResult(self.step, self.loss, self.tokens, seconds, speed, peak_memory_bytes(self.device))
 
-    def _hold(self) -> Callable[[], None]:
-        """Takes the output on rank 0, see `hold_output`."""
-        return distributed.everywhere(lambda: hold_output(self.output) if rank() == 0 else _nothing)
+    def _exit_as_asked(self, status: int) -> NoReturn:
+        if rank() == 0:
+            newest = self.checkpoints / checkpoint.directory_name(self.step)
+            print(f"stopped as asked; resume goes on from {newest}", file=sys.stderr, flush=True)
+        if status and hasattr(sys, "ps1"):  # an interactive session, or a notebook: it goes on
+            raise KeyboardInterrupt
+        raise SystemExit(status)
 
     def _open_log(self) -> MetricsLog | None:
         return MetricsLog(self.output / "metrics.jsonl", self.step) if rank() == 0 else None
@@ -483,7 +404,7 @@ class Trainer:
         """
         with self._watch.during(f"the checkpoint of step {self.step}"):
             if not self._has_begun:
-                release = self._hold()
+                release = hold_output(self.output)
                 try:
                     self._start()
                 finally:

@@ -25,6 +25,8 @@ from phicore.zero.norm import total_norm
 from phicore.zero.reduction import BUCKETS_KEPT, GradientReducer
 from phicore.zero.scratch import Scratch
 
+BUCKET_BYTES = 25 * 2**20  # torch's DistributedDataParallel has the same
+
 
 class ZeroOptimizer(torch.optim.Optimizer):
     """An element-wise torch optimizer whose state is split over ranks (ZeRO stages 1 and 2, Rajbhandari et al. 2019).
@@ -91,13 +93,12 @@ class ZeroOptimizer(torch.optim.Optimizer):
         stage: Literal[1, 2] = 2,
         reduction: Literal["mean", "sum"] = "mean",
         process_group: dist.ProcessGroup | None = None,
-        bucket_bytes: int = 25 * 2**20,
+        bucket_bytes: int = BUCKET_BYTES,
         **options: Any,
     ) -> None:
-        distributed = dist.is_available() and dist.is_initialized()
         self.process_group, self.bucket_bytes = process_group, bucket_bytes
-        self.world_size = dist.get_world_size(process_group) if distributed else 1
-        self.rank = dist.get_rank(process_group) if distributed else 0
+        self.world_size = dist.get_world_size(process_group) if dist.is_initialized() else 1
+        self.rank = dist.get_rank(process_group) if dist.is_initialized() else 0
         if self.world_size < 1:
             raise ValueError("this rank is not in process_group; only ranks that are can make a ZeroOptimizer over it")
         self._class, self._options = optimizer_class, options
@@ -188,8 +189,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 f"clip or scale use this optimizer's clip_grad_norm_ and scale_gradients_, and take the model out of a "
                 f"DistributedDataParallel, in whose place this optimizer reduces"
             )
-        distributed = dist.is_available() and dist.is_initialized()
-        if (now := dist.get_world_size(self.process_group) if distributed else 1) != self.world_size:
+        now = dist.get_world_size(self.process_group) if dist.is_initialized() else 1
+        if now != self.world_size:
             raise RuntimeError(
                 f"this optimizer was made for {self.world_size} ranks and there are {now}; make it after "
                 f"init_process_group, and use it before destroy_process_group"
@@ -361,27 +362,19 @@ class ZeroOptimizer(torch.optim.Optimizer):
         Args:
             first_rank_only: the others return an empty dict.
         """
+        keep = self.rank == 0 or not first_rank_only
         whole = gather_states(
             self._reducer.buckets,
             self._state_by_name(),
             self._reducer.collectives,
             self.process_group,
             self.world_size,
-            keep=self.rank == 0 or not first_rank_only,
+            keep=keep,
         )
-        if self.rank != 0 and first_rank_only:
+        if not keep:
             return {}
-        order = [name for names in self._names for name in names]
-        index = {name: i for i, name in enumerate(order)}
-        masters = {name: whole[name].pop(state.MASTER) for name in order if state.MASTER in whole.get(name, {})}
-        return {
-            "state": {index[name]: whole[name] for name in order if whole.get(name)},
-            "param_groups": [
-                {**_own(group), "params": [index[name] for name in names], "param_names": list(names)}
-                for group, names in zip(self.param_groups, self._names, strict=True)
-            ],
-            **({"masters": masters} if masters else {}),
-        }
+        groups = zip(self.param_groups, self._names, strict=True)
+        return state.write_full(whole, [{**_own(group), "params": names} for group, names in groups])
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
@@ -404,19 +397,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
             after(self)
 
     def _load(self, state_dict: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
-        if isinstance(state_dict, Mapping) and "format" not in state_dict and "param_groups" in state_dict:
-            source = state.read_full(state_dict, self._shapes, self._names)
-        else:
-            shards = [state_dict] if isinstance(state_dict, Mapping) else list(state_dict)
-            source = state.read_shards(shards, self._shapes, self._names)
-        # Of flags, those of this version of torch need not be in a state of another.
-        flags = {key for key, value in self.defaults.items() if value is None or isinstance(value, bool)}
-        for settings in source.groups:
-            if lacking := sorted(self.defaults.keys() - flags - settings.keys()):
-                raise ValueError(
-                    f"the state is of another optimizer than {self._class.__name__}: it has no {', '.join(lacking)}, "
-                    f"but {', '.join(settings)}; load it into an optimizer of its class, or begin without a state"
-                )
+        source = state.read(state_dict, self._shapes, self._names)
+        state.check_settings(source, self.defaults, self._class.__name__)
         for name in self._frozen:
             if any(part.state for part in source.slices.get(name, [])):
                 raise ValueError(f"the state has been trained for {name}, which is frozen here; unfreeze it first")
@@ -435,7 +417,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 piece.tensor.copy_(weights if master is None else master)
             group = by_tensor[id(piece.tensor)]
             if values:
-                self.state[piece.tensor] = {key: _as_state(v, piece.tensor, group) for key, v in values.items()}
+                self.state[piece.tensor] = {key: state.as_kept(v, piece.tensor, group) for key, v in values.items()}
 
     def __deepcopy__(self, memo: Any) -> "ZeroOptimizer":
         raise TypeError("a ZeroOptimizer holds its model's memory and cannot be copied; take its full_state_dict")
@@ -534,13 +516,3 @@ def _device_of(groups: Sequence[Mapping[str, Any]]) -> torch.device:
     """Where ranks exchange what is not a parameter: the first parameter's device, or the CPU for one without memory."""
     device = next((p.device for group in groups for _, p in group["params"]), torch.device("cpu"))
     return torch.device("cpu") if device.type == "meta" else device
-
-
-def _as_state(value: Any, piece: Tensor, group: Mapping[str, Any]) -> Any:
-    """A loaded state (of `state.joined`) on the device and in the dtype that torch's optimizers keep it."""
-    if not isinstance(value, Tensor):
-        return value
-    if state.is_sliced(value, piece.numel()):
-        return value.to(piece.device, piece.dtype if value.is_floating_point() else value.dtype)
-    # Counters are on the CPU unless the update runs without it.
-    return value.to(piece.device if group.get("capturable") or group.get("fused") else "cpu", copy=True)

@@ -23,9 +23,6 @@ class GradScaler(torch.amp.GradScaler):
         >>> scaler.update()
     """
 
-    def __init__(self, device: str = "cuda", **options: Any) -> None:
-        super().__init__(device, **options)
-
     def unscale_(self, optimizer: "ZeroOptimizer") -> None:  # type: ignore[override]
         """Divides the reduced gradients by the scale and agrees with all ranks on whether they are finite."""
         if not self.is_enabled():

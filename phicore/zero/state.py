@@ -57,6 +57,26 @@ def settings(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key not in ("params", "param_names")}
 
 
+def read(
+    given: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+    shapes: Mapping[str, torch.Size],
+    groups: Sequence[Sequence[str]],
+) -> Source:
+    """A source from a shard's state, those of several ranks, or a full state.
+
+    Args:
+        given: the state.
+        shapes: of all parameters of the optimizer that loads it.
+        groups: the names of each of its groups' parameters.
+
+    Raises:
+        ValueError: see `read_shards` and `read_full`.
+    """
+    if isinstance(given, Mapping) and "format" not in given and "param_groups" in given:
+        return read_full(given, shapes, groups)
+    return read_shards([given] if isinstance(given, Mapping) else list(given), shapes, groups)
+
+
 def read_shards(
     shards: Sequence[Mapping[str, Any]], shapes: Mapping[str, torch.Size], groups: Sequence[Sequence[str]]
 ) -> Source:
@@ -122,6 +142,37 @@ def read_full(state: Mapping[str, Any], shapes: Mapping[str, torch.Size], groups
     return source
 
 
+def check_settings(source: Source, defaults: Mapping[str, Any], optimizer: str) -> None:
+    """Raises ValueError for groups that lack a setting of an optimizer, whose defaults these are."""
+    # Of flags, those of this version of torch need not be in a state of another.
+    flags = {key for key, value in defaults.items() if value is None or isinstance(value, bool)}
+    for group in source.groups:
+        if lacking := sorted(defaults.keys() - flags - group.keys()):
+            raise ValueError(
+                f"the state is of another optimizer than {optimizer}: it has no {', '.join(lacking)}, but "
+                f"{', '.join(group)}; load it into an optimizer of its class, or begin without a state"
+            )
+
+
+def write_full(states: Mapping[str, dict[str, Any]], groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The full state, with "param_names" and, if there are masters, "masters" by name.
+
+    Args:
+        states: of whole parameters, by name of parameter and of state; masters are taken out of them.
+        groups: settings of each group, and in "params" the names of its parameters.
+    """
+    index = {name: i for i, name in enumerate(name for group in groups for name in group["params"])}
+    masters = {name: states[name].pop(MASTER) for name in index if MASTER in states.get(name, {})}
+    return {
+        "state": {i: states[name] for name, i in index.items() if states.get(name)},
+        "param_groups": [
+            {**group, "params": [index[name] for name in group["params"]], "param_names": list(group["params"])}
+            for group in groups
+        ],
+        **({"masters": masters} if masters else {}),
+    }
+
+
 def _as_written_now(key: str, value: Any) -> Any:
     """A state as torch writes it since 1.12: steps are tensors."""
     return torch.tensor(float(value)) if key == "step" and isinstance(value, int | float) else value
@@ -178,3 +229,13 @@ def joined(parts: Cut) -> dict[str, Any]:
         else value
         for key, value in first.state.items()
     }
+
+
+def as_kept(value: Any, piece: Tensor, group: Mapping[str, Any]) -> Any:
+    """A state of `joined` on the device and in the dtype in which torch's optimizers keep it for a piece [n]."""
+    if not isinstance(value, Tensor):
+        return value
+    if is_sliced(value, piece.numel()):
+        return value.to(piece.device, piece.dtype if value.is_floating_point() else value.dtype)
+    # Counters are on the CPU unless the update runs without it.
+    return value.to(piece.device if group.get("capturable") or group.get("fused") else "cpu", copy=True)

@@ -85,6 +85,17 @@ def test_outputs_and_gradients_are_those_of_one_table(randomize, targets, rslora
 
 
 @DORA
+def test_a_weight_that_is_read_past_its_layer_has_the_gradients_of_the_layer(randomize, dora):
+    model = adapted(randomize, dora=dora)
+    own = [p for p in model.embed.parameters() if p.requires_grad]
+    each, target = torch.arange(11), torch.randn(11, 6, dtype=torch.float64)
+    exact = torch.autograd.grad((model.embed(each) * target).sum(), own)
+    for table in (model.embed.weight, model.head.weight):
+        given = torch.autograd.grad((table * target).sum(), own)
+        torch.testing.assert_close(given, exact)
+
+
+@DORA
 def test_they_are_merged_once_and_unmerged(randomize, dora):
     model = adapted(randomize, dora=dora)
     y, table, before = model(IDS), model.embed.base.weight, copy.deepcopy(model.state_dict())

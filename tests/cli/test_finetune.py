@@ -19,20 +19,13 @@ from phicore.cli import main
 from phicore.cli.report import plot_loss
 from phicore.formats.huggingface import load_model, save_model
 from tests.chat_tokenizers import chat_tokenizer
+from tests.cli.runs import run
 
 REQUIRED = {
     "eval_loss_before", "eval_loss_after", "span_f1_before", "span_f1_after", "exact_match_before",
     "exact_match_after", "tokens_per_second", "peak_memory_bytes", "wall_seconds", "trainable_parameters",
     "base_bytes_before", "base_bytes_after",
 }  # fmt: skip
-
-
-def run(model: Path, data: Path, output: Path, *more: str) -> int:
-    return main(
-        ["finetune", "--model", str(model), "--data", str(data), "--output", str(output), "--steps", "4",
-         *([] if "full" in more else ["--rank", "4", "--alpha", "6"]), "--batch-size", "2", "--learning-rate", "1e-2",
-         "--warmup-steps", "1", "--log-every", "1", "--dtype", "float32", *more]
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "qlora", "qdora"])
@@ -134,14 +127,6 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(
     assert all(torch.equal(cut[key], whole[key]) for key in whole)
 
 
-HELD_OUT = ["--eval-limit", "6", "--answers", "3", "--max-new-tokens", "4"]
-
-
-def figures(output: Path, when: str) -> dict[str, float]:
-    result = json.loads((output / "result.json").read_text())
-    return {name: result[f"{name}_{when}"] for name in ("eval_loss", "span_f1", "exact_match")}
-
-
 @pytest.mark.parametrize(("step", "kept"), [(0, "{} holds no checkpoint yet"), (3, "{}/checkpoints/step-00000002")])
 def test_a_run_that_a_second_ctrl_c_ends_says_what_there_is_of_it(
     step: int, kept: str, tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -168,77 +153,6 @@ def test_a_run_that_a_second_ctrl_c_ends_says_what_there_is_of_it(
         assert last.endswith("--resume goes on from it")
 
 
-def test_a_resumed_run_has_the_figures_from_before_the_first(
-    tiny_model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = ["--method", "lora", "--eval-data", str(data), *HELD_OUT]
-    assert run(tiny_model, data, tmp_path, *options) == 0
-    first, kept = figures(tmp_path, "before"), (tmp_path / "before.json").read_bytes()
-    assert first["eval_loss"] != figures(tmp_path, "after")["eval_loss"]
-    assert run(tiny_model, data, tmp_path, *options, "--resume") == 0
-    assert figures(tmp_path, "before") == first
-    # what is kept is read, not made again
-    (tmp_path / "before.json").write_bytes(kept.replace(b'"span_f1": 0.0', b'"span_f1": 0.25'))
-    assert run(tiny_model, data, tmp_path, *options, "--resume") == 0
-    assert figures(tmp_path, "before") == first | {"span_f1": 0.25}
-    for damaged in (kept[:-9], b"[]"):
-        (tmp_path / "before.json").write_bytes(damaged)
-        assert run(tiny_model, data, tmp_path, *options, "--resume") == 0
-        assert "before.json is damaged, and is made anew\n" in capsys.readouterr().out
-        assert figures(tmp_path, "before") == first
-
-
-@pytest.mark.parametrize(
-    ("more", "said"),
-    [
-        (["--answers", "5"], "answers: 3 then, 5 now"),
-        (["--eval-limit", "4"], "eval_limit: 6 then, 4 now"),
-        (["--max-new-tokens", "7"], "max_new_tokens: 4 then, 7 now"),
-        (["--eval-data", "another"], "eval_data_sha256: "),
-    ],
-    ids=lambda more: more[0] if isinstance(more, list) else "",
-)
-def test_a_run_resumed_with_other_held_out_settings_compares_like_with_like(
-    more: list[str], said: str, tiny_model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    another = tmp_path / "another.jsonl"
-    another.write_text("".join(line + "\n" for line in data.read_text("utf-8-sig").splitlines()[:2:-1]))
-    more = [str(another) if word == "another" else word for word in more]
-    # pissa changes the base: what is made anew is of the same changed base, not of the one that was loaded
-    options = ["--method", "qlora", "--init", "pissa", "--eval-data", str(data), *HELD_OUT]
-    assert run(tiny_model, data, tmp_path / "run", *options) == 0
-    assert run(tiny_model, data, tmp_path / "run", *options, *more, "--resume") == 0
-    assert said in capsys.readouterr().out
-    assert run(tiny_model, data, tmp_path / "from the start", *options, *more) == 0
-    assert figures(tmp_path / "run", "before") == figures(tmp_path / "from the start", "before")
-    answers = [(tmp_path / run / "answers.jsonl").read_text() for run in ("run", "from the start")]
-    assert answers[0] == answers[1]
-
-
-def test_a_run_is_not_gone_on_with_over_another_base(
-    tiny_model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """What a file is called tells nothing of what is in it."""
-    base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
-    assert run(base, data, tmp_path / "run", "--method", "qlora") == 0
-    assert run(base, data, tmp_path / "run", "--method", "qlora", "--resume") == 0
-    capsys.readouterr()
-    template = (base / "chat_template.jinja").read_text()
-    (base / "chat_template.jinja").write_text(template.replace("<|im_end|>", "<|im_end|> "))
-    assert run(base, data, tmp_path / "run", "--method", "qlora", "--resume") == 0
-    assert "becomes other tokens than when the run began" in capsys.readouterr().out
-    model, tokenizer = load_model(str(tiny_model), torch.float32)
-    with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[-1, -1] += 1
-    save_model(model, tokenizer, base, overwrite=True)
-    (tmp_path / "run" / "before.json").unlink()
-    assert run(base, data, tmp_path / "run", "--method", "qlora", "--resume") == 1
-    assert not (tmp_path / "run" / "before.json").exists()  # of the other base
-    said = capsys.readouterr().err
-    assert "another base: model.layers.1.mlp.up_proj.base.packed (of 2 tensors)" in said
-    assert "another output" in said
-
-
 @pytest.mark.parametrize("emulated", [(), (torch.bfloat16,)])
 def test_a_dtype_without_products_on_this_cpu_is_told(
     emulated: tuple[torch.dtype, ...], tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -249,123 +163,6 @@ def test_a_dtype_without_products_on_this_cpu_is_told(
     said = capsys.readouterr().out
     assert "computing in bfloat16 on cpu: as asked" in said
     assert ("float32's speed in it on this CPU" in " ".join(said.split())) == bool(emulated)
-
-
-def no_model(*_: object) -> None:
-    raise AssertionError("the model was loaded")
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        ([], "holds a run"),
-        (["--resume", "--alpha", "7"], "alpha: 6.0 then, 7.0 now"),
-        (["--resume", "--steps", "9", "--answers", "5"], "steps: 4 then, 9 now"),
-        (["--resume", "--data", "shorter"], "examples: 12 then, 3 now"),
-    ],
-    ids=["new", "settings", "held out", "data"],
-)
-def test_a_refused_run_changes_nothing_and_loads_no_model(
-    more: list[str], message: str, tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    shorter = tmp_path / "shorter.jsonl"
-    shorter.write_text("".join(data.read_text("utf-8-sig").splitlines(keepends=True)[:3]))
-    more = [str(shorter) if word == "shorter" else word for word in more]
-    output, options = tmp_path / "run", ["--method", "lora", "--eval-data", str(data), *HELD_OUT]
-    assert run(tiny_model, data, output, *options) == 0
-    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
-    monkeypatch.setattr("phicore.formats.huggingface.load_model", no_model)
-    assert run(tiny_model, data, output, *options, *more) == 1
-    assert message in capsys.readouterr().err
-    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
-
-
-def test_an_output_is_one_runs_from_before_its_model_is_loaded(
-    tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    tried: list[int] = []
-
-    def meanwhile(*of: object) -> object:
-        if not tried:
-            tried.append(run(tiny_model, data, tmp_path, "--overwrite"))
-        return load_model(*of)  # type: ignore[arg-type]
-
-    monkeypatch.setattr("phicore.formats.huggingface.load_model", meanwhile)
-    assert run(tiny_model, data, tmp_path) == 0
-    assert tried == [1]
-    assert "another run is at work in" in capsys.readouterr().err
-
-
-def test_overwriting_leaves_the_old_run_until_there_is_a_new_one(
-    tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert run(tiny_model, data, tmp_path) == 0
-    assert run(tiny_model, data, tmp_path, "--overwrite", "--target-modules", "q_prj") == 1
-    assert run(tiny_model, data, tmp_path, "--resume") == 0
-    assert run(tiny_model, data, tmp_path, "--overwrite") == 0
-
-
-def test_overwriting_with_another_method_leaves_nothing_of_the_old_run(
-    tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert run(tiny_model, data, tmp_path, "--method", "lora") == 0
-    (tmp_path / "notes").write_text("mine")
-    take_step = phicore.Trainer._train_step
-
-    def fail(trainer: phicore.Trainer) -> dict[str, float]:
-        raise OSError("no more")
-
-    monkeypatch.setattr(phicore.Trainer, "_train_step", fail)
-    assert run(tiny_model, data, tmp_path, "--method", "full", "--overwrite") == 1
-    names = {"answers.jsonl", "loss.png", "result.json"}
-    assert not {path.name for path in tmp_path.iterdir()} & {"adapter", "model", *names}
-    monkeypatch.setattr(phicore.Trainer, "_train_step", take_step)
-    for method, there in (("full", "model"), ("lora", "adapter")):
-        assert run(tiny_model, data, tmp_path, "--method", method, "--overwrite") == 0
-        assert {path.name for path in tmp_path.iterdir()} & {"adapter", "model", "notes", *names} == {
-            there, "notes", *names,
-        }  # fmt: skip
-
-
-@pytest.mark.parametrize("more", [[], ["--overwrite"], ["--resume"]], ids=str)
-def test_a_run_does_not_replace_its_own_base(
-    more: list[str], tiny_model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model = shutil.copytree(tiny_model, tmp_path / "model")
-    assert run(model, data, tmp_path, "--method", "full", *more) == 1
-    assert f"model is {model}, and would be replaced" in capsys.readouterr().err
-    assert load_model(str(model), torch.float32)
-    if not more:  # beside it, an adapter is welcome
-        assert run(model, data, tmp_path, "--method", "lora") == 0
-        assert run(model, data, tmp_path, "--method", "lora", "--overwrite") == 0
-        assert load_model(str(model), torch.float32)
-
-
-@pytest.mark.parametrize(("method", "name"), [("lora", "adapter"), ("full", "model")])
-def test_what_no_run_made_is_not_written_over(
-    method: str, name: str, tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    (tmp_path / name).mkdir()
-    (tmp_path / name / "adapter_config.json").write_text("mine")
-    monkeypatch.setattr("phicore.formats.huggingface.load_model", no_model)
-    assert run(tiny_model, data, tmp_path, "--method", method) == 1
-    assert f"{tmp_path / name} exists and is not an empty directory" in capsys.readouterr().err
-    assert (tmp_path / name / "adapter_config.json").read_text() == "mine"
-
-
-def test_resuming_with_changed_settings_lists_them(
-    tiny_model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(tiny_model, data, tmp_path) == 0
-    assert run(tiny_model, data, tmp_path, "--resume", "--alpha", "7", "--seed", "3") == 1
-    message = capsys.readouterr().err
-    assert "alpha: 6.0 then, 7.0 now" in message
-    assert "seed: 0 then, 3 now" in message
-    assert run(tiny_model, data, tmp_path) == 1
-    assert "holds a run" in capsys.readouterr().err
-    assert run(tiny_model, data, tmp_path, "--overwrite") == 0
 
 
 @pytest.mark.parametrize("suffix", ["toml", "yaml"])
@@ -405,48 +202,6 @@ def test_what_is_refused_is_named(
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run" / "adapter").exists()
     assert not (tmp_path / "run" / "result.json").exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--data", "./nowhere.jsonl"], '--data: no such file: "./nowhere.jsonl"'),
-        (["--data", "."], '--data: not a plain file: "."'),
-        (["--eval-data", "./nowhere.jsonl"], '--eval-data: no such file: "./nowhere.jsonl"'),
-        (["--eval-data", "broken"], "broken.jsonl, line 1: invalid JSON"),
-        (["--eval-data", "text", "--answers", "2"], 'text.jsonl, line 1, holds "text", which has no prompt to answer'),
-        (["--eval-every", "2"], "--eval-every is 2, but there is no --eval-data"),
-        (["--answers", "2"], "--answers is 2, but there is no --eval-data for it; give one, or --answers 0"),
-        (["--eval-data", "text", "--eval-limit", "0"], "--eval-limit must be at least 1, got 0"),
-        (["--answers", "-1"], "--answers must be at least 0, got -1"),
-        (["--answers", "1", "--samples", "-1"], "--samples must be at least 0, got -1"),
-        (["--sequence-length", "0"], "--sequence-length must be at least 1, got 0"),
-        (["--block-size", "48"], "block_size must be one of"),
-        (["--init", "loftq", "--method", "lora"], "--init loftq codes the base to NF4"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_what_needs_no_model_is_refused_before_it_is_loaded(
-    arguments: list[str], message: str, tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    files = {"broken": "{", "text": '{"text": "a b"}'}
-    for name, content in files.items():
-        (tmp_path / f"{name}.jsonl").write_text(content)
-    arguments = [str(tmp_path / f"{word}.jsonl") if word in files else word for word in arguments]
-    monkeypatch.setattr("phicore.formats.huggingface.load_model", no_model)
-    assert run(tiny_model, data, tmp_path / "run", *arguments) == 1
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
-
-
-def test_what_is_used_at_the_end_is_looked_for_at_the_start(
-    tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("phicore.cli.start.LAST", ("rich", "phicore_of_nobody"))
-    assert run(tiny_model, data, tmp_path / "run") == 1
-    assert "the commands need phicore_of_nobody, which is not installed" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

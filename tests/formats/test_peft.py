@@ -2,20 +2,13 @@
 
 import contextlib
 import json
-import os
-import subprocess
-import sys
-import tracemalloc
 import warnings
-from functools import partial
-from pathlib import Path
 
 import bitsandbytes
 import peft
 import pytest
 import torch
 import transformers
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
@@ -27,7 +20,6 @@ from phicore.formats import portable
 from phicore.formats.bitsandbytes import save_quantized
 from phicore.formats.peft import CONFIG, PREFIX, WEIGHTS
 from tests.formats.peft_files import assert_same_files, edit, edit_tensors, kinds, load_in_peft, logits
-from tests.killed import kills
 
 LLAMA = ["q_proj", "v_proj", "down_proj"]
 
@@ -306,34 +298,6 @@ def test_dtype_on_disk_is_that_in_memory(tmp_path, toy, randomize, dtype, explic
         assert torch.equal(layer.lora_B, stored[f"{PREFIX}{path}.lora_B.weight"])
 
 
-def test_two_processes_write_the_same_bytes(tmp_path):
-    code = """
-import sys, torch, phicore
-from torch import nn
-torch.manual_seed(0)
-names = ["query", "key", "value", "dense", "up", "down"]
-model = nn.ModuleDict({str(i): nn.ModuleDict({n: nn.Linear(4, 4) for n in names}) for i in range(2)})
-config = phicore.LoRAConfig(rank=2, target_modules=names[:5], dora=True, rank_pattern={"query": 1, "key": 3},
-                            alpha_pattern={"up": 3, "0.dense": 2.5}, modules_to_save=["1.down", "0.down"])
-phicore.save_adapter(phicore.attach(model, config), sys.argv[1])
-"""
-    for seed in ("1", "2"):
-        env = {**os.environ, "PYTHONHASHSEED": seed}
-        subprocess.run([sys.executable, "-c", code, str(tmp_path / seed)], env=env, check=True)
-    assert_same_files(tmp_path / "1", tmp_path / "2")
-    assert sorted(p.name for p in (tmp_path / "1").iterdir()) == [CONFIG, WEIGHTS]
-
-
-def test_saving_again_replaces_both_files_and_leaves_others(tmp_path, toy, randomize):
-    model = phicore.attach(toy(), phicore.LoRAConfig(rank=2))
-    phicore.save_adapter(model, tmp_path)
-    (tmp_path / "README.md").write_text("mine")
-    first = (tmp_path / WEIGHTS).read_bytes()
-    phicore.save_adapter(randomize(model), tmp_path)
-    assert (tmp_path / WEIGHTS).read_bytes() != first
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", CONFIG, WEIGHTS]
-
-
 # ===== adapters by name, shared and odd modules =====
 
 
@@ -560,42 +524,6 @@ def test_patterns_whose_order_peft_loses(tmp_path, tiny, randomize):
         torch.testing.assert_close(logits(model), logits(other), rtol=1e-6, atol=1e-6)
 
 
-def test_a_table_that_peft_saved_beside_its_adapter(tmp_path, tiny, randomize, unchanged):
-    """PEFT adds an adapted embedding's own table to the file: it is passed over if it is the model's, or named."""
-    other = theirs(tiny, randomize, "embedding")
-    with pytest.warns(UserWarning, match="save_embedding_layers"):
-        other.save_pretrained(tmp_path)
-    key = f"{PREFIX}model.embed_tokens.base_layer.weight"
-    assert key in load_file(tmp_path / WEIGHTS)
-    model = phicore.load_adapter(tiny("llama"), tmp_path)
-    torch.testing.assert_close(logits(model), logits(other), rtol=1e-6, atol=1e-6)
-
-    phicore.load_adapter(model, tmp_path)  # into the attached adapter, too
-    edit_tensors(tmp_path, lambda tensors: {**tensors, key: tensors[key] + 1})
-    for spared in (tiny("llama"), model):
-        with unchanged(spared), pytest.raises(ValueError, match=r"embed_tokens\.base_layer\.weight .*another table"):
-            phicore.load_adapter(spared, tmp_path)
-
-
-@pytest.mark.parametrize("family", ["llama", "tied llama"])
-def test_tables_of_a_resized_vocabulary_that_peft_saved_beside_an_adapter(tmp_path, tiny, randomize, unchanged, family):
-    """PEFT adds both tables of a vocabulary that was resized, adapted or not, and puts them into the model it loads."""
-    config = peft.LoraConfig(r=4, lora_alpha=7, target_modules=["q_proj"])
-    other = randomize(peft.get_peft_model(tiny(family).double(), config, autocast_adapter_dtype=False).eval())
-    other.save_pretrained(tmp_path, save_embedding_layers=True)
-    assert {f"{PREFIX}lm_head.weight", f"{PREFIX}model.embed_tokens.weight"} <= load_file(tmp_path / WEIGHTS).keys()
-    model = phicore.load_adapter(tiny(family).double(), tmp_path)
-    torch.testing.assert_close(logits(model), logits(other))
-
-    edit_tensors(tmp_path, lambda tensors: {k: t + (k == f"{PREFIX}lm_head.weight") for k, t in tensors.items()})
-    for spared in (tiny(family).double(), model):
-        with (
-            unchanged(spared),
-            pytest.raises(ValueError, match=r"model\.lm_head\.weight: PEFT writes these .* resize"),
-        ):
-            phicore.load_adapter(spared, tmp_path)
-
-
 @pytest.mark.parametrize("start", ["mica", "MiCA", "Gaussian"])
 def test_starts_of_peft_that_leave_the_base(tmp_path, tiny, randomize, start):
     config = peft.LoraConfig(r=4, lora_alpha=7, target_modules=["q_proj"], init_lora_weights=start)
@@ -603,41 +531,6 @@ def test_starts_of_peft_that_leave_the_base(tmp_path, tiny, randomize, start):
     randomize(other).save_pretrained(tmp_path)
     model = phicore.load_adapter(tiny("llama", dtype=torch.float32), tmp_path)
     torch.testing.assert_close(logits(model), logits(other))
-
-
-def test_a_tied_pair_of_peft_with_its_tables(tmp_path, tiny, randomize, unchanged):
-    other = theirs(tiny, randomize, "tied")
-    with pytest.warns(UserWarning, match="save_embedding_layers"):
-        other.save_pretrained(tmp_path)
-    assert f"{PREFIX}lm_head.base_layer.weight" in load_file(tmp_path / WEIGHTS)
-    model = phicore.load_adapter(tiny("tied llama"), tmp_path)
-    torch.testing.assert_close(logits(model), logits(other), rtol=1e-6, atol=1e-6)
-    assert model.lm_head.embedding_A is model.model.embed_tokens.lora_A
-
-    edit_tensors(tmp_path, lambda tensors: {k: t + (k.endswith("lm_head.lora_B.weight")) for k, t in tensors.items()})
-    for spared in (tiny("tied llama"), model):
-        with (
-            unchanged(spared),
-            pytest.raises(ValueError, match=r"one pair for model\.embed_tokens and lm_head,"),
-        ):
-            phicore.load_adapter(spared, tmp_path)
-    edit(tmp_path, ensure_weight_tying=False, target_modules=["embed_tokens", "lm_head", "q_proj"])
-    assert type(phicore.load_adapter(tiny("tied llama"), tmp_path).lm_head) is phicore.LoRALinear
-
-
-def test_a_tied_pair_of_peft_with_dora_is_two_adapters(tmp_path, tiny, randomize, unchanged):
-    targets = ["embed_tokens", "q_proj"]
-    config = peft.LoraConfig(r=4, lora_alpha=7, target_modules=targets, use_dora=True, ensure_weight_tying=True)
-    other = randomize(peft.get_peft_model(tiny("tied llama"), config, autocast_adapter_dtype=False)).eval()
-    other.save_pretrained(tmp_path, save_embedding_layers=False)
-    model = tiny("tied llama")
-    with (
-        unchanged(model),
-        pytest.raises(ValueError, match=r"lora_magnitude_vector: \[32\] in .*tying to false in adap"),
-    ):
-        phicore.load_adapter(model, tmp_path)
-    edit(tmp_path, ensure_weight_tying=False)
-    torch.testing.assert_close(logits(phicore.load_adapter(model, tmp_path)), logits(other), rtol=1e-6, atol=1e-6)
 
 
 def test_modules_to_save_that_end_in_an_entry_as_peft_takes_it(tmp_path, randomize, tiny):
@@ -649,63 +542,3 @@ def test_modules_to_save_that_end_in_an_entry_as_peft_takes_it(tmp_path, randomi
     torch.testing.assert_close(logits(model), logits(other))
     phicore.save_adapter(model, tmp_path / "ours")
     torch.testing.assert_close(logits(load_in_peft(tiny("llama").double(), tmp_path / "ours")), logits(other))
-
-
-def test_saving_makes_no_copy_of_the_adapter_in_python(tmp_path):
-    model = phicore.attach(nn.Sequential(nn.Linear(1024, 1024)), phicore.LoRAConfig(rank=512))  # 4 MB
-    phicore.save_adapter(model, tmp_path)  # imports
-    tracemalloc.start()
-    try:
-        phicore.save_adapter(model, tmp_path)
-        assert tracemalloc.get_traced_memory()[1] < 1e6
-    finally:
-        tracemalloc.stop()
-
-
-def test_a_full_disk_leaves_the_adapter_that_was_there(tmp_path, monkeypatch):
-    model = phicore.attach(nn.Sequential(nn.Linear(4, 4)), phicore.LoRAConfig(rank=2))
-    phicore.save_adapter(model, tmp_path)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-
-    def save_file(tensors, path, metadata):
-        path.write_bytes(b"half of it")
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-
-    monkeypatch.setattr("phicore.formats.peft.save_file", save_file)
-    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path / WEIGHTS}'"):
-        phicore.save_adapter(model, tmp_path)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-def a_model() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 4))
-
-
-def save_of(seed: int, directory: Path, **settings: object) -> nn.Module:
-    model = phicore.attach(a_model(), phicore.LoRAConfig(rank=2, target_modules=["0"], **settings))
-    torch.manual_seed(seed)
-    nn.init.normal_(model[0].lora_B)
-    phicore.save_adapter(model, directory)
-    return model
-
-
-@pytest.mark.parametrize("settings", [{}, {"alpha": 3}], ids=["the same settings", "other settings"])
-def test_a_save_killed_anywhere_leaves_the_old_adapter_the_new_or_none(tmp_path, settings):
-    x = torch.randn(3, 4)
-    outputs = {
-        "old": save_of(1, tmp_path / "start")(x),
-        "new": save_of(2, tmp_path / "new", **settings)(x),
-    }
-    seen = set()
-    for directory in kills(partial(save_of, 2, **settings), tmp_path / "start", tmp_path / "work"):
-        try:
-            y = phicore.load_adapter(a_model(), directory)(x)
-        except FileNotFoundError:
-            with pytest.raises(ValueError, match=f"Can't find '{CONFIG}'"):
-                peft.PeftModel.from_pretrained(a_model(), directory)
-            seen.add("none")
-        else:
-            torch.testing.assert_close(load_in_peft(a_model(), directory)(x), y)
-            seen |= {which for which, exact in outputs.items() if torch.equal(exact, y)} or {"a mixture"}
-    assert seen == ({"old", "new", "none"} if settings else {"old", "new"})

@@ -4,7 +4,7 @@ import copy
 import math
 import random
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -13,7 +13,6 @@ import numpy
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
 
 from phicore.adapters import LoRAConfig, attach, mixed
 from phicore.training import TrainConfig, Trainer
@@ -25,7 +24,6 @@ from tests.training.small_run import (
     SETTINGS,
     Slow,
     SmallLM,
-    assert_same_run,
     assert_same_tensors,
     examples,
     history,
@@ -347,40 +345,6 @@ def test_a_step_without_a_labelled_token_is_told(tmp_path: Path) -> None:
     assert_same_tensors(weights(trainer), before)
 
 
-def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
-    config = TrainConfig(output=str(tmp_path / "run"))
-    with pytest.raises(ValueError, match="no parameter of SmallLM requires a gradient; attach an adapter first"):
-        Trainer(small_model().requires_grad_(False), config, examples())
-    with pytest.raises(ValueError, match="train_data is empty"):
-        Trainer(small_model(), config, [])
-    blocky = TrainConfig(output=str(tmp_path / "run"), gradient_checkpointing=True)
-    with pytest.raises(ValueError, match=r"needs repeated blocks in an nn\.ModuleList; SmallLM has none"):
-        Trainer(small_model(), blocky, examples()).fit()
-
-
-class Stream(IterableDataset[Any]):
-    def __iter__(self) -> Iterator[Any]:
-        return iter(examples())
-
-    def __len__(self) -> int:
-        return len(examples())
-
-
-@pytest.mark.parametrize(
-    "data",
-    [Stream(), DataLoader(SIZED), iter(SIZED), {"train": SIZED}, "train.jsonl"],
-    ids=lambda data: type(data).__name__,
-)
-def test_data_that_takes_no_index_is_refused(tmp_path: Path, data: Any) -> None:
-    config, told = TrainConfig(output=str(tmp_path)), f"is of type {type(data).__name__};.*give a list"
-    with pytest.raises(TypeError, match=f"train_data {told}"):
-        Trainer(small_model(), config, data)
-    with pytest.raises(TypeError, match=f"eval_data {told}"):
-        Trainer(small_model(), config, examples(), data)
-    with pytest.raises(TypeError, match=f"the data to evaluate on {told}"):
-        small_trainer(tmp_path).evaluate(data)
-
-
 @pytest.mark.parametrize(
     ("given", "told"),
     [
@@ -464,13 +428,6 @@ def test_a_loss_that_does_not_come_from_the_model_is_told(tmp_path: Path) -> Non
         trainer.fit()
 
 
-def test_an_identity_does_not_hide_a_setting(tmp_path: Path) -> None:
-    config = TrainConfig(output=str(tmp_path), **SETTINGS)
-    with pytest.raises(ValueError, match=r"identity has learning_rate=7, which is also the name of a setting.*0\.05"):
-        Trainer(small_model(), config, examples(), identity={"learning_rate": 7})
-    Trainer(small_model(), config, examples(), identity={"learning_rate": 0.05})  # as all arguments of a script
-
-
 def test_an_error_of_the_users_code_leaves_the_model_as_it_was(tmp_path: Path, tiny: Build) -> None:
     model = tiny("llama").eval()
     config = TrainConfig(output=str(tmp_path), gradient_checkpointing=True, **SETTINGS)
@@ -486,12 +443,6 @@ def test_an_error_of_the_users_code_leaves_the_model_as_it_was(tmp_path: Path, t
 
 
 # ===== What a run refuses to pass over =====
-
-
-def test_evaluations_without_data_are_refused(tmp_path: Path) -> None:
-    for data in (None, []):
-        with pytest.raises(ValueError, match="eval_every is 2, but there is no eval_data"):
-            Trainer(small_model(), TrainConfig(output=str(tmp_path), eval_every=2), examples(), data)
 
 
 def test_rows_of_other_adapters_are_refused(tmp_path: Path, tiny: Build) -> None:
@@ -580,39 +531,3 @@ def test_group_by_length_puts_examples_of_like_length_into_a_step(tmp_path: Path
     lengths = sorted(map(len, rows))
     assert sorted(longest for _, longest in shapes[16:]) == lengths[3::4]  # of one sorted window
     assert sum(longest for _, longest in shapes[16:]) < sum(longest for _, longest in shapes[:16])
-
-
-def test_group_by_length_refuses_examples_without_one(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="group_by_length needs examples with input_ids, got tuple"):
-        regression(tmp_path, group_by_length=True)
-
-
-def test_what_trains_only_since_the_trainer_was_made_is_told(tmp_path: Path) -> None:
-    model = small_model()
-    model.head.requires_grad_(False)
-    trainer = Trainer(model, TrainConfig(output=str(tmp_path), **SETTINGS), examples())
-    model.head.requires_grad_(True)
-    with pytest.raises(ValueError, match=r"head\.weight \(of 2\) requires a gradient and did not when .* not train"):
-        trainer.fit()
-    model.head.requires_grad_(False)
-    trainer.fit()
-    model.head = nn.Linear(6, 12)
-    with pytest.raises(ValueError, match=r"head\.weight \(of 2\) .* or was not there"):
-        trainer.fit()
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_newer_trainer_takes_the_model_over(tmp_path: Path, compiled: bool) -> None:
-    """As when a cell of a notebook runs again, while the older one is still there; or the next cell compiles it."""
-    model = small_model()
-    older = Trainer(model, TrainConfig(output=str(tmp_path / "a"), **SETTINGS), examples())
-    older.fit()
-    after = copy.deepcopy(model)
-    given: nn.Module = torch.compile(model, backend="eager") if compiled else model
-    newer = Trainer(given, TrainConfig(output=str(tmp_path / "b"), **SETTINGS), examples())
-    newer.fit()
-    Trainer(after, TrainConfig(output=str(tmp_path / "c"), **SETTINGS), examples()).fit()
-    assert_same_run(tmp_path / "b", tmp_path / "c")
-    older.config.steps = 9
-    with pytest.raises(RuntimeError, match="has other memory than when this optimizer was made"):
-        older.fit()

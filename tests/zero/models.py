@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+import phicore
+
 
 class Net(nn.Module):
     """Odd sizes, a tied weight, a frozen bias, and two branches of which a batch takes either or both."""
@@ -141,3 +143,12 @@ def train_here(
         backward(model, plan, step, dist.get_rank(), dist.get_world_size())
         finish_step(model, optimizer, step, **options)
     return weights(model)
+
+
+def parameters(*shapes: tuple[int, ...]) -> dict[str, nn.Parameter]:
+    """Of ones, by the names a, b, c ..."""
+    return {name: nn.Parameter(torch.ones(shape)) for name, shape in zip("abcdef", shapes, strict=False)}
+
+
+def sgd(named: dict[str, nn.Parameter], stage: int = 2, **options) -> phicore.ZeroOptimizer:
+    return phicore.ZeroOptimizer(named.items(), torch.optim.SGD, **{"stage": stage, "lr": 1.0, **options})

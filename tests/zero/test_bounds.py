@@ -11,9 +11,8 @@ from torch import nn
 
 import phicore
 from benchmarks.zero_paper import print_paper
-from benchmarks.zero_ranks import count_taken
+from benchmarks.zero_ranks import bytes_sent, count_taken
 from tests.zero.ranks import SHARED, SOCKETS
-from tests.zero.tcp import bytes_sent
 
 
 def step_costs(options: dict[str, Any], passes: int, no_sync: bool, dtype: torch.dtype) -> tuple[float, float, float]:

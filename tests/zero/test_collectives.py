@@ -64,3 +64,15 @@ def test_one_rank_needs_no_group():
     assert shard.tolist() == [1.0] * 4
     assert shard.dtype == torch.float32
     assert alone.gather(full)() is None
+
+
+def float16_sum() -> float:
+    world = dist.get_world_size()
+    full = torch.full((4 * world,), 40_000.0, dtype=torch.float16)
+    shard: torch.Tensor = collectives._reduce_scatter_shard(full, torch.float32, None)()
+    assert bool((full == 40_000).all())
+    return float(shard[0])
+
+
+def test_float16_gradients_do_not_overflow_in_a_backend_that_sums_in_float16(ranks):
+    assert ranks(2)(float16_sum) == [80_000.0] * 2
