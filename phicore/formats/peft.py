@@ -85,7 +85,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str 
         adapted = (path for path, layer in adapter_layers(bare, name) if isinstance(layer, LowRankLayer))
         lost, padded = misread(model_type, adapted), padded_otherwise(bare, tensors)
     if spoilt := _not_finite(tensors):
-        raise ValueError(f'nothing is written: the adapter "{name}" holds NaN or infinity, in {_shown(spoilt)}')
+        raise ValueError(f'nothing is written: the adapter "{name}" holds NaN or infinity, in {listed(spoilt)}')
     more = {PARTS: json.dumps(parts, sort_keys=True)} if parts else {}
     if lost:
         more[MODEL_TYPE] = model_type
@@ -231,7 +231,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     file = TensorFile(path)
     tensors = {key: file.read(key) for key in file.entries}
     if spoilt := _not_finite(tensors):
-        raise ValueError(f"{path} holds NaN or infinity, in {_shown(spoilt)}: its run diverged, or it is damaged")
+        raise ValueError(f"{path} holds NaN or infinity, in {listed(spoilt)}: its run diverged, or it is damaged")
     return tensors
 
 
