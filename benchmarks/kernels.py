@@ -97,9 +97,8 @@ def picture(report: dict[str, Any], path: Path, target: str) -> None:
     from matplotlib import pyplot
 
     shown = [r for r in report["kernels"] + report["peers"] if r["target"] == target and r["instructions_a_weight"]]
-    shown = [
-        r for r in shown if r["instructions_a_weight"] <= 110
-    ]  # what decodes weights one by one goes off the scale
+    # What decodes weights one by one goes off the scale.
+    shown = [r for r in shown if r["instructions_a_weight"] <= 110]
     names = [r["kernel"] for r in shown]
     figure, axes = pyplot.subplots(figsize=(10, 1.5 + 0.24 * len(shown)))
     colours = [("#bdbdbd", "#636363") if "bitsandbytes" in name else ("#9ecae1", "#3182bd") for name in names]

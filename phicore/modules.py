@@ -256,7 +256,8 @@ def _targets(
     )
     for entry in entries:
         shown = entry if isinstance(entry, str) else entry[0]
-        if wholes := fused_wholes(entry, candidates, every):
+        # A model with layers.0.qkv_proj has no layers.0.q_proj, but a target that would match one means a part of it.
+        if wholes := [n for n in candidates if not matches(n, entry) and parts_meant(n, entry, every)]:
             fused[shown] = wholes
         elif not any(matches(name, entry) for name in candidates):
             raise ValueError(_no_target(entry, shown, candidates, every, kinds))
@@ -327,14 +328,6 @@ def check_exclusion(excluded: str, every: dict[str, nn.Module], candidates: Iter
             f'exclude_modules entry "{excluded}" matches {found[0]}, a {type(every[found[0]]).__name__} which neither '
             f"is nor holds a layer that could be chosen: it would leave nothing out"
         )
-
-
-def fused_wholes(target: str | Sequence[str], candidates: Iterable[str], every: Container[str]) -> list[str]:
-    """The fused layers of which a target means a part, by name.
-
-    A model that has layers.0.qkv_proj has no layers.0.q_proj, but a target that would match one means a part of it.
-    """
-    return [name for name in candidates if not matches(name, target) and parts_meant(name, target, every)]
 
 
 def parts_of(name: str) -> dict[str, str]:

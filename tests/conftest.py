@@ -217,10 +217,8 @@ def tiny() -> Callable[..., nn.Module]:
             )
         elif family == "mixtral":
             config = transformers.MixtralConfig(**options, **fewer, num_local_experts=4)
-            config._experts_implementation, kind = (
-                "eager",
-                transformers.MixtralForCausalLM,
-            )  # the others know no float64
+            config._experts_implementation = "eager"  # the others know no float64
+            kind = transformers.MixtralForCausalLM
         elif family == "gpt-oss":
             more_options = {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}
             config = transformers.GptOssConfig(**options, **fewer, **more_options, layer_types=["full_attention"] * 2)

@@ -78,10 +78,6 @@ class LowRankConvolution(LowRankLayer):
         """x through this layer, without the bias."""
         return self.updated(self.project_base(x), x, self._update)
 
-    def _update(self, y: Tensor, x: Tensor) -> Tensor:
-        """x through this layer, given it through the base."""
-        raise NotImplementedError
-
     def project_base(self, x: Tensor) -> Tensor:
         """x through the base, without the bias. A base with hooks is called, so that they run."""
         if base_layer.has_hooks(self.base):

@@ -21,9 +21,6 @@ from phicore.transforms import transformed
 class DoRALayer(LowRankLayer):
     """What DoRA layers share: a magnitude for each row of the base's [out, in] and the norms of V' = W + scaling * B A.
 
-    The norm follows A and B in the forward pass and is a constant in the backward pass (section 4.3 of the paper). It
-    comes from the factored form, so a step costs about what LoRA's costs.
-
     Attributes:
         magnitude: m, [out]; starts at ||W|| (at ||V'|| for an init whose B is not zero).
     """

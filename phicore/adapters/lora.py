@@ -212,6 +212,10 @@ class LowRankLayer(nn.Module):
             return y
         return update(y, x) if self.rows is None else updated_rows(self.rows, y, x, update)
 
+    def _update(self, y: Tensor, x: Tensor) -> Tensor:
+        """What x becomes in this layer, given what it becomes in the base, y."""
+        raise NotImplementedError
+
     @property
     def active_dropout(self) -> float:
         """The probability of dropout now: zero outside training."""
@@ -339,10 +343,6 @@ class LowRankLinear(LowRankLayer):
 
     def project(self, x: Tensor) -> Tensor:
         """x through this layer's weight, without the bias: [..., in] -> [..., out]."""
-        raise NotImplementedError
-
-    def _update(self, y: Tensor, x: Tensor) -> Tensor:
-        """x through this layer's weight, given it through the base's: [..., out], [..., in] -> [..., out]."""
         raise NotImplementedError
 
     def plain(self, weight: Tensor) -> nn.Module:

@@ -35,9 +35,7 @@ def _plus_product(y: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) ->
     return y
 
 
-def reference_low_rank(
-    x, A, B, scale, packed, absmax, nested_absmax, offset, bias, shape, block_size, with_rows
-):  # fmt: skip
+def reference_low_rank(x, A, B, scale, packed, absmax, nested_absmax, offset, bias, shape, block_size, with_rows):
     if products.emulated(x):
         blocks = row_blocks(packed, absmax, nested_absmax, offset, shape, block_size)
         rows, y = A.new_empty((len(A) if with_rows else 0, shape[0])), x.new_empty(*x.shape[:-1], shape[0])

@@ -76,19 +76,15 @@ def _multipliers(device: torch.device) -> Tensor:
     return (mixed | 1).to(device)
 
 
-def lasting_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters, and buffers that belong to the model's state, each once."""
+def frozen_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters that do not train, and buffers that belong to the model's state, each once."""
     persistent = {
         f"{prefix}.{name}".lstrip(".")
         for prefix, module in model.named_modules()
         for name in module._buffers.keys() - module._non_persistent_buffers_set
     }
-    return dict(model.named_parameters()) | {name: b for name, b in model.named_buffers() if name in persistent}
-
-
-def frozen_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Those of them that do not train."""
-    return {name: t for name, t in lasting_tensors(model).items() if not t.requires_grad}
+    buffers = {name: b for name, b in model.named_buffers() if name in persistent}
+    return {name: t for name, t in (dict(model.named_parameters()) | buffers).items() if not t.requires_grad}
 
 
 def describe_frozen(tensors: dict[str, Tensor]) -> dict[str, str]:

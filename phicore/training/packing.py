@@ -227,9 +227,8 @@ def _difference(model: Any) -> tuple[float, float]:
 
     Three examples of random tokens, of which the second sees another before it and the third is one token.
     """
-    real = (
-        torch.arange(7, device="cpu") < torch.tensor([3, 7, 1], device="cpu")[:, None]
-    )  # [3, 7]; 11 tokens, a number that no width has
+    lengths = torch.tensor([3, 7, 1], device="cpu")  # 11 tokens, a number that no width has
+    real = torch.arange(7, device="cpu") < lengths[:, None]  # [3, 7]
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, real.shape, generator=torch.Generator().manual_seed(0), device="cpu")
     row = _row(ids, real.long(), torch.full_like(ids, IGNORE_INDEX))

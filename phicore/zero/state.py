@@ -62,16 +62,7 @@ def read(
     shapes: Mapping[str, torch.Size],
     groups: Sequence[Sequence[str]],
 ) -> Source:
-    """A source from a shard's state, those of several ranks, or a full state.
-
-    Args:
-        given: the state.
-        shapes: of all parameters of the optimizer that loads it.
-        groups: the names of each of its groups' parameters.
-
-    Raises:
-        ValueError: see `read_shards` and `read_full`.
-    """
+    """A source from a shard's state, those of several ranks (`read_shards`), or a full state (`read_full`)."""
     if isinstance(given, Mapping) and "format" not in given and "param_groups" in given:
         return read_full(given, shapes, groups)
     return read_shards([given] if isinstance(given, Mapping) else list(given), shapes, groups)

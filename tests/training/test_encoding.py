@@ -416,7 +416,8 @@ def test_prompt_ends_where_the_last_answer_begins(kind: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("before", "written"),
     [("<think>\n\n</think>\n\n", "<think>\n\n</think>\n\nBye."), ("<|endoftext|>final", "finalBye.")],
-)  # Qwen3, GPT-OSS
+    ids=["Qwen3", "GPT-OSS"],
+)
 def test_the_reference_is_what_a_perfect_model_answers(before: str, written: str) -> None:
     """Of what the template writes before the content, an answer has what is no special token."""
     tokenizer = chat_tokenizer()

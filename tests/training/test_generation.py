@@ -240,9 +240,10 @@ def test_what_generate_refuses(model: Any, tokenizer: Any) -> None:
     "config",
     [
         transformers.MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1),
+        # It takes past_key_values, and would answer from what its layers kept of the prompts before.
         transformers.RecurrentGemmaConfig(
             vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, head_dim=8, lru_width=32
-        ),  # it takes past_key_values, and would answer from what its layers kept of the prompts before
+        ),
     ],
     ids=["mamba", "recurrent_gemma"],
 )
