@@ -139,7 +139,8 @@ class LoRAConvolution(LowRankConvolution):
         super()._complete()
         self.reset_parameters()
 
-    def forward(self, x: Tensor) -> Tensor:  # [N, in, *length] -> [N, out, *length']
+    def forward(self, x: Tensor) -> Tensor:
+        """x, float [N, in, *length] in the base's dtype, to [N, out, *length']."""
         return self.updated(self.through_base(x), x, self._update)
 
     def project(self, x: Tensor) -> Tensor:
@@ -155,7 +156,8 @@ class DoRAConvolution(DoRALayer, LowRankConvolution):
     Args and errors: as LoRAConvolution.
     """
 
-    def forward(self, x: Tensor) -> Tensor:  # [N, in, *length] -> [N, out, *length']
+    def forward(self, x: Tensor) -> Tensor:
+        """x, float [N, in, *length] in the base's dtype, to [N, out, *length']."""
         if not self.enabled:
             return self.base(x)
         y = self.project(x)

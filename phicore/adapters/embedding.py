@@ -95,7 +95,8 @@ class LoRAEmbedding(LowRankEmbedding):
         super()._complete()
         self.reset_parameters()
 
-    def forward(self, tokens: Tensor) -> Tensor:  # int64 [...] -> [..., dim]
+    def forward(self, tokens: Tensor) -> Tensor:
+        """int64 [...] -> [..., dim] in the base's dtype."""
         return self.updated(self.base(tokens), tokens, self.low_rank_lookup)
 
 
@@ -107,7 +108,8 @@ class DoRAEmbedding(DoRALayer, LowRankEmbedding):
     Args and errors: as LoRAEmbedding.
     """
 
-    def forward(self, tokens: Tensor) -> Tensor:  # int64 [...] -> [..., dim]
+    def forward(self, tokens: Tensor) -> Tensor:
+        """int64 [...] -> [..., dim] in the base's dtype."""
         return self.updated(self.base(tokens), tokens, self._update)
 
     def _update(self, y: Tensor, tokens: Tensor) -> Tensor:
