@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from phicore import atomic
-from phicore.adapters.attach import UNTIED, attach
+from phicore.adapters.attach import STACKED, UNTIED, attach
 from phicore.adapters.config import LoRAConfig
 from phicore.adapters.experts import LoRAExperts
 from phicore.adapters.layers import adapter_layers, merged_layers
@@ -196,7 +196,7 @@ def _load(model: nn.Module, directory: Path, name: str) -> None:
     _warn_of_convolutions(tensors, padded_otherwise(model, tensors), stacklevel=4)
     if config is not None:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=f".* {UNTIED}")
+            warnings.filterwarnings("ignore", message=f".* {UNTIED}|{STACKED}")
             attach(model, config, name)
     with torch.no_grad():
         for path, layer in adapter_layers(model, name):
