@@ -41,7 +41,8 @@ from phicore.formats.peft_keys import (
     place_of,
 )
 from phicore.formats.peft_parts import PARTS, check_parts, read_parts, split_parts, with_metadata
-from phicore.formats.safetensors_files import NO_PICKLE, TensorFile
+from phicore.formats.safetensors_files import INDEX, NO_PICKLE, TensorFile
+from phicore.formats.safetensors_files import WEIGHTS as MODEL
 from phicore.modules import Model, unwrapped
 
 __all__ = [
@@ -69,7 +70,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str 
 
     Warns:
         UserWarning: layers that PEFT misreads on this type of model, or of a kind of which it computes something else;
-            phicore reads them rightly.
+            phicore reads them rightly. A directory that holds a model too.
     """
     check_not_flattened(model)
     with unwrapped(model) as bare:
@@ -99,6 +100,12 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str 
                     atomic.fsync(temporary)  # a disk may say only here that it is full
                     settings.unlink()
                     atomic.fsync(directory)
+    if any((Path(directory) / model_file).is_file() for model_file in (MODEL, INDEX)):
+        warnings.warn(
+            f"{directory} holds a model, too, which transformers will load with this adapter from now on; move the "
+            f"adapter's files into a directory of their own",
+            stacklevel=2,
+        )
     if lost:
         warnings.warn(
             f"PEFT will misread this adapter: on {model_type} models it takes {_shown(lost)} for experts, which "

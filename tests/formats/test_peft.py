@@ -1,6 +1,7 @@
 """PEFT's adapter format, in both directions, against PEFT itself."""
 
 import contextlib
+import copy
 import json
 import os
 import subprocess
@@ -332,6 +333,21 @@ def test_saving_again_replaces_both_files_and_leaves_others(tmp_path, toy, rando
     phicore.save_adapter(randomize(model), tmp_path)
     assert (tmp_path / WEIGHTS).read_bytes() != first
     assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", CONFIG, WEIGHTS]
+
+
+def test_an_adapter_beside_a_model_is_told_of(tmp_path, tiny, randomize):
+    """From then on the model's directory gives the adapted model to whoever loads the base."""
+    base = tiny("llama", dtype=torch.float32)
+    base.save_pretrained(tmp_path)
+    model = randomize(phicore.attach(copy.deepcopy(base), phicore.LoRAConfig(rank=2, target_modules=LLAMA)))
+    with pytest.warns(UserWarning, match="holds a model, too, which transformers will load with this adapter"):
+        phicore.save_adapter(model, tmp_path)
+    read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(logits(read), logits(model))
+    assert not torch.allclose(logits(read), logits(base), atol=1e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        phicore.save_adapter(model, tmp_path / "alone")
 
 
 # ===== adapters by name, shared and odd modules =====
