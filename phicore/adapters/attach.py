@@ -19,15 +19,15 @@ from phicore.adapters.switch import check_settled_by_none
 from phicore.adapters.tied import TiedDoRAEmbedding, keep_ties, owners_of_tied, tied_embedding, tied_head, untied
 from phicore.adapters.trained import TrainedCopy, has_bias, new_bias, trains_bias
 from phicore.adapters.wrapped import check_not_wrapped
-from phicore.modules import Model, replace, unwrapped
-from phicore.nf4.convert import coded
+from phicore.modules import ALL_LINEAR, Model, replace, unwrapped
+from phicore.nf4.convert import coded, stacks_beside
 from phicore.nf4.pages import Freed
 
 finishers: list[Callable[[nn.Module], None]] = []
 """Called with each model that attach has changed, as those of quantize_."""
 
-UNTIED = "have one weight"
-"""By which `load_adapter` tells attach's warning of ties: it gives none, since a file says what was trained."""
+UNTIED, STACKED = "have one weight", "all-linear leaves out stacked parameters"
+"""By which `load_adapter` tells attach's warnings: it gives none of them, since a file says what was trained."""
 
 
 def attach(model: Model, config: LoRAConfig, name: str = "default") -> Model:
@@ -55,7 +55,8 @@ def attach(model: Model, config: LoRAConfig, name: str = "default") -> Model:
             text; the model is then unchanged.
 
     Warns:
-        UserWarning: a layer that is adapted or trained without those that its weight is tied to.
+        UserWarning: a layer that is adapted or trained without those that its weight is tied to; what "all-linear"
+            leaves out, above all the experts of a mixture where they stand in stacked parameters.
     """
     if not isinstance(config, LoRAConfig):
         raise TypeError(f"attach takes a LoRAConfig, got a {type(config).__name__}")
@@ -67,6 +68,8 @@ def attach(model: Model, config: LoRAConfig, name: str = "default") -> Model:
         raise ValueError("the model's adapters are merged; unmerge it before attaching another")
     check_not_wrapped(model)
     check_settled_by_none(model)
+    everything = config.target_modules == ALL_LINEAR and not config.target_parameters
+    share, stacks = stacks_beside(model) if everything else (0, "")
     training = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         with unwrapped(model) as bare:
@@ -75,6 +78,11 @@ def attach(model: Model, config: LoRAConfig, name: str = "default") -> Model:
         for parameter in training:
             parameter.requires_grad_(True)
         raise
+    if stacks:
+        warnings.warn(
+            f"{STACKED}, {share:.0%} of the model, which get no adapter unless target_parameters names them: {stacks}",
+            stacklevel=2,
+        )
     for together, alone in apart:
         warnings.warn(
             f"{', '.join(together)} {UNTIED}, and {', '.join(alone)} will not any more: adapted or trained alone, and "

@@ -22,7 +22,12 @@ T = TypeVar("T")
 
 @dataclass(kw_only=True, slots=True)
 class LoRAConfig:
-    """How `attach` adapts a model, under the names and defaults of `phicore finetune`, whose --help explains each."""
+    """How `attach` adapts a model. Each setting is explained below it in this file, and by `phicore finetune --help`,
+    which has them under the same names, but for dora, which its --method says, and adapter_dtype, float32 there.
+
+    Raises:
+        TypeError, ValueError: a setting of a wrong type or out of range, naming it.
+    """
 
     rank: int = 16
     """Inner dimension of the low-rank product B A."""
@@ -93,7 +98,9 @@ class LoRAConfig:
     magnitude a token); else each name is adapted alone, which unties them, with a warning."""
 
     adapter_dtype: torch.dtype | None = None
-    """Dtype of the adapter's weights in memory and on disk; None takes the base layer's."""
+    """Dtype of the adapter's weights in memory and on disk; None takes the base layer's. Over a base in 16 bits give
+    torch.float32, as PEFT and `phicore finetune` do, unless a Trainer or ZeroOptimizer trains it, which keeps float32
+    masters: AdamW's small steps are lost where weights in 16 bits are rounded."""
 
     def __post_init__(self) -> None:
         for what in ("rank_pattern", "alpha_pattern"):

@@ -135,7 +135,8 @@ class LoRAConvolution(LowRankConvolution):
         torch.Size([2, 16, 5, 5])
     """
 
-    def forward(self, x: Tensor) -> Tensor:  # [N, in, *length] -> [N, out, *length']
+    def forward(self, x: Tensor) -> Tensor:
+        """x, float [N, in, *length] in the base's dtype, to [N, out, *length']."""
         return self.updated(self.through_base(x), x, self._update)
 
     def _update(self, y: Tensor, x: Tensor) -> Tensor:
@@ -148,7 +149,8 @@ class DoRAConvolution(DoRALayer, LowRankConvolution):
     Args and errors: as LoRAConvolution.
     """
 
-    def forward(self, x: Tensor) -> Tensor:  # [N, in, *length] -> [N, out, *length']
+    def forward(self, x: Tensor) -> Tensor:
+        """x, float [N, in, *length] in the base's dtype, to [N, out, *length']."""
         if not self.enabled:
             return self.base(x)
         y = self.project(x)

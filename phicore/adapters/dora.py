@@ -172,7 +172,12 @@ class DoRALinear(DoRALayer, LowRankLinear):
     Source: Liu et al. 2024, "DoRA", section 4.3.
     """
 
-    def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
+    def forward(self, x: Tensor) -> Tensor:
+        """x, float [..., in] in the base's dtype, to [..., out].
+
+        Raises:
+            ValueError: x's last dimension is not in.
+        """
         if not self.enabled:
             return self.through_base(x)
         if not self.whole:

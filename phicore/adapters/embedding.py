@@ -88,7 +88,8 @@ class LoRAEmbedding(LowRankEmbedding):
         torch.Size([2, 32])
     """
 
-    def forward(self, tokens: Tensor) -> Tensor:  # int64 [...] -> [..., dim]
+    def forward(self, tokens: Tensor) -> Tensor:
+        """int64 [...] -> [..., dim] in the base's dtype."""
         return self.updated(self.base(tokens), tokens, self.low_rank_lookup)
 
 
@@ -100,7 +101,8 @@ class DoRAEmbedding(DoRALayer, LowRankEmbedding):
     Args and errors: as LoRAEmbedding.
     """
 
-    def forward(self, tokens: Tensor) -> Tensor:  # int64 [...] -> [..., dim]
+    def forward(self, tokens: Tensor) -> Tensor:
+        """int64 [...] -> [..., dim] in the base's dtype."""
         return self.updated(self.base(tokens), tokens, self._update)
 
     def _update(self, y: Tensor, tokens: Tensor) -> Tensor:

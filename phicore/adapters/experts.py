@@ -185,6 +185,7 @@ class LoRAExperts(nn.Module):
         return add_products(weight, pair.lora_A, pair.lora_B, self.factor(name), self.transposed)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the base answers with the adapted weights in its parameters' place."""
         weights = self.weights()
         if not weights:
             return self.innermost(*args, **kwargs)

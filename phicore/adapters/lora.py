@@ -382,7 +382,12 @@ class LoRALinear(LowRankLinear):
         torch.Size([2, 32])
     """
 
-    def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
+    def forward(self, x: Tensor) -> Tensor:
+        """x, float [..., in] in the base's dtype, to [..., out].
+
+        Raises:
+            ValueError: x's last dimension is not in.
+        """
         if self.enabled and self.rows is None:
             if (weight := base_layer.frozen_weight(self.base, x)) is not None:
                 A, B = self.matrices()

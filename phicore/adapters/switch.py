@@ -103,7 +103,8 @@ def _has_rows(model: nn.Module) -> bool:
 def mixed(model: Model, names: Sequence[str | None]) -> Iterator[Model]:
     """Within it, each row of a batch is answered by an adapter of its own: one pass through the base for all rows.
 
-    With gradient checkpointing, call backward() within it too: layers that run again behind it know no rows.
+    With gradient checkpointing, call backward() within it too: layers that run again behind it know no rows. A model's
+    own generate answers within it; phicore's, and a Trainer, batch in an order of their own and refuse.
 
     Args:
         model: a model with adapters, not merged. Every adapted layer must see the batch as its input's first

@@ -109,6 +109,7 @@ class FinetuneOptions:
 
     adapter: AdapterOptions = field(default_factory=AdapterOptions)
     train: TrainConfig = field(default_factory=TrainConfig)
+    """Of the training loop."""  # and not TrainConfig's docstring, which points here
 
 
 def idle(options: FinetuneOptions) -> list[tuple[bool, str, Collection[str]]]:

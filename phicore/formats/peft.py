@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from phicore import atomic
-from phicore.adapters.attach import UNTIED, attach
+from phicore.adapters.attach import STACKED, UNTIED, attach
 from phicore.adapters.config import LoRAConfig
 from phicore.adapters.experts import LoRAExperts
 from phicore.adapters.layers import adapter_layers, merged_layers
@@ -41,7 +41,8 @@ from phicore.formats.peft_keys import (
     place_of,
 )
 from phicore.formats.peft_parts import PARTS, check_parts, read_parts, split_parts, with_metadata
-from phicore.formats.safetensors_files import NO_PICKLE, TensorFile
+from phicore.formats.safetensors_files import INDEX, NO_PICKLE, TensorFile
+from phicore.formats.safetensors_files import WEIGHTS as MODEL
 from phicore.modules import Model, listed, unwrapped
 
 __all__ = [
@@ -69,7 +70,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str 
 
     Warns:
         UserWarning: layers that PEFT misreads on this type of model, or of a kind of which it computes something else;
-            phicore reads them rightly.
+            phicore reads them rightly. A directory that holds a model too.
     """
     check_not_flattened(model)
     with unwrapped(model) as bare:
@@ -101,6 +102,12 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str 
                     atomic.fsync(temporary)  # a disk may say only here that it is full
                     settings.unlink()
                     atomic.fsync(directory)
+    if any((Path(directory) / model_file).is_file() for model_file in (MODEL, INDEX)):
+        warnings.warn(
+            f"{directory} holds a model, too, which transformers will load with this adapter from now on; move the "
+            f"adapter's files into a directory of their own",
+            stacklevel=2,
+        )
     if lost:
         warnings.warn(
             f"PEFT will misread this adapter: on {model_type} models it takes {listed(lost)} for experts, which "
@@ -198,7 +205,7 @@ def _load(model: nn.Module, directory: Path, name: str) -> None:
     _warn_of_convolutions(tensors, padded_otherwise(model, tensors), stacklevel=4)
     if config is not None:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=f".* {UNTIED}")
+            warnings.filterwarnings("ignore", message=f".* {UNTIED}|{STACKED}")
             attach(model, config, name)
     with torch.no_grad():
         for path, layer in adapter_layers(model, name):

@@ -80,8 +80,12 @@ def _quantize(
     # All weights are looked at before the first is replaced, so that an error leaves no half-quantised model.
     for name, layer in chosen.items():
         check_layer(name, layer, all_meta, block_size if double_quant else None)
-    if target_modules == ALL_LINEAR:
-        _warn_of_stacks(model)
+    share, stacks = stacks_beside(model) if target_modules == ALL_LINEAR else (0, "")
+    if stacks:
+        warnings.warn(
+            f"all-linear leaves out stacked parameters, {share:.0%} of the model, which keep their dtype: {stacks}",
+            stacklevel=3,
+        )
     done: dict[nn.Module, NF4Linear] = {}
     for name, layer in chosen.items():
         if layer not in done:  # a layer that stands in two places stays one layer
@@ -93,11 +97,12 @@ def _quantize(
         finish(model)
 
 
-def _warn_of_stacks(model: nn.Module) -> None:
-    """Warns of weights of three dimensions that no layer of torch holds, where they are a tenth of the model or more.
-    Most of a mixture of experts stands in them, and keeps its size."""
+def stacks_beside(model: nn.Module) -> tuple[float, str]:
+    """Weights of three dimensions that no layer of torch holds: what share of the model they are, and their names in
+    short. Most of a mixture of experts stands in them. (0, "") where they are less than a tenth."""
     sizes = {p: p.numel() for p in model.parameters() if not isinstance(p, UninitializedParameter)}
-    total = sum(sizes.values())
+    coded = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, NF4Linear))
+    total = sum(sizes.values()) + coded
     stacks = {
         f"{path}.{name}".lstrip("."): sizes[parameter]
         for path, module in model.named_modules()
@@ -105,12 +110,9 @@ def _warn_of_stacks(model: nn.Module) -> None:
         for name, parameter in module.named_parameters(recurse=False)
         if parameter in sizes and parameter.dim() == 3 and parameter.is_floating_point()
     }
-    if stacks and 10 * sum(stacks.values()) >= total:
-        warnings.warn(
-            f"all-linear leaves out stacked parameters, {sum(stacks.values()) / total:.0%} of the model, which keep "
-            f"their dtype: {listed(list(stacks), 1)}",
-            stacklevel=4,
-        )
+    if not stacks or 10 * sum(stacks.values()) < total:
+        return 0, ""
+    return sum(stacks.values()) / total, listed(list(stacks), 1)
 
 
 HOOKS = [n for n in vars(nn.Module()) if n.startswith(("_forward", "_backward")) or n == "_is_full_backward_hook"]

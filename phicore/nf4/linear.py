@@ -184,7 +184,8 @@ class NF4Linear(nn.Module):
             )
         super().register_parameter(name, param)
 
-    def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
+    def forward(self, x: Tensor) -> Tensor:
+        """x @ W^T + bias: [..., in] -> [..., out]; dtypes and errors as `phicore.nf4.linear`."""
         return _linear(x, self._parts(), self.bias, (self.out_features, self.in_features), self.block_size)
 
     def project(self, x: Tensor) -> Tensor:

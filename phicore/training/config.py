@@ -9,7 +9,12 @@ from phicore.settings import check_types
 
 @dataclass(kw_only=True, slots=True)
 class TrainConfig:
-    """Settings of a Trainer, under the names and defaults of `phicore finetune`, whose --help explains each."""
+    """Settings of a Trainer. Each is explained below it in this file, and by `phicore finetune --help`, which has them
+    under the same names and with the same defaults.
+
+    Raises:
+        TypeError, ValueError: a setting of a wrong type or out of range, naming it.
+    """
 
     output: str = "runs/default"
     """Directory of the run: metrics.jsonl and checkpoints/."""

@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import warnings
 
 import peft
 import pytest
@@ -240,6 +241,28 @@ def test_dora_is_saved_and_loaded(randomize, tmp_path, transposed):
         phicore.load_adapter(lora, tmp_path)
     with pytest.raises(ValueError, match="use_dora=True"):  # PEFT says no, by name
         peft.PeftModel.from_pretrained(model_of(transposed), tmp_path)
+
+
+def test_all_linear_tells_of_experts_that_it_leaves(tiny, tmp_path):
+    """They are most of such a model, and quantize_ tells of them, too. Who names its layers knows what is left."""
+    model = tiny("mixtral", dtype=torch.float32)
+    stacks = [p for p in model.parameters() if p.dim() == 3]
+    share = sum(p.numel() for p in stacks) / sum(p.numel() for p in model.parameters())
+    told = rf"stacked parameters, {share:.0%} of the model, .* unless target_parameters names them: .*gate_up_proj and"
+    with pytest.warns(UserWarning, match=told) as caught:
+        phicore.attach(model, phicore.LoRAConfig(rank=2))
+    assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match=f"stacked parameters, {share:.0%} of the model, which keep"):
+        coded = phicore.quantize_(tiny("mixtral", dtype=torch.float32))
+    with pytest.warns(UserWarning, match=told):  # the same share, though buffers hold the rest
+        phicore.attach(coded, phicore.LoRAConfig(rank=2))
+    phicore.save_adapter(model, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        phicore.load_adapter(tiny("mixtral", dtype=torch.float32), tmp_path)
+        phicore.attach(tiny("mixtral", dtype=torch.float32), phicore.LoRAConfig(rank=2, target_modules=["q_proj"]))
+        named = phicore.LoRAConfig(rank=2, target_parameters=["experts.down_proj"])
+        phicore.attach(tiny("mixtral", dtype=torch.float32), named)
 
 
 def test_every_way_that_transformers_runs_experts(tiny, randomize):

@@ -200,6 +200,7 @@ def test_help_tells_of_every_option(command: str, capsys: pytest.CaptureFixture[
     text = capsys.readouterr().out
     assert {"check": "ADAPTER", "convert-deepspeed": "CHECKPOINT"}.get(command, "--model") in text
     assert "--config FILE" in " ".join(text.split())
+    assert "--help, which" not in text  # a docstring that sends its reader here
 
 
 def test_usage_and_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

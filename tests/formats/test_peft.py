@@ -1,6 +1,7 @@
 """PEFT's adapter format, in both directions, against PEFT itself."""
 
 import contextlib
+import copy
 import json
 import warnings
 
@@ -296,6 +297,21 @@ def test_dtype_on_disk_is_that_in_memory(tmp_path, toy, randomize, dtype, explic
     assert {p.dtype for p in other.parameters() if p.requires_grad} == {dtype}
     for path, layer in adapter_layers(other):
         assert torch.equal(layer.lora_B, stored[f"{PREFIX}{path}.lora_B.weight"])
+
+
+def test_an_adapter_beside_a_model_is_told_of(tmp_path, tiny, randomize):
+    """From then on the model's directory gives the adapted model to whoever loads the base."""
+    base = tiny("llama", dtype=torch.float32)
+    base.save_pretrained(tmp_path)
+    model = randomize(phicore.attach(copy.deepcopy(base), phicore.LoRAConfig(rank=2, target_modules=LLAMA)))
+    with pytest.warns(UserWarning, match="holds a model, too, which transformers will load with this adapter"):
+        phicore.save_adapter(model, tmp_path)
+    read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(logits(read), logits(model))
+    assert not torch.allclose(logits(read), logits(base), atol=1e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        phicore.save_adapter(model, tmp_path / "alone")
 
 
 # ===== adapters by name, shared and odd modules =====

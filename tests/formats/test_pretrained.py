@@ -282,3 +282,30 @@ def test_only_models_of_transformers_are_written_so_wherever_they_stand(
     whole: Any = phicore.quantize_(OfAnotherLibrary(), exclude_modules=["lm_head"])
     whole.save_pretrained(tmp_path)
     assert loads_alike(tmp_path, whole.inner)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_the_trainer_of_transformers_trains_an_adapter_and_goes_on(tmp_path: Path, model: Any, dora: bool) -> None:
+    """Its checkpoints hold the model under phicore's names, from which the same adapted model goes on."""
+    data = [{"input_ids": ids, "labels": ids} for ids in torch.arange(48).view(8, 6).tolist()]
+    config = phicore.LoRAConfig(rank=2, alpha=4, dora=dora)
+
+    def trained(output: str, **more: Any) -> Any:
+        torch.manual_seed(0)
+        adapted = phicore.attach(copy.deepcopy(model), config)
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path / output), max_steps=4, save_steps=2, learning_rate=1e-2, use_cpu=True,
+            per_device_train_batch_size=2, report_to=[], disable_tqdm=True,
+        )  # fmt: skip
+        transformers.Trainer(adapted, arguments, train_dataset=data).train(**more)
+        return adapted.eval()
+
+    whole = trained("whole")
+    resumed = trained("resumed", resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    with phicore.disabled(whole):
+        base = whole(IDS).logits
+    assert not torch.allclose(whole(IDS).logits, base, atol=1e-2)
+    torch.testing.assert_close(resumed(IDS).logits, whole(IDS).logits)
+    phicore.save_adapter(whole, tmp_path / "adapter")
+    loaded = phicore.load_adapter(copy.deepcopy(model), tmp_path / "adapter").eval()
+    torch.testing.assert_close(loaded(IDS).logits, whole(IDS).logits)

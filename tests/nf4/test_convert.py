@@ -191,8 +191,9 @@ def test_all_linear_tells_of_experts_that_it_leaves(tiny, name: str):
     stacks = [name for name, p in model.named_parameters() if "experts." in name and p.dim() == 3]
     share = sum(model.get_parameter(name).numel() for name in stacks) / sum(p.numel() for p in model.parameters())
     told = rf"stacked parameters, {share:.0%} of the model, .*: {stacks[0]} and {len(stacks) - 1} more$"
-    with pytest.warns(UserWarning, match=told):
+    with pytest.warns(UserWarning, match=told) as caught:
         phicore.quantize_(model)
+    assert caught[0].filename == __file__
     assert {*stacks} <= {name for name, p in model.named_parameters() if p.dtype == torch.float32}
 
 
