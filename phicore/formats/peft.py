@@ -28,7 +28,7 @@ from phicore.adapters.trained import TrainedPart
 from phicore.adapters.wrapped import check_not_flattened, check_not_sharded, check_not_wrapped
 from phicore.formats.peft_advice import advice, within_attention
 from phicore.formats.peft_config import adapter_config, differences, lora_config, tied_copies
-from phicore.formats.peft_conversion import MODEL_TYPE, misread, normed_otherwise, padded_otherwise
+from phicore.formats.peft_conversion import MODEL_TYPE, PAST, misread, normed_otherwise, padded_otherwise, read_past
 from phicore.formats.peft_fields import CONFIG, WEIGHTS, read_config, read_raw_config, warn_of_order
 from phicore.formats.peft_keys import (
     PREFIX,
@@ -84,12 +84,15 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str 
         config, parts = adapter_config(bare, name), split_parts(bare, name)
         model_type = str(getattr(getattr(bare, "config", None), "model_type", ""))
         adapted = (path for path, layer in adapter_layers(bare, name) if isinstance(layer, LowRankLayer))
-        lost, padded = misread(model_type, adapted), padded_otherwise(bare, tensors)
+        lost = misread(model_type, adapted)
+        padded, past = padded_otherwise(bare, tensors), read_past(bare, tensors)
     if spoilt := _not_finite(tensors):
         raise ValueError(f'nothing is written: the adapter "{name}" holds NaN or infinity, in {listed(spoilt)}')
     more = {PARTS: json.dumps(parts, sort_keys=True)} if parts else {}
     if lost:
         more[MODEL_TYPE] = model_type
+    if past:
+        more[PAST] = "\n".join(past)
     settings = Path(directory) / CONFIG
     with atomic.new_file(settings) as new_settings:  # and take their place after the weights
         new_settings.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -114,10 +117,11 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str 
             f"transformers stacks, and drops their pairs; phicore reads them. For other readers, merge the adapter",
             stacklevel=2,
         )
-    _warn_of_convolutions(tensors, padded, stacklevel=3)
+    _warn_of_layers(tensors, padded, past, stacklevel=3)
 
 
-def _warn_of_convolutions(tensors: dict[str, Tensor], padded: list[str], stacklevel: int) -> None:
+def _warn_of_layers(tensors: dict[str, Tensor], padded: list[str], past: list[str], stacklevel: int) -> None:
+    """Warns of layers of which PEFT computes something else, in silence."""
     if layers := normed_otherwise(tensors):
         warnings.warn(
             f"in DoRA of convolutions with groups ({listed(layers)}) PEFT divides by another norm: what it computes of "
@@ -128,6 +132,13 @@ def _warn_of_convolutions(tensors: dict[str, Tensor], padded: list[str], stackle
         warnings.warn(
             f"PEFT leaves the padding mode and the dilation of convolutions ({listed(padded)}) out of A's: what it "
             f"computes of this adapter is not what phicore does; use it where it was trained, or merge it",
+            stacklevel=stacklevel,
+        )
+    if past:
+        warnings.warn(
+            f"in PEFT the pairs of {listed(past)} have no effect: the model's code reads these layers' weights, which "
+            f"are the base's there; what it computes of this adapter is not what phicore does; use it where it was "
+            f"trained, or merge it",
             stacklevel=stacklevel,
         )
 
@@ -202,7 +213,7 @@ def _load(model: nn.Module, directory: Path, name: str) -> None:
     _check_keys(model, raw, expected, tensors, directory)
     check_parts(model, config, name, tensors, directory)
     _check_tied(model, config, name, tensors, directory)
-    _warn_of_convolutions(tensors, padded_otherwise(model, tensors), stacklevel=4)
+    _warn_of_layers(tensors, padded_otherwise(model, tensors), read_past(model, tensors), stacklevel=4)
     if config is not None:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=f".* {UNTIED}|{STACKED}")

@@ -225,7 +225,8 @@ def lora_config(model: nn.Module, raw: dict[str, Any], tensors: dict[str, Tensor
             f"the model's layers like {list(candidates)[:2]}, and each key must start with {PREFIX!r}"
             f"{advice(model, raw, tensors)}"
         )
-    # Of the pairs, since PEFT leaves biases and whole modules in the base's dtype; the widest if they have several.
+    # Of the pairs, since PEFT leaves biases and whole modules in the base's dtype; the widest if they have several, and
+    # as in PEFT float32 if that has 8 bits.
     floating = {t.dtype for key, t in tensors.items() if ".lora_" in key and t.is_floating_point()}
     widest = {dtype for dtype in floating if dtype.itemsize == max(other.itemsize for other in floating)}
     attentions = {path for path in known if isinstance(candidates[path], nn.MultiheadAttention)}
@@ -259,7 +260,7 @@ def lora_config(model: nn.Module, raw: dict[str, Any], tensors: dict[str, Tensor
         trainable_token_indices=raw.get("trainable_token_indices") or None,
         # PEFT passes over the flag where nothing that it adapts is tied.
         ensure_weight_tying=bool(raw.get("ensure_weight_tying")) and bool(_tied_here(model, known)),
-        adapter_dtype=widest.pop() if len(widest) == 1 else torch.float32,
+        adapter_dtype=dtype if len(widest) == 1 and (dtype := widest.pop()).itemsize > 1 else torch.float32,
     )
 
 

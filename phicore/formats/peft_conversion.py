@@ -10,6 +10,9 @@ were no groups, which is no weight of the layer (get_lora_weight of tuners/lora/
 
 Convolutions that pad otherwise than with zeros, or are dilated: its A is a convolution that does neither (update_layer
 of _ConvNd in tuners/lora/layer.py). Where that changes the output's length, as without padding="same", it raises.
+
+Layers whose weight the code of their model reads, in place of calling them: it has the base's weight in PEFT, so that
+the pair has no effect and does not train.
 """
 
 from collections.abc import Iterable, Mapping
@@ -22,6 +25,9 @@ from phicore.formats.peft_keys import PREFIX
 
 MODEL_TYPE = "phicore.model_type"
 """Key of the safetensors metadata under which `save_adapter` leaves the model's type where PEFT misreads it."""
+
+PAST = "phicore.read_past"
+"""Key of the safetensors metadata under which `save_adapter` leaves the names of `read_past`, one a line."""
 
 # config.model_type by the family that they are converted as: _MODEL_TO_CONVERSION_PATTERN of conversion_mapping.py in
 # transformers 5.23, with "mixtral", which peft adds.
@@ -39,6 +45,17 @@ _NAMES = {"mixtral": ("gate", "w1", "w2", "w3"), "qwen2_moe": ("gate", "gate_pro
 
 CONVERTED = {model_type: _NAMES[family] for family, types in _TYPES.items() for model_type in types}
 """config.model_type -> last names of layers that PEFT takes for experts."""
+
+# Classes of transformers 5.23 -> the layers in them whose weight they compute with.
+READ_PAST = {
+    **dict.fromkeys(("MambaMixer", "FalconMambaMixer", "JambaMambaMixer"), ("dt_proj",)),
+    **dict.fromkeys(
+        ("DetrMHAttentionMap", "ConditionalDetrMHAttentionMap", "MaskFormerDetrMHAttentionMap"), ("k_proj",)
+    ),
+    "DabDetrMHAttentionMap": ("k_linear",),
+    "NeoMMEForMaskedLM": ("unembedding_projection",),
+    "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
+}
 
 
 def misread(model_type: str | None, layers: Iterable[str]) -> list[str]:
@@ -67,6 +84,20 @@ def padded_otherwise(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[st
         dilated = layer.padding == "same" and max(layer.dilation) > 1
         if any(layer._reversed_padding_repeated_twice) and (layer.padding_mode != "zeros" or dilated):
             found.append(path)
+    return found
+
+
+def read_past(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
+    """The layers of READ_PAST, by name, among an adapter's tensors by PEFT's keys; a pair whose B is zero has no effect
+    anywhere."""
+    end = ".lora_B.weight"
+    kinds = {path: type(module).__name__ for path, module in model.named_modules(remove_duplicate=False)}
+    found = []
+    for key, B in tensors.items():
+        layer = key.removesuffix(end).removeprefix(PREFIX)
+        parent, _, last = layer.rpartition(".")
+        if key.endswith(end) and last in READ_PAST.get(kinds.get(parent, ""), ()) and B.any():
+            found.append(layer)
     return found
 
 

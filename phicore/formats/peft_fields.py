@@ -139,6 +139,8 @@ _RIGHT: dict[str, Callable[[Any], bool]] = {
     "modules_to_save": _are_names,
     "target_parameters": _are_names,
     "bias": lambda value: value in get_args(Bias),
+    # a text that says "false" would be taken for true
+    **dict.fromkeys(("use_dora", "use_rslora", "fan_in_fan_out", "ensure_weight_tying"), lambda value: value in (0, 1)),
     "trainable_token_indices": lambda value: (
         _are_whole(value) or (isinstance(value, dict) and all(_are_whole(tokens) for tokens in value.values()))
     ),

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from phicore import atomic
 from phicore.adapters.config import pattern_value
 from phicore.formats.peft import read_tensors
-from phicore.formats.peft_conversion import MODEL_TYPE, misread
+from phicore.formats.peft_conversion import MODEL_TYPE, PAST, misread
 from phicore.formats.peft_fields import (
     CONFIG,
     DEFAULT_ALPHA,
@@ -85,6 +85,8 @@ class Adapter:
     layers: list[Layer]
     model_type: str | None
     """The base's, where the file says it; see `peft_conversion`."""
+    read_past: list[str]
+    """Layers whose pairs have no effect in PEFT, where the file says it; see `peft_conversion`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +134,8 @@ def read_adapter(directory: str | os.PathLike[str]) -> Adapter:
         more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise ValueError(f"{directory} is no whole adapter: {'; '.join(problems[:10])}{more}")
     fields = set(read_json(directory / CONFIG))
-    return Adapter(config, fields, tensors, layers, TensorFile(directory / WEIGHTS).metadata.get(MODEL_TYPE))
+    metadata = TensorFile(directory / WEIGHTS).metadata
+    return Adapter(config, fields, tensors, layers, metadata.get(MODEL_TYPE), metadata.get(PAST, "").splitlines())
 
 
 def _layer(config: dict[str, Any], name: str, A: str, B: str, tensors: dict[str, Tensor]) -> Layer | str:
@@ -238,7 +241,7 @@ def _reader(target: Target, max_rank: int | None) -> Reader:
 
 
 def _misfits(adapter: Adapter, target: Target, reader: Reader) -> dict[str, Finding]:
-    """The findings, by the entry of REMEDIES that they are about (or "converted")."""
+    """The findings, by the entry of REMEDIES that they are about (or "converted", "read past")."""
     misfits: dict[str, Finding] = {}
 
     def find(feature: str, what: str, why: str) -> None:
@@ -266,6 +269,9 @@ def _misfits(adapter: Adapter, target: Target, reader: Reader) -> dict[str, Find
     if target in BY_PEFT and (lost := misread(adapter.model_type, [layer.name for layer in adapter.layers])):
         why = f"on {adapter.model_type} models peft takes layers of such names for experts and drops their pairs"
         misfits["converted"] = Finding(listed(lost, 3), why, MERGE, mended=False)
+    if target in BY_PEFT and adapter.read_past:
+        why = "the model's code reads these layers' weights, where peft gives it the base's"
+        misfits["read past"] = Finding(listed(adapter.read_past, 3), why, MERGE, mended=False)
     return misfits
 
 

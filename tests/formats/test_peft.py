@@ -496,10 +496,12 @@ def test_dtypes_of_a_file_whose_biases_are_in_the_base_s(tmp_path, tiny, randomi
     [
         (torch.bfloat16, torch.float16, torch.float32),
         (torch.float16, torch.float32, torch.float32),
+        (torch.float8_e4m3fn, torch.float8_e4m3fn, torch.float32),
+        (torch.float8_e5m2, torch.bfloat16, torch.bfloat16),
         (torch.float32, torch.float64, torch.float64),
     ],
 )
-def test_a_pair_of_two_dtypes_is_not_rounded(tmp_path, toy, randomize, A, B, held):
+def test_a_pair_of_two_dtypes_or_of_8_bits_is_not_rounded(tmp_path, toy, randomize, A, B, held):
     phicore.save_adapter(randomize(phicore.attach(toy(), phicore.LoRAConfig(rank=2))), tmp_path)
     edit_tensors(tmp_path, lambda tensors: {key: t.to(A if ".lora_A" in key else B) for key, t in tensors.items()})
     stored = load_file(tmp_path / WEIGHTS)

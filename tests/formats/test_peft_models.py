@@ -25,12 +25,16 @@ LAYERS = {"layers": 2, "attention_heads": 4, "ffn_dim": 48}
 SIDES = {f"{side}_{what}": size for side in ("encoder", "decoder") for what, size in LAYERS.items()}
 
 
+SOUND = {
+    **{"conv_dim": [8, 8], "conv_stride": [5, 2], "conv_kernel": [10, 3], "num_feat_extract_layers": 2},
+    **{"num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2},
+}
+
+
 def wav2vec2() -> torch.nn.Module:
     """A model without an embedding of its input, of which get_input_embeddings raises."""
     torch.manual_seed(0)
-    convolutions = {"conv_dim": [8, 8], "conv_stride": [5, 2], "conv_kernel": [10, 3], "num_feat_extract_layers": 2}
-    positions = {"num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2}
-    config = transformers.Wav2Vec2Config(vocab_size=20, **SIZES, **convolutions, **positions)
+    config = transformers.Wav2Vec2Config(vocab_size=20, **SIZES, **SOUND)
     return transformers.Wav2Vec2ForCTC(config).eval()
 
 
@@ -324,6 +328,45 @@ def test_convolutions_that_peft_pads_otherwise_are_named(tmp_path, randomize, op
     )
     other = peft.PeftModel.from_pretrained(build(), tmp_path)
     assert torch.allclose(other(x), model(x), rtol=1e-3, atol=1e-5) != otherwise  # as long as it is so
+
+
+@pytest.mark.parametrize(
+    ("family", "target", "otherwise"),
+    [
+        ("wavlm", "v_proj", True),
+        ("wavlm", "intermediate_dense", False),
+        ("mamba", "dt_proj", True),
+        ("mamba", "x_proj", False),
+        ("jamba", "dt_proj", True),
+    ],
+)
+def test_layers_whose_weight_is_read_past_peft_s_pairs_are_named(tmp_path, randomize, family, target, otherwise):
+    def build() -> torch.nn.Module:
+        torch.manual_seed(0)
+        if family == "wavlm":
+            return transformers.WavLMForCTC(transformers.WavLMConfig(vocab_size=20, **SIZES, **SOUND)).eval()
+        if family == "mamba":
+            more = {"state_size": 4, "hidden_size": 32, "num_hidden_layers": 2}
+            return transformers.MambaForCausalLM(transformers.MambaConfig(**TEXT, **more)).eval()
+        more = {"num_key_value_heads": 2, "num_experts": 2, "use_cache": False, "mamba_d_state": 4}
+        return transformers.JambaForCausalLM(transformers.JambaConfig(**TEXT, **SIZES, **more)).eval()
+
+    x = torch.linspace(-1, 1, 400).view(2, 200) if family == "wavlm" else torch.arange(1, 13).view(2, 6)
+    config = phicore.LoRAConfig(rank=4, target_modules=[target])
+    model = phicore.attach(build(), config)
+    for trained in (False, True):
+        model = randomize(model) if trained else model
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always", UserWarning)
+            phicore.save_adapter(model, tmp_path)
+            loaded = phicore.load_adapter(build(), tmp_path)
+        told = [(f"{target} have no effect" in str(one.message), one.filename) for one in said]
+        assert told == [(True, __file__)] * (2 * (otherwise and trained))
+        assert bool(check(tmp_path, "transformers")) == (otherwise and trained)
+        with torch.no_grad():
+            assert torch.equal(loaded(x).logits, model(x).logits)
+            other = peft.PeftModel.from_pretrained(build(), tmp_path).eval().base_model.model(x).logits
+            assert torch.allclose(other, model(x).logits, rtol=1e-3, atol=1e-5) != (otherwise and trained)
 
 
 def test_the_models_that_peft_converts_are_those_of_peft_and_transformers():
