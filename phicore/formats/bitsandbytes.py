@@ -175,7 +175,8 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
         raise ValueError(f"{len(layers)} NF4 layers: there must be some, alike in double quantisation")
     # transformers would code Conv1D layers too
     dense = {name for name, module in model.named_modules() if isinstance(module, (nn.Linear, *transposed_kinds()))}
-    if unread := [why for name, why in UNREAD.items() if name in vars(sys.modules[type(model).__module__])]:
+    defined_in = sys.modules.get(type(model).__module__)
+    if unread := [why for name, why in UNREAD.items() if hasattr(defined_in, name)]:
         logger.warning(
             "from_pretrained of transformers will not read %s in NF4, of which it %s; phicore reads it",
             type(model).__name__,
