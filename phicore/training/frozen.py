@@ -12,8 +12,8 @@ one pair of values in many; this finds mistakes, not attacks.
 
 import functools
 import math
+from collections.abc import Callable, Container
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,6 @@ from phicore.modules import unwrapped
 from phicore.nf4 import NF4Linear
 from phicore.nf4.codec import decode_absmax
 from phicore.training.distributed import together
-
-if TYPE_CHECKING:
-    from phicore.training.buffers import TrainedBuffers
 
 CHUNK = 2**18  # 8-byte words: 2 MiB stay in a core's cache
 MULTIPLIER = 6364136223846793005  # of Knuth's linear congruential generator, modulo 2^64
@@ -107,12 +104,12 @@ def check_alike(by_rank: list[dict[str, str]]) -> None:
                 )
 
 
-def check_same_frozen(model: nn.Module, trained: "TrainedBuffers") -> dict[str, str]:
+def check_same_frozen(model: nn.Module, trained: Callable[[], Container[str]]) -> dict[str, str]:
     """Compares what no rank will give another; every rank must call it.
 
     Args:
         model: of this rank.
-        trained: the buffers that belong to what trains, which are rank 0's from the start.
+        trained: gives the names of buffers that belong to what trains, which are rank 0's from the start.
 
     Returns:
         `describe_frozen` of all of it.
@@ -123,7 +120,7 @@ def check_same_frozen(model: nn.Module, trained: "TrainedBuffers") -> dict[str, 
 
     def described() -> dict[str, str]:
         with unwrapped(model) as bare:
-            shared = trained.find()
+            shared = trained()
             return describe_frozen({name: t for name, t in frozen_tensors(bare).items() if name not in shared})
 
     by_rank = together(described)

@@ -163,7 +163,7 @@ class Trainer:
         self.buffers = TrainedBuffers(self.model)
         if world_size() > 1:
             distributed.together(lambda: check_same(self._describe(), None, None))
-        self._base = described_base(self.model, check_same_frozen(self.model, self.buffers))
+        self._base = described_base(self.model, check_same_frozen(self.model, self.buffers.find))
         self.buffers.share()
         self.optimizer = make_optimizer(self.model, self.parameters, config)
         self._peaks = [group["lr"] for group in self.optimizer.param_groups]
