@@ -29,9 +29,13 @@ def linear(x: Tensor, weight: NF4Tensor, bias: Tensor | None = None) -> Tensor:
         [..., out] in x's dtype (autocast's under autocast).
 
     Raises:
-        TypeError: x is not floating-point.
+        TypeError: x is not floating-point, or weight is no NF4Tensor.
         ValueError: weight is not two-dimensional, or x's or bias's last dimension does not fit it.
     """
+    if not isinstance(weight, NF4Tensor):
+        raise TypeError(
+            f"nf4.linear takes an NF4Tensor, got a {type(weight).__name__}; phicore.nf4.quantize(weight) makes one"
+        )
     if len(weight.shape) != 2:
         raise ValueError(f"nf4.linear takes a weight of shape [out, in], got {tuple(weight.shape)}")
     return _linear(

@@ -193,6 +193,11 @@ def test_shapes_that_do_not_fit_are_refused():
             phicore.NF4Linear.from_nf4(flat)
 
 
+def test_a_weight_that_is_not_coded_is_refused():
+    with pytest.raises(TypeError, match=r"takes an NF4Tensor, got a Tensor; phicore.nf4.quantize\(weight\) makes one"):
+        phicore.nf4.linear(torch.randn(4, IN), torch.randn(OUT, IN))
+
+
 def test_project_with_rows_is_both_products_and_rows_get_no_gradient():
     layer = make()
     w = decoded(layer, torch.float64)
