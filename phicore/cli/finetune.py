@@ -78,7 +78,7 @@ class FinetuneOptions:
     """Tokens an example may have; longer ones are cut, and counted."""
 
     eval_limit: int | None = None
-    """Examples of eval_data to use; all of them by default."""
+    """Lines of eval_data to use, a conversation being one; all of them by default."""
 
     answers: int = 0
     """Held-out examples that the model answers before and after; the answers are scored by exact match and by the F1
